@@ -1,0 +1,109 @@
+# `make help` lists the targets.
+#
+# By default everything lives in the virtual environment $(VENV), made on first use. To use an
+# interpreter as it is and download nothing:  make VENV= PYTHON=python3 test
+
+VENV ?= .venv
+PYTHON ?= python3
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+
+ifeq ($(strip $(VENV)),)
+  PY := $(PYTHON)
+  CLANG_FORMAT := clang-format
+  STAMPS := build/stamps
+else
+  PY := $(VENV)/bin/python
+  CLANG_FORMAT := $(VENV)/bin/clang-format
+  STAMPS := $(VENV)/stamps
+endif
+
+SOURCES := setup.py pyproject.toml da_ops/_version.py $(wildcard build_tools/*.py) \
+  $(shell find csrc -type f)
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu*')
+# A build is current only while its record is there.
+RECORD := da_ops/_build.json
+BUILT := $(STAMPS)/built
+
+# A worker of the test suite has one thread of torch; without pytest-xdist there is one worker.
+PYTEST = $(PY) -m pytest $(shell $(PY) -c 'import xdist' 2>/dev/null && \
+  printf '%s' '-n $(JOBS) --dist loadgroup')
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # two pips in one environment would collide
+MAKEFLAGS += --no-builtin-rules
+.PHONY: help env build test test-full bench bench-full lint format clean FORCE
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo
+	@echo '  VENV=$(VENV)  PYTHON=$(PYTHON)  JOBS=$(JOBS)'
+	@echo '  make VENV= PYTHON=python3 ... uses that interpreter as it is and downloads nothing'
+
+env: $(STAMPS)/env-dev  ## make or refresh the environment, with all that development needs
+
+build: $(STAMPS)/env-base $(BUILT)  ## compile the kernels, and say what was built
+
+test: $(STAMPS)/env-test $(BUILT)  ## run all tests
+	OMP_NUM_THREADS=1 $(PYTEST) tests
+
+test-full: $(STAMPS)/env-test $(BUILT)  ## run all tests, with many more random cases
+	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests
+
+bench: $(STAMPS)/env-bench $(BUILT)  ## compare with eager and torch.compile, in minutes
+	$(PY) -m benchmarks.op --preset quick
+	$(PY) -m benchmarks.network --preset quick
+	$(PY) -m benchmarks.report
+
+bench-full: $(STAMPS)/env-bench $(BUILT)  ## the same over all shapes, dtypes and networks
+	$(PY) -m benchmarks.op --preset full
+	$(PY) -m benchmarks.network --preset full
+	$(PY) -m benchmarks.report
+
+lint: $(STAMPS)/env-dev  ## check style and types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(CLANG_FORMAT) --dry-run -Werror $(CSRC)
+	$(PY) -m mypy
+
+format: $(STAMPS)/env-dev  ## put Python and C++ into the house style
+	$(PY) -m ruff check --fix-only
+	$(PY) -m ruff format
+	$(CLANG_FORMAT) -i $(CSRC)
+
+clean:  ## remove what was built, but not the environment
+	rm -rf build dist *.egg-info da_ops/*.so $(RECORD) $(BUILT)
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find build_tools da_ops benchmarks tests -name __pycache__ -type d -exec rm -rf {} +
+
+# What to install comes from pyproject.toml; "base" is what building and running take.
+
+ifeq ($(strip $(VENV)),)
+
+$(STAMPS)/env-%: FORCE
+	@missing=$$($(PY) build_tools/requirements.py --missing $(filter-out base,$*)) || exit 1; \
+	[ -z "$$missing" ] || echo "$(PY) lacks (and what needs it will be skipped or fail):" $$missing
+
+$(BUILT): $(SOURCES) $(if $(wildcard $(RECORD)),,FORCE)
+	$(PY) setup.py -q build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+
+else
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/env-%: pyproject.toml build_tools/requirements.py | $(VENV)/bin/python
+	@mkdir -p $(@D)
+	$(PY) build_tools/requirements.py $(filter-out base,$*) > $(@D)/$*.txt
+	$(PY) -m pip install -r $(@D)/$*.txt
+	@touch $@
+
+$(BUILT): $(SOURCES) $(if $(wildcard $(RECORD)),,FORCE) | $(STAMPS)/env-base
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	@$(PY) -m build_tools.record
+	@mkdir -p $(@D) && touch $@
+
+endif

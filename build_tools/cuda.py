@@ -1,0 +1,102 @@
+"""Find the CUDA compiler, and decide which architectures to build for. Needs no torch, no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+@dataclass(frozen=True)
+class CudaCompiler:
+    home: Path | None  # None: none was found that serves
+    version: str | None  # of nvcc, such as "13.0"
+    why: str  # where it was found, and why the places before it were passed over
+
+
+def find_cuda(
+    torch_cuda: str | None,
+    environ: Mapping[str, str] = os.environ,
+    site_packages: Iterable[str | Path] = (),
+) -> CudaCompiler:
+    """The first nvcc of torch's CUDA major version in CUDA_HOME, on PATH, or installed by pip.
+
+    torch guesses its CUDA_HOME from where `nvcc` lies, which is wrong where that is a wrapper
+    script, and it does not know pip's compiler at all; hence this search.
+    """
+    if torch_cuda is None:
+        return CudaCompiler(None, None, "this torch was built without CUDA")
+    passed_over = []
+    for where, home in _candidates(torch_cuda, environ, site_packages):
+        version = _nvcc_version(home)
+        if version is None:
+            passed_over.append(f"{where}: no working bin/nvcc in {home}")
+        elif version.split(".")[0] != torch_cuda.split(".")[0]:
+            passed_over.append(f"{where}: nvcc is {version}, torch was built with {torch_cuda}")
+        elif not _has_runtime_header(home):
+            passed_over.append(f"{where}: no cuda_runtime.h in {home}")
+        else:
+            return CudaCompiler(home, version, "; ".join([where, *passed_over]))
+    nowhere = "no nvcc in CUDA_HOME, on PATH, or from pip's cuda-toolkit[nvcc,cccl,crt,nvvm]"
+    return CudaCompiler(None, None, "; ".join(passed_over) or nowhere)
+
+
+def arch_list(home: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST where it is set, else every architecture of ours that this nvcc knows.
+
+    The newest carries PTX as well, so that GPUs yet to come can run it.
+    """
+    asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
+    if asked:
+        return asked
+    listing = _run(home / "bin" / "nvcc", "--list-gpu-arch") or ""
+    known = {f"{major}.{minor}" for major, minor in re.findall(r"compute_(\d+)(\d)\b", listing)}
+    archs = [arch for arch in ARCHITECTURES if arch in known]
+    return [*archs[:-1], f"{archs[-1]}+PTX"] if archs else []
+
+
+def _candidates(
+    torch_cuda: str, environ: Mapping[str, str], site_packages: Iterable[str | Path]
+) -> Iterator[tuple[str, Path]]:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if environ.get(name):
+            yield name, Path(environ[name])
+    nvcc = shutil.which("nvcc", path=environ.get("PATH", ""))
+    if nvcc:
+        yield "PATH", _home_of(Path(nvcc))
+    for folder in dict.fromkeys([*map(str, site_packages), sysconfig.get_path("purelib")]):
+        home = Path(folder, "nvidia", f"cu{torch_cuda.split('.')[0]}")
+        if (home / "bin" / "nvcc").exists():
+            yield "pip", home
+
+
+def _home_of(nvcc: Path) -> Path:
+    """Ask nvcc itself: it may be a wrapper script that lies far from its toolkit."""
+    top = re.search(r"^#\$ TOP=(.+)$", _run(nvcc, "--dryrun", "-x", "cu", os.devnull) or "", re.M)
+    return Path(top.group(1).strip()).resolve() if top else nvcc.resolve().parent.parent
+
+
+def _nvcc_version(home: Path) -> str | None:
+    found = re.search(r"release (\d+\.\d+)", _run(home / "bin" / "nvcc", "--version") or "")
+    return found.group(1) if found else None
+
+
+def _has_runtime_header(home: Path) -> bool:
+    folders = [home / "include", *home.glob("targets/*/include")]
+    return any((folder / "cuda_runtime.h").exists() for folder in folders)
+
+
+def _run(*command: str | Path) -> str | None:
+    """What the command prints, on either stream; None where it cannot run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout + done.stderr if done.returncode == 0 else None

@@ -1,0 +1,197 @@
+// The primitives of kernels.h, written once on vectors; included once per instruction set.
+//
+// A row is swept in whole vectors. What is left over is taken by one vector that ends where the row
+// ends and overlaps its neighbour: sums mask the lanes counted before, stores write them again.
+
+#include "simd.inl"
+
+constexpr int64_t kChunk = 16;  // vectors added in one register before they are folded into a total
+
+template <class T>
+struct Tail {
+  using A = accumulate_t<T>;
+  static constexpr int64_t lanes = Vector<A>::lanes;
+  int64_t full, n, begin;  // elements in whole vectors, left over, and where the last vector begins
+  ivec<A> fresh;           // all ones in the lanes that no whole vector covers
+
+  explicit DA_INLINE Tail(int64_t cols)
+      : full(cols / lanes * lanes), n(cols - full), begin(full ? cols - lanes : 0), fresh{} {
+    for (int64_t i = 0; i < lanes; i++) fresh[i] = begin + i >= full ? -1 : 0;
+  }
+  DA_INLINE vec<A> read(const T* row) const { return full ? load(row + begin) : load_part(row, n); }
+  DA_INLINE vec<A> read_fresh(const T* row) const {
+    return bits<vec<A>>(bits<ivec<A>>(read(row)) & fresh);
+  }
+  DA_INLINE void write(T* row, vec<A> v) const {
+    full ? store(row + begin, v) : store_part(row, v, n);
+  }
+};
+
+template <bool kProduct, bool kRows, bool kCols, int kBlock, class T, class A = accumulate_t<T>>
+DA_INLINE void reduce_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t cols, const A* u,
+                           const A* v, A* row_sums, A* col_sums) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  vec<A> total[kBlock] = {}, sum[kBlock] = {};
+  // The next block's rows are fetched while these are summed: many short rows are more streams than
+  // the hardware follows.
+  const auto add = [&](int64_t q, auto read) DA_LAMBDA_INLINE {
+    vec<A> columns[2] = {};
+    for (int b = 0; b < kBlock; b++) {
+      __builtin_prefetch(x + (b + kBlock) * cols + q);
+      if constexpr (kProduct) __builtin_prefetch(dy + (b + kBlock) * cols + q);
+      vec<A> t = read(x + b * cols);
+      if constexpr (kProduct) t *= read(dy + b * cols);
+      if constexpr (kRows) sum[b] += t * load(v + q);
+      if constexpr (kCols) columns[b % 2] += t * u[b];
+    }
+    if constexpr (kCols) store(col_sums + q, load(col_sums + q) + (columns[0] + columns[1]));
+  };
+  for (int64_t begin = 0; begin < tail.full;) {
+    const int64_t end = begin + kChunk * lanes < tail.full ? begin + kChunk * lanes : tail.full;
+    for (; begin < end; begin += lanes)
+      add(begin, [&](const T* row) DA_LAMBDA_INLINE { return load(row + begin); });
+    for (int b = 0; kRows && b < kBlock; b++) total[b] += sum[b], sum[b] = vec<A>{};
+  }
+  if (tail.n) add(tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); });
+  for (int b = 0; kRows && b < kBlock; b++) row_sums[b] = sum_lanes<A>(total[b] + sum[b]);
+}
+
+template <bool kProduct, bool kRows, bool kCols, class T, class A = accumulate_t<T>>
+void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, const A* v,
+                 A* row_sums, A* col_sums) {
+  constexpr int kBlock = kRows ? 4 : 8;
+  const Tail<T> tail(cols);
+  int64_t r = 0;
+  const auto block = [&](auto size) DA_LAMBDA_INLINE {
+    constexpr int kSize = decltype(size)::value;
+    for (; r + kSize <= rows; r += kSize)
+      reduce_rows<kProduct, kRows, kCols, kSize>(x + r * cols, kProduct ? dy + r * cols : nullptr,
+                                                 tail, cols, kCols ? u + r : nullptr, v,
+                                                 kRows ? row_sums + r : nullptr, col_sums);
+  };
+  if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
+  block(std::integral_constant<int, kBlock>());
+  block(std::integral_constant<int, 1>());
+}
+
+template <class T, class A = accumulate_t<T>>
+void reduce(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, const A* v,
+            A* row_sums, A* col_sums) {
+  if (dy && row_sums && col_sums)
+    reduce_slab<true, true, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
+  else if (dy && row_sums)
+    reduce_slab<true, true, false>(x, dy, rows, cols, u, v, row_sums, col_sums);
+  else if (dy)
+    reduce_slab<true, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
+  else if (row_sums && col_sums)
+    reduce_slab<false, true, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
+  else if (row_sums)
+    reduce_slab<false, true, false>(x, dy, rows, cols, u, v, row_sums, col_sums);
+  else
+    reduce_slab<false, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
+}
+
+// out = f(row, column, in) for every element; `f(r)` gives the row's function of (q, value).
+template <class T, class F>
+DA_INLINE void map_rows(const T* in, T* out, int64_t rows, int64_t cols, bool streaming, F f) {
+  constexpr int64_t lanes = Vector<accumulate_t<T>>::lanes;
+  const Tail<T> tail(cols);
+  streaming = streaming && !tail.n && reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
+  for (int64_t r = 0; r < rows; r++, in += cols, out += cols) {
+    const auto row = f(r);
+    if (streaming) {
+      for (int64_t q = 0; q < tail.full; q += lanes) stream(out + q, row(q, load(in + q)));
+    } else {
+      for (int64_t q = 0; q < tail.full; q += lanes) store(out + q, row(q, load(in + q)));
+      if (tail.n) tail.write(out, row(tail.begin, tail.read(in)));
+    }
+  }
+}
+
+template <class T, class A = accumulate_t<T>>
+void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* u, const A* v, bool streaming) {
+  map_rows(x, y, rows, cols, streaming, [=](int64_t r) DA_LAMBDA_INLINE {
+    return [=, ur = u[r]](int64_t q, vec<A> t) DA_LAMBDA_INLINE { return t * load(v + q) * ur; };
+  });
+}
+
+template <class T, class A = accumulate_t<T>>
+void combine(const T* dy, T* dx, int64_t rows, int64_t cols, const A* u, const A* v, const A* a,
+             const A* f, const A* e, const A* b, bool streaming) {
+  map_rows(dy, dx, rows, cols, streaming, [=](int64_t r) DA_LAMBDA_INLINE {
+    return [=, ur = u[r], ar = a[r], er = e[r]](int64_t q, vec<A> t) DA_LAMBDA_INLINE {
+      return t * (load(v + q) * ur) + (load(f + q) * ar + load(b + q) * er);
+    };
+  });
+}
+
+// Nine taps, `dilation` pixels apart, around an element of a bordered plane.
+template <class A, class F>
+DA_INLINE void for_taps(const A* centre, int64_t stride, int64_t dilation, F f) {
+  for (int64_t i = -1; i <= 1; i++)
+    for (int64_t j = -1; j <= 1; j++)
+      f(3 * (i + 1) + (j + 1), centre + dilation * (i * stride + j));
+}
+
+template <class A>
+void stencil(const A* plane, int64_t w, int64_t begin, int64_t end, const Stencil<A>& taps,
+             A* out) {
+  const int64_t stride = plane_stride(w);
+  const Tail<A> tail(w);
+  const auto at = [&](const A* centre) DA_LAMBDA_INLINE {
+    vec<A> near = splat(taps.bias), far = {};
+    for_taps(centre, stride, 1,
+             [&](int t, const A* p) DA_LAMBDA_INLINE { near += load(p) * taps.near[t]; });
+    for_taps(centre, stride, kReach,
+             [&](int t, const A* p) DA_LAMBDA_INLINE { far += load(p) * taps.far[t]; });
+    return near + far;
+  };
+  for (int64_t i = begin; i < end; i++) {
+    const A* row = plane + (i + kReach) * stride + kReach;
+    for (int64_t j = 0; j < tail.full; j += Vector<A>::lanes) store(out + i * w + j, at(row + j));
+    if (tail.n) tail.write(out + i * w, at(row + tail.begin));
+  }
+}
+
+DA_INLINE vec<float> sigmoid_of(vec<float> z) { return 1.f / (1.f + exponential(-z)); }
+DA_INLINE vec<double> sigmoid_of(vec<double> z) {
+  for (int64_t i = 0; i < Vector<double>::lanes; i++) z[i] = 1. / (1. + exp(-z[i]));
+  return z;
+}
+
+template <class A>
+void sigmoid(A* values, int64_t n) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store(values + i, sigmoid_of(load(values + i)));
+  if (i < n) store_part(values + i, sigmoid_of(load_part(values + i, n - i)), n - i);
+}
+
+template <class A>
+void tap_sums(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, A* sums) {
+  const int64_t stride = plane_stride(w);
+  vec<A> total[kSpatialSums] = {};
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t row = (i + kReach) * stride + kReach;
+    for (int half = 0; half < 2; half++) {  // nine sums at a time: they fit the registers
+      vec<A> sum[kTaps] = {}, all = {};
+      for (int64_t j = 0; j < w; j += Vector<A>::lanes) {
+        const vec<A> d = load(dz + row + j);
+        for_taps(m + row + j, stride, half ? kReach : 1,
+                 [&](int t, const A* p) DA_LAMBDA_INLINE { sum[t] += d * load(p); });
+        all += d;
+      }
+      for (int t = 0; t < kTaps; t++) total[half * kTaps + t] += sum[t];
+      if (half) total[2 * kTaps] += all;
+    }
+  }
+  for (int t = 0; t < kSpatialSums; t++) sums[t] = sum_lanes<A>(total[t]);
+}
+
+template <class T>
+const Kernels<T>* table() {
+  using A = accumulate_t<T>;
+  static const Kernels<T> kernels = {reduce<T>,  scale<T>,   combine<T>,
+                                     stencil<A>, sigmoid<A>, tap_sums<A>};
+  return &kernels;
+}

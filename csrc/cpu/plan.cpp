@@ -1,0 +1,116 @@
+#include "plan.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace da::cpu {
+namespace {
+
+constexpr int64_t kSerialElements = 32768;  // below this a second thread costs more than it brings
+constexpr int64_t kSlabs = 16;              // aimed at per image, for threads to share
+constexpr int64_t kBlockRows = 8;           // what the kernels sum in registers
+constexpr int64_t kMaxSlabRows = 64;
+
+Isa widest() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return Isa::avx2;
+#endif
+  return Isa::generic;
+}
+
+int64_t last_level_cache_bytes() {
+  // A virtual machine's sysconf may tell the whole host's cache; sysfs tells what one core sees.
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    long kib = 0;
+    const bool read = std::fscanf(file, "%ldK", &kib) == 1;
+    std::fclose(file);
+    if (read) return kib * 1024;
+  }
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  return std::max({sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE), 0L});
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+const char* name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "generic";
+}
+
+Isa instruction_set() {
+  static const Isa chosen = [] {
+    const char* wish = std::getenv("DA_OPS_CPU_ISA");
+    for (Isa isa : {Isa::generic, Isa::avx2})
+      if (wish && isa < widest() && !std::strcmp(wish, name(isa))) return isa;
+    return widest();
+  }();
+  return chosen;
+}
+
+Machine this_machine(int64_t threads) {
+  static const int64_t cache_bytes = last_level_cache_bytes();
+  return {threads, cache_bytes};
+}
+
+Plan plan(const Problem& problem, const Machine& machine) {
+  Plan p{};
+  p.threads = problem.elements() < kSerialElements ? 1 : std::max<int64_t>(machine.threads, 1);
+
+  // One image a thread keeps each image in that thread's cache. A last round that would leave most
+  // threads idle is shared out instead.
+  const int64_t last = problem.n % p.threads;
+  p.whole_images = 2 * last >= p.threads ? problem.n : problem.n - last;
+  if (problem.n < p.threads) p.whole_images = 0;
+
+  const int64_t blocks = (problem.rows() + kSlabs * kBlockRows - 1) / (kSlabs * kBlockRows);
+  p.slab_rows = std::min(blocks * kBlockRows, kMaxSlabRows);
+  p.slabs = (problem.rows() + p.slab_rows - 1) / p.slab_rows;
+
+  p.stream = machine.cache_bytes > 0 && problem.bytes() > machine.cache_bytes / 2;
+  return p;
+}
+
+std::vector<Pass> forward_passes(Order order) {
+  switch (order) {
+    case Order::spatial_channel:
+      return {{"channel mean", 1, 0}, {"pooling", 1, 0}, {"scale", 1, 1}};
+    case Order::channel_spatial:
+      return {{"pooling", 1, 0}, {"channel mean", 1, 0}, {"scale", 1, 1}};
+    case Order::parallel:
+      return {{"channel mean and pooling", 1, 0}, {"scale", 1, 1}};
+    case Order::spatial:
+      return {{"channel mean", 1, 0}, {"scale", 1, 1}};
+    case Order::channel:
+      return {{"pooling", 1, 0}, {"scale", 1, 1}};
+  }
+  return {};
+}
+
+std::vector<Pass> backward_passes(Order order) {
+  std::vector<Pass> passes = {{"mask gradients", 2, 0}};
+  if (order == Order::spatial_channel) passes.push_back({"through the pooling", 1, 0});
+  if (order == Order::channel_spatial) passes.push_back({"through the channel mean", 1, 0});
+  passes.push_back({"combine", 1, 1});
+  return passes;
+}
+
+bool cached(const Problem& problem, const Machine& machine, bool backward) {
+  const Plan p = plan(problem, machine);
+  const int64_t image = problem.bytes() / std::max<int64_t>(problem.n, 1);
+  const int64_t in_flight = p.whole_images ? p.threads : 1;
+  return in_flight * image * (backward ? 2 : 1) <= machine.cache_bytes;
+}
+
+}  // namespace da::cpu

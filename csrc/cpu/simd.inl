@@ -1,0 +1,173 @@
+// One vector of accumulation elements, and its conversions from and to storage. Included once per
+// instruction set, inside that set's namespace, so that no two sets share a symbol.
+
+#define DA_INLINE inline __attribute__((always_inline))
+#define DA_LAMBDA_INLINE __attribute__((always_inline))
+
+template <class A>
+struct Vector {
+  typedef A type __attribute__((vector_size(DA_VECTOR_BYTES)));
+  static constexpr int64_t lanes = DA_VECTOR_BYTES / sizeof(A);
+};
+template <class A>
+using vec = typename Vector<A>::type;
+
+template <class A>
+struct Integer {
+  using type = int32_t;
+};
+template <>
+struct Integer<double> {
+  using type = int64_t;
+};
+template <class A>
+using ivec = vec<typename Integer<A>::type>;
+
+typedef uint16_t u16vec __attribute__((vector_size(DA_VECTOR_BYTES / 2)));
+typedef uint32_t u32vec __attribute__((vector_size(DA_VECTOR_BYTES)));
+constexpr int64_t kFloats = Vector<float>::lanes;
+
+template <class To, class From>
+DA_INLINE To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "only the type changes");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V, class T>
+DA_INLINE V load_raw(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+DA_INLINE vec<A> splat(A value) {
+  return vec<A>{} + value;
+}
+
+DA_INLINE vec<float> load(const float* p) { return load_raw<vec<float>>(p); }
+DA_INLINE vec<double> load(const double* p) { return load_raw<vec<double>>(p); }
+DA_INLINE void store(float* p, vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+DA_INLINE void store(double* p, vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// bfloat16 is the upper half of a float; rounding is to nearest even, and a NaN stays one.
+DA_INLINE vec<float> load(const bfloat16* p) {
+  return bits<vec<float>>(__builtin_convertvector(load_raw<u16vec>(p), u32vec) << 16);
+}
+DA_INLINE void store(bfloat16* p, vec<float> v) {
+  const u32vec b = bits<u32vec>(v);
+  const u32vec rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  const u32vec nan = (b >> 16) | 0x40;
+  const u16vec narrow =
+      __builtin_convertvector((b & 0x7fffffff) > 0x7f800000 ? nan : rounded, u16vec);
+  __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+
+#if DA_VECTOR_BYTES == 64
+DA_INLINE vec<float> load(const float16* p) {
+  return (vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+DA_INLINE void store(float16* p, vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif DA_VECTOR_BYTES == 32
+DA_INLINE vec<float> load(const float16* p) {
+  return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+DA_INLINE void store(float16* p, vec<float> v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Without conversion instructions: rebias the exponent; a subnormal is its mantissa times 2^-24,
+// and adding one half to a small float leaves exactly its multiple of 2^-24 in the low bits.
+DA_INLINE vec<float> load(const float16* p) {
+  const u32vec h = __builtin_convertvector(load_raw<u16vec>(p), u32vec);
+  const u32vec magnitude = h & 0x7fff;
+  const u32vec normal = (magnitude << 13) + (112u << 23);
+  const u32vec special = (magnitude << 13) | 0x7f800000;
+  const vec<float> tiny = __builtin_convertvector(magnitude, vec<float>) * 0x1p-24f;
+  u32vec r = magnitude < 0x0400 ? bits<u32vec>(tiny) : normal;
+  r = magnitude >= 0x7c00 ? special : r;
+  return bits<vec<float>>(r | (h & 0x8000) << 16);
+}
+DA_INLINE void store(float16* p, vec<float> v) {
+  const u32vec b = bits<u32vec>(v), magnitude = b & 0x7fffffff;
+  const u32vec normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const u32vec tiny = bits<u32vec>(bits<vec<float>>(magnitude) + 0.5f) - 0x3f000000;
+  u32vec r = magnitude < 0x38800000 ? tiny : normal;
+  r = magnitude >= 0x47800000 ? (u32vec{} + 0x7c00) : r;
+  r = magnitude > 0x7f800000 ? (u32vec{} + 0x7e00) : r;
+  const u16vec narrow = __builtin_convertvector(r | (b & 0x80000000) >> 16, u16vec);
+  __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+#endif
+
+// Past the caches, for a whole aligned vector that nobody reads soon.
+template <class T>
+DA_INLINE void stream(T* p, vec<accumulate_t<T>> v) {
+#if DA_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 2) {
+    T t[kFloats];
+    store(t, v);
+    _mm256_stream_si256((__m256i*)p, load_raw<__m256i>(t));
+  } else {
+    _mm512_stream_si512((__m512i*)p, bits<__m512i>(v));
+  }
+#elif DA_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 2) {
+    T t[kFloats];
+    store(t, v);
+    _mm_stream_si128((__m128i*)p, load_raw<__m128i>(t));
+  } else {
+    _mm256_stream_si256((__m256i*)p, bits<__m256i>(v));
+  }
+#else
+  store(p, v);
+#endif
+}
+
+// The first n < lanes elements, zeros after them.
+template <class T>
+DA_INLINE vec<accumulate_t<T>> load_part(const T* p, int64_t n) {
+  T t[Vector<accumulate_t<T>>::lanes] = {};
+  for (int64_t i = 0; i < n; i++) t[i] = p[i];
+  return load(t);
+}
+template <class T>
+DA_INLINE void store_part(T* p, vec<accumulate_t<T>> v, int64_t n) {
+  T t[Vector<accumulate_t<T>>::lanes];
+  store(t, v);
+  for (int64_t i = 0; i < n; i++) p[i] = t[i];
+}
+
+// The sum of all lanes, halves first: a fixed tree.
+template <class A>
+DA_INLINE A sum_lanes(vec<A> v) {
+  A t[Vector<A>::lanes];
+  store(t, v);
+  for (int64_t half = Vector<A>::lanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; i++) t[i] += t[i + half];
+  return t[0];
+}
+
+// exp(x) = 2^n exp(r), |r| <= ln(2)/2, with a Taylor polynomial for exp(r): its remainder is below
+// 2^-27 of the value. Clamped where float has no reciprocal; a NaN passes through.
+DA_INLINE vec<float> exponential(vec<float> x) {
+  x = x > 88.f ? splat(88.f) : x;
+  x = x < -88.f ? splat(-88.f) : x;
+  const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vec<float> n = (x * 1.44269504088896341f + shift) - shift;
+  // ln 2 in two parts, the first exact in few bits so that n * ln2_high is exact
+  const vec<float> r = (x - n * 0.693359375f) - n * -2.12194440054690583e-4f;
+  vec<float> p = splat(1.f / 5040);
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.f;
+  const ivec<float> exponent = __builtin_convertvector(n, ivec<float>) + 127;
+  return p * bits<vec<float>>(exponent << 23);
+}

@@ -1,0 +1,16 @@
+// The operators' schema, one operator a direction; backends register their kernels elsewhere.
+// Absent parameters, and results that an order or gate does not have, are None and empty tensors.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(da_ops, m) {
+  m.def(
+      "forward(Tensor x, Tensor? conv_weight, Tensor? dilated_weight, Tensor? merge_weight, "
+      "Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, str order, str gate) "
+      "-> (Tensor y, Tensor channel_mean, Tensor pooled)");
+  m.def(
+      "backward(Tensor dy, Tensor x, Tensor? conv_weight, Tensor? dilated_weight, "
+      "Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, "
+      "Tensor channel_mean, Tensor pooled, str order, str gate) "
+      "-> (Tensor dx, Tensor d_conv_weight, Tensor d_dilated_weight, Tensor d_merge_weight, "
+      "Tensor d_spatial_bias, Tensor d_gate_weight, Tensor d_gate_bias)");
+}

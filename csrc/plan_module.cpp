@@ -1,0 +1,55 @@
+// da_ops._plan: the planners, for Python. Plain data in and out.
+#include <pybind11/pybind11.h>
+
+#include "cpu/plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+da::Problem problem(const py::tuple& shape, bool channels_last, const std::string& dtype,
+                    const std::string& order) {
+  da::Problem p;
+  p.n = shape[0].cast<int64_t>(), p.c = shape[1].cast<int64_t>();
+  p.h = shape[2].cast<int64_t>(), p.w = shape[3].cast<int64_t>();
+  p.channels_last = channels_last;
+  if (!da::parse(dtype, p.dtype)) throw py::value_error("unknown dtype " + dtype);
+  if (!da::parse(order, p.order)) throw py::value_error("unknown order " + order);
+  return p;
+}
+
+py::list passes(const std::vector<da::cpu::Pass>& passes) {
+  py::list list;
+  for (const auto& pass : passes)
+    list.append(py::dict(py::arg("name") = pass.name, py::arg("reads") = pass.reads,
+                         py::arg("writes") = pass.writes));
+  return list;
+}
+
+py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtype,
+             const std::string& order, int64_t threads) {
+  const da::Problem p = problem(shape, channels_last, dtype, order);
+  const da::cpu::Machine machine = da::cpu::this_machine(threads);
+  const da::cpu::Plan plan = da::cpu::plan(p, machine);
+  py::dict d;
+  d["instruction_set"] = da::cpu::name(da::cpu::instruction_set());
+  d["threads"] = plan.threads;
+  d["whole_images"] = plan.whole_images;
+  d["slab_rows"] = plan.slab_rows;
+  d["slabs"] = plan.slabs;
+  d["stream"] = plan.stream;
+  d["forward"] = passes(da::cpu::forward_passes(p.order));
+  d["backward"] = passes(da::cpu::backward_passes(p.order));
+  d["forward_cached"] = da::cpu::cached(p, machine, false);
+  d["backward_cached"] = da::cpu::cached(p, machine, true);
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_plan, m) {
+  m.doc() = "Which kernels run for which problem; see da_ops.explain.";
+  m.def("cpu", &cpu, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"), py::arg("order"),
+        py::arg("threads"),
+        "How the CPU backend splits a problem: threads, slabs, and its passes over x.");
+}

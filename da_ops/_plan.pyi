@@ -1,0 +1,5 @@
+from typing import Any
+
+def cpu(
+    shape: tuple[int, ...], channels_last: bool, dtype: str, order: str, threads: int
+) -> dict[str, Any]: ...

@@ -1,0 +1,92 @@
+"""Who computes: every backend, why one is not usable here, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from . import cpu, eager
+from .base import Backend
+
+logger = logging.getLogger("da_ops")
+
+NAMES = ("cuda", "triton", "cpu", "eager")  # the best first
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, eager.BACKEND)}
+
+_chosen: dict[str, str] = {}  # by device type, for "auto"
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, the best first: None if it is usable here, else the reason it is not.
+
+    >>> import da_ops
+    >>> da_ops.backends()["eager"] is None
+    True
+    """
+    return {name: _reason(name) for name in NAMES}
+
+
+def unserved(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot serve tensors on ``device_type``; None if it can."""
+    reason = _reason(name)
+    if reason is None and not BACKENDS[name].serves(device_type):
+        reason = f"it does not serve tensors on {device_type!r}"
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def select(backend: str, device_type: str) -> str:
+    """The name of the backend that computes for tensors on ``device_type``.
+
+    ``"auto"`` takes the best usable one, or what the environment variable DA_OPS_BACKEND says, and
+    logs its choice once for each device type.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: ``backend`` is not usable here, or not for this device.
+    """
+    if backend == "auto":
+        if device_type not in _chosen:
+            _chosen[device_type] = _choose(device_type)
+        return _chosen[device_type]
+    if backend not in NAMES:
+        raise ValueError(
+            f"da_attention: backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; "
+            f"got {backend!r}"
+        )
+    reason = unserved(backend, device_type)
+    if reason is not None:
+        raise RuntimeError(
+            f"da_attention: backend {backend!r} cannot serve: {reason}; "
+            "use backend='auto' for the best that can"
+        )
+    return backend
+
+
+def _choose(device_type: str) -> str:
+    wish = os.environ.get("DA_OPS_BACKEND", "auto")
+    if wish != "auto":
+        logger.info("da_ops: backend %r for %s tensors, by DA_OPS_BACKEND", wish, device_type)
+        return select(wish, device_type)
+    passed: list[str] = []
+    for name in NAMES:
+        reason = unserved(name, device_type)
+        if reason is None:
+            logger.info(
+                "da_ops: backend %r for %s tensors%s",
+                name,
+                device_type,
+                f" ({'; '.join(passed)})" if passed else "",
+            )
+            return name
+        passed.append(f"not {name!r}: {reason}")
+    raise AssertionError("the eager backend serves everything")
+
+
+def _reason(name: str) -> str | None:
+    if name not in BACKENDS:
+        return "this version of da_ops does not have it"
+    return BACKENDS[name].reason

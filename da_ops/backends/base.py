@@ -1,0 +1,77 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a plan depends on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+    order: str
+    gate: str
+
+    @property
+    def bytes(self) -> int:
+        """Of x."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One sweep over full-size tensors; ``reads`` and ``writes`` are in units of x's size."""
+
+    name: str
+    reads: int
+    writes: int
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Forward or backward: its passes, and what of them reaches memory, in units of x's size."""
+
+    passes: tuple[Pass, ...]
+    moved: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a backend will run a call; ``details`` are its own facts."""
+
+    forward: Direction
+    backward: Direction
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the operator.
+
+    ``forward(x, conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias,
+    order, gate)`` returns ``(y, channel_mean, pooled)``, and ``backward(dy, x, the six parameters,
+    channel_mean, pooled, order, gate)`` the gradients of ``x`` and of the six parameters. Both get
+    checked arguments, ``x`` contiguous or channels_last and ``dy`` in the same layout.
+    ``plan(call)`` says what they will do.
+    """
+
+    name: str
+    device_types: tuple[str, ...] | None  # None: all
+    reason: str | None  # why it is not usable here; None if it is
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., Gradients]
+    plan: Callable[[Call], Plan]
+
+    def serves(self, device_type: str) -> bool:
+        return self.device_types is None or device_type in self.device_types

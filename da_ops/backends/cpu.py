@@ -1,0 +1,38 @@
+"""The fused C++ kernels of csrc/cpu."""
+
+from __future__ import annotations
+
+import torch
+
+from . import native
+from .base import Backend, Call, Direction, Pass, Plan
+
+
+def _plan(call: Call) -> Plan:
+    try:
+        from .._plan import cpu as plan
+    except ImportError as error:
+        reason = native.build_record().get("plan", {}).get("reason") or error
+        raise RuntimeError(
+            f"explain needs the compiled planner da_ops._plan, which does not load: {reason}; "
+            "reinstall da-ops with a C++ compiler and Python's headers"
+        ) from None
+
+    dtype = str(call.dtype).removeprefix("torch.")
+    details = plan(
+        call.shape, call.channels_last, dtype, call.order, torch.get_num_threads()
+    )
+
+    def direction(name: str, tensors: int) -> Direction:
+        passes = tuple(Pass(**p) for p in details.pop(name))
+        # A cached image is read from memory once for all passes.
+        again = 0 if details.pop(f"{name}_cached") else sum(p.reads for p in passes) - tensors
+        return Direction(passes, tensors + again + sum(p.writes for p in passes))
+
+    forward, backward = direction("forward", 1), direction("backward", 2)
+    return Plan(forward, backward, details)
+
+
+BACKEND = Backend(
+    "cpu", ("cpu",), native.load("_cpu.abi3.so"), native.forward, native.backward, _plan
+)

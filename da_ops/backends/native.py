@@ -1,0 +1,144 @@
+"""The compiled libraries: loading them, and what PyTorch must know of their operators.
+
+Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``; the dispatcher
+chooses among them by device. Shapes and FLOPs, which hold for all, are registered here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .base import Gradients
+
+_FOLDER = Path(__file__).resolve().parent.parent
+
+
+def build_record() -> dict[str, Any]:
+    """What the build made and what not and why, as setup.py wrote it; empty if it never ran."""
+    try:
+        return dict(json.loads((_FOLDER / "_build.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def load(library: str) -> str | None:
+    """Load a library beside this package; None, or the reason it is not usable."""
+    path = _FOLDER / library
+    if not path.exists():
+        part = build_record().get(library.strip("_").partition(".")[0])
+        if part is None:
+            return f"{library} was never built: install da-ops from source with a C++ compiler"
+        return f"{library} is missing: {part['reason'] or 'reinstall da-ops'}"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        return f"{library} does not load, reinstall da-ops to rebuild it: {first_line}"
+    _describe()
+    return None
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.da_ops.forward.default(*args)
+
+
+def backward(dy: Tensor, x: Tensor, *args: Any) -> Gradients:
+    gradients = torch.ops.da_ops.backward.default(dy, x, *args)
+    given = (x, *args[:6])
+    return tuple([None if p is None else g for g, p in zip(gradients, given, strict=True)])
+
+
+def _fake_forward(
+    x: Tensor,
+    conv_weight: Tensor | None,
+    dilated_weight: Tensor | None,
+    merge_weight: Tensor | None,
+    spatial_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    order: str,
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, h, w = x.shape
+    acc = reference.accumulation_dtype(x.dtype)
+    channel_mean = x.new_empty((0,) if order == "channel" else (n, h, w), dtype=acc)
+    pooled = x.new_empty((0,) if order == "spatial" else (n, c), dtype=acc)
+    return torch.empty_like(x), channel_mean, pooled
+
+
+def _fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    parameters = args[:6]
+    return (
+        torch.empty_like(x),
+        *(
+            x.new_empty(0) if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            for p in parameters
+        ),
+    )
+
+
+def _flops(
+    x: torch.Size, conv: torch.Size | None, gate_weight: torch.Size | None, gate: str
+) -> int:
+    """Forward FLOPs of the convolutions, as PyTorch counts them for the plain formula."""
+    n, c, h, w = x
+    spatial = 2 * (9 + 9 + 2) * n * h * w if conv is not None else 0
+    channel = 2 * gate_weight[0] * n * c if gate == "eca" and gate_weight is not None else 0
+    return spatial + channel
+
+
+def _flops_forward(
+    x: torch.Size,
+    conv_weight: torch.Size | None,
+    dilated_weight: Any,
+    merge_weight: Any,
+    spatial_bias: Any,
+    gate_weight: torch.Size | None,
+    gate_bias: Any,
+    order: str,
+    gate: str,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _flops(x, conv_weight, gate_weight, gate)
+
+
+def _flops_backward(
+    dy: torch.Size,
+    x: torch.Size,
+    conv_weight: torch.Size | None,
+    dilated_weight: Any,
+    merge_weight: Any,
+    spatial_bias: Any,
+    gate_weight: torch.Size | None,
+    gate_bias: Any,
+    channel_mean: Any,
+    pooled: Any,
+    order: str,
+    gate: str,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * _flops(x, conv_weight, gate_weight, gate)  # to the input and to the weight
+
+
+_described = False
+
+
+def _describe() -> None:
+    global _described
+    if _described:
+        return
+    _described = True
+    from torch.utils.flop_counter import register_flop_formula
+
+    torch.library.register_fake("da_ops::forward", _fake_forward)
+    torch.library.register_fake("da_ops::backward", _fake_backward)
+    register_flop_formula(torch.ops.da_ops.forward)(_flops_forward)
+    register_flop_formula(torch.ops.da_ops.backward)(_flops_backward)

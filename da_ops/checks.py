@@ -1,0 +1,127 @@
+"""What the operator takes. One place, asked before any kernel runs."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .reference import GATES, ORDERS
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
+_CONV, _MERGE, _ONE = (1, 1, 3, 3), (1, 2, 1, 1), (1,)
+
+
+def check_options(order: object, gate: object) -> None:
+    """Raise ValueError unless ``order`` and ``gate`` are known names."""
+    for name, value, options in (("order", order, ORDERS), ("gate", gate, GATES)):
+        if value not in options:
+            raise ValueError(
+                f"da_attention: {name} must be one of {', '.join(map(repr, options))}; "
+                f"got {value!r}"
+            )
+
+
+def check_arguments(
+    x: Tensor,
+    conv_weight: Tensor | None,
+    dilated_weight: Tensor | None,
+    merge_weight: Tensor | None,
+    spatial_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    order: str,
+    gate: str,
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the operator can take the call.
+
+    On every call's path: messages are made only when one is needed.
+    """
+    _check_x(x)
+    if order not in ORDERS or gate not in GATES:
+        check_options(order, gate)
+    spatial, channel = order != "channel", order != "spatial"
+    with_weight, with_bias = channel and gate != "sigmoid", channel and gate in ("affine", "scalar")
+    gate_shape: tuple[int, ...] = (x.shape[1],) if gate == "affine" else _ONE
+    if gate == "eca" and with_weight and isinstance(gate_weight, Tensor):
+        gate_shape = gate_weight.shape
+        if len(gate_shape) != 1 or gate_shape[0] % 2 == 0:
+            raise ValueError(
+                "da_attention: gate_weight of gate='eca' must have shape [k] with k odd, got "
+                f"{list(gate_shape)}"
+            )
+    dtype, device = x.dtype, x.device
+    shared = None  # the parameters' dtype
+    for name, p, shape, wanted in (
+        ("conv_weight", conv_weight, _CONV, spatial),
+        ("dilated_weight", dilated_weight, _CONV, spatial),
+        ("merge_weight", merge_weight, _MERGE, spatial),
+        ("spatial_bias", spatial_bias, _ONE, spatial and spatial_bias is not None),
+        ("gate_weight", gate_weight, gate_shape, with_weight),
+        ("gate_bias", gate_bias, gate_shape, with_bias),
+    ):
+        if p is None and not wanted:
+            continue
+        if not wanted:
+            _refuse_unused(name, order, gate)
+        if not isinstance(p, Tensor) or p.shape != shape or p.device != device:
+            _refuse(name, p, shape, x)
+        if p.dtype != dtype and not (dtype in _HALF and p.dtype == torch.float32):
+            or_float32 = " or float32" if dtype in _HALF else ""
+            raise TypeError(
+                f"da_attention: {name} must be {_name(dtype)} like x{or_float32}, "
+                f"got {_name(p.dtype)}"
+            )
+        if shared is not None and p.dtype != shared:
+            raise TypeError(
+                "da_attention: all parameters must share one dtype, got "
+                f"{_name(shared)} and, for {name}, {_name(p.dtype)}"
+            )
+        shared = p.dtype
+
+
+def _check_x(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"da_attention: x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            "da_attention: x must be float16, bfloat16, float32 or float64, got "
+            f"{_name(x.dtype)}; convert it with x.float()"
+        )
+    if x.layout is not torch.strided:
+        raise ValueError(
+            f"da_attention: x must be a strided tensor, got layout {x.layout}; use x.to_dense()"
+        )
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(
+            f"da_attention: x must have 4 dimensions [N, C, H, W], got {len(shape)}: {list(shape)}"
+        )
+    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"da_attention: C, H and W of x must be at least 1, got {list(shape)}")
+
+
+def _refuse_unused(name: str, order: str, gate: str) -> NoReturn:
+    gate_is_used = name.startswith("gate") and order != "spatial"
+    option = f"gate={gate!r}" if gate_is_used else f"order={order!r}"
+    raise ValueError(
+        f"da_attention: {option} does not take {name}, expected None and got one; leave it out"
+    )
+
+
+def _refuse(name: str, p: object, shape: tuple[int, ...], x: Tensor) -> NoReturn:
+    if not isinstance(p, Tensor):
+        got = "None" if p is None else type(p).__name__
+        raise TypeError(f"da_attention: {name} must be a torch.Tensor, got {got}")
+    if p.shape != shape:
+        raise ValueError(
+            f"da_attention: {name} must have shape {list(shape)} for x of shape {list(x.shape)}, "
+            f"got {list(p.shape)}"
+        )
+    raise ValueError(f"da_attention: {name} must be on x's device {x.device}, got {p.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

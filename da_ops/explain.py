@@ -1,0 +1,108 @@
+"""What a call will do: who computes it, in which passes, and how near that is to the floor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, NAMES, select, unserved
+from .backends.base import Call, Direction, Plan
+from .checks import check_options
+
+# Nothing can do with less: read x and write y; read dy and x and write dx.
+FLOOR = {"forward": 2, "backward": 3}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of :func:`explain`; ``str()`` for people, ``to_dict()`` for programs."""
+
+    call: Call
+    device: str
+    backend: str
+    passed_over: dict[str, str]
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, sizes in bytes."""
+        return {
+            "shape": list(self.call.shape),
+            "dtype": str(self.call.dtype).removeprefix("torch."),
+            "layout": "channels_last" if self.call.channels_last else "contiguous",
+            "order": self.call.order,
+            "gate": self.call.gate,
+            "device": self.device,
+            "backend": self.backend,
+            "passed_over": self.passed_over,
+            "forward": self._direction("forward", self.plan.forward),
+            "backward": self._direction("backward", self.plan.backward),
+            "details": self.plan.details,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def _direction(self, name: str, direction: Direction) -> dict[str, Any]:
+        floor = FLOOR[name] * self.call.bytes
+        moved = direction.moved * self.call.bytes
+        return {
+            "passes": [asdict(p) for p in direction.passes],
+            "bytes_moved": moved,
+            "floor_bytes": floor,
+            "percent_of_floor": 100 * FLOOR[name] / max(direction.moved, FLOOR[name]),
+        }
+
+    def __str__(self) -> str:
+        d = self.to_dict()
+        shape = "x".join(map(str, d["shape"]))
+        lines = [
+            f"x {shape} {d['dtype']} {d['layout']} on {d['device']}, {_mib(self.call.bytes)}; "
+            f"order {d['order']}, gate {d['gate']}",
+            f"backend {d['backend']}",
+            *(f"  not {name}: {reason}" for name, reason in d["passed_over"].items()),
+        ]
+        for name in FLOOR:
+            way = d[name]
+            lines.append(
+                f"{name}: {_mib(way['bytes_moved'])} moved, floor {_mib(way['floor_bytes'])} "
+                f"({way['percent_of_floor']:.0f}% of the floor's speed if memory-bound)"
+            )
+            lines += [
+                f"  {p['name']:24s} reads {p['reads']}, writes {p['writes']}" for p in way["passes"]
+            ]
+        if d["details"]:
+            lines.append("plan: " + ", ".join(f"{k} {v}" for k, v in d["details"].items()))
+        return "\n".join(lines)
+
+
+def explain(
+    x: Tensor, *, order: str = "spatial_channel", gate: str = "affine", backend: str = "auto"
+) -> Explanation:
+    """Which backend serves ``x`` and why no better one, its passes over memory, and the floor.
+
+    Args:
+        x: ``[N, C, H, W]``; only its shape, dtype, layout and device are looked at.
+        order, gate, backend: as for :func:`da_ops.da_attention`.
+
+    Nothing is computed. "Bytes moved" are bytes read from and written to memory: a pass over data
+    that is still in cache moves none.
+    """
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"da_attention: x must be a tensor [N, C, H, W], got {got}")
+    check_options(order, gate)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    call = Call(tuple(x.shape), x.dtype, channels_last, order, gate)
+    device = x.device.type
+    chosen = select(backend, device)
+    better = NAMES[: NAMES.index(chosen)] if backend == "auto" else ()
+    passed_over = {name: unserved(name, device) or "not asked for" for name in better}
+    return Explanation(call, device, chosen, passed_over, BACKENDS[chosen].plan(call))
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB"

@@ -1,0 +1,123 @@
+"""The operator as an autograd function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from . import reference
+from .backends import BACKENDS, select
+from .checks import check_arguments
+from .layout import dense, like
+
+_in_functorch = torch._C._are_functorch_transforms_active
+
+
+class DAFunction(torch.autograd.Function):
+    """``DAFunction.apply(x, conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight,
+    gate_bias, order, gate, backend) -> y``, the operator with its hand-written backward.
+
+    Every argument is positional; shapes, dtypes and errors are those of
+    :func:`da_ops.da_attention`, which most callers want. Between forward and backward it keeps
+    ``x``, the parameters and two small maps (``[N, H, W]`` and ``[N, C]``).
+
+    With ``create_graph=True`` the gradient is computed by plain PyTorch operations
+    (:func:`da_ops.reference.da_attention_backward`), so that it can be differentiated again; under
+    ``torch.func`` transforms and forward-mode differentiation the whole operator is.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Tensor:
+        # torch.compile traces forward and backward below without coming through here.
+        if _in_functorch() or forward_ad._current_level >= 0:
+            return _plain(*args)
+        return super().apply(*args)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        conv_weight: Tensor | None,
+        dilated_weight: Tensor | None,
+        merge_weight: Tensor | None,
+        spatial_bias: Tensor | None,
+        gate_weight: Tensor | None,
+        gate_bias: Tensor | None,
+        order: str,
+        gate: str,
+        backend: str,
+    ) -> Tensor:
+        parameters = (
+            conv_weight,
+            dilated_weight,
+            merge_weight,
+            spatial_bias,
+            gate_weight,
+            gate_bias,
+        )
+        check_arguments(x, *parameters, order, gate)
+        chosen = select(backend, x.device.type)
+        y, channel_mean, pooled = BACKENDS[chosen].forward(dense(x), *parameters, order, gate)
+        ctx.options = order, gate, chosen
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *parameters, channel_mean, pooled)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 10
+        x, *parameters, channel_mean, pooled = ctx.saved_tensors
+        order, gate, backend = ctx.options
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            conv, dilated, merge, bias, weight, gate_bias = parameters
+            gradients = reference.da_attention_backward(
+                dy,
+                x,
+                conv,
+                dilated,
+                merge,
+                weight,
+                gate_bias,
+                spatial_bias=bias,
+                order=order,
+                gate=gate,
+            )
+        else:
+            x = dense(x)
+            gradients = BACKENDS[backend].backward(
+                like(dy, x), x, *parameters, channel_mean, pooled, order, gate
+            )
+        return (*gradients, None, None, None)
+
+
+def _plain(
+    x: Tensor,
+    conv_weight: Tensor | None,
+    dilated_weight: Tensor | None,
+    merge_weight: Tensor | None,
+    spatial_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    order: str,
+    gate: str,
+    backend: str,
+) -> Tensor:
+    """The operator as differentiable PyTorch operations, for what no kernel can serve."""
+    parameters = (conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias)
+    check_arguments(x, *parameters, order, gate)
+    select(backend, x.device.type)
+    return reference.da_attention(
+        x,
+        conv_weight,
+        dilated_weight,
+        merge_weight,
+        gate_weight,
+        gate_bias,
+        spatial_bias=spatial_bias,
+        order=order,
+        gate=gate,
+    )

@@ -1,0 +1,74 @@
+"""The operator as a function: the one way in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .function import DAFunction, _plain
+from .layout import dense
+
+
+def da_attention(
+    x: Tensor,
+    conv_weight: Tensor | None,
+    dilated_weight: Tensor | None,
+    merge_weight: Tensor | None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    spatial_bias: Tensor | None = None,
+    order: str = "spatial_channel",
+    gate: str = "affine",
+    backend: str = "auto",
+) -> Tensor:
+    """Spatial and channel attention over a feature map, fused where a fused backend serves.
+
+    Equivalent to :func:`da_ops.reference.da_attention`.
+
+    Args:
+        x: ``[N, C, H, W]``, float16, bfloat16, float32 or float64. Contiguous and channels_last
+            tensors are used as they are, any other strides cost one copy. ``N`` may be 0.
+        conv_weight: ``[1, 1, 3, 3]``, the 3x3 convolution over the channel mean.
+        dilated_weight: ``[1, 1, 3, 3]``, the same with dilation 3.
+        merge_weight: ``[1, 2, 1, 1]``, the 1x1 convolution that merges the two. These three must be
+            None for ``order="channel"``.
+        gate_weight: ``[C]`` for ``gate="affine"``, ``[1]`` for ``"scalar"``, ``[k]`` with odd ``k``
+            for ``"eca"``, None for ``"sigmoid"`` and for ``order="spatial"``.
+        gate_bias: as ``gate_weight`` for ``"affine"`` and ``"scalar"``, else None.
+        spatial_bias: ``[1]``, added before the spatial mask's sigmoid; optional.
+        order: ``"spatial_channel"`` (the paper's), ``"channel_spatial"``, ``"parallel"``,
+            ``"spatial"`` or ``"channel"``.
+        gate: ``"affine"``, ``"scalar"``, ``"eca"`` or ``"sigmoid"``.
+        backend: ``"auto"`` for the best that serves ``x``'s device, or ``"cuda"``, ``"triton"``,
+            ``"cpu"``, ``"eager"``; see :func:`da_ops.backends`.
+
+    Parameters are in ``x``'s dtype, or float32 with half-precision ``x``. Reductions accumulate in
+    float32 (float64 for float64).
+
+    Returns:
+        ``[N, C, H, W]`` in the dtype and memory layout of ``x``.
+
+    Raises:
+        TypeError: an argument is not a tensor, or of a dtype that does not go with ``x``.
+        ValueError: a shape, device, option, or an argument that the order or gate does not take.
+        RuntimeError: ``backend`` names one that cannot serve here; the message says why.
+    """
+    if isinstance(x, Tensor) and x.dim() == 4:
+        x = dense(x)  # here, so that backward finds the copy and makes none
+    args = (
+        x,
+        conv_weight,
+        dilated_weight,
+        merge_weight,
+        spatial_bias,
+        gate_weight,
+        gate_bias,
+        order,
+        gate,
+        backend,
+    )
+    exporting = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    if exporting or torch.jit.is_tracing():
+        return _plain(*args)
+    return DAFunction.apply(*args)

@@ -1,0 +1,252 @@
+"""The operator in plain PyTorch: the definition that every kernel is tested against.
+
+``formula`` is the operator itself, in whatever dtype its tensors have. ``da_attention`` is the same
+with the library's precision rule: half precision is computed in float32 and rounded once.
+``da_attention_backward`` writes the gradients out; being plain operations, they can be
+differentiated again.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ORDERS = ("spatial_channel", "channel_spatial", "parallel", "spatial", "channel")
+GATES = ("affine", "scalar", "eca", "sigmoid")
+
+Gradients = tuple[Tensor | None, ...]
+Weight = Any  # a Tensor, or None where the order or the gate has no such parameter
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """Mean over the channels, ``[N, C, H, W] -> [N, 1, H, W]``."""
+    return x.mean(1, keepdim=True)
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Global average pooling, ``[N, C, H, W] -> [N, C]``."""
+    return x.mean((2, 3))
+
+
+def spatial_mask(
+    mean: Tensor,
+    conv_weight: Tensor,
+    dilated_weight: Tensor,
+    merge_weight: Tensor,
+    spatial_bias: Weight = None,
+) -> Tensor:
+    """Two receptive fields over the channel mean, merged: ``[N, 1, H, W] -> [N, 1, H, W]``."""
+    near = F.conv2d(mean, conv_weight, padding=1)
+    far = F.conv2d(mean, dilated_weight, padding=3, dilation=3)
+    return torch.sigmoid(F.conv2d(torch.cat([near, far], 1), merge_weight, spatial_bias))
+
+
+def channel_mask(
+    pooled: Tensor, gate: str, gate_weight: Weight = None, gate_bias: Weight = None
+) -> Tensor:
+    """The gate over the pooled channels, ``[N, C] -> [N, C]``."""
+    if gate == "eca":
+        half = gate_weight.numel() // 2
+        logit = F.conv1d(pooled[:, None], gate_weight.view(1, 1, -1), padding=half)[:, 0]
+    elif gate == "sigmoid":
+        logit = pooled
+    else:  # "affine" has a weight and a bias per channel, "scalar" one for all
+        logit = gate_weight * pooled + gate_bias
+    return torch.sigmoid(logit)
+
+
+def formula(
+    x: Tensor,
+    conv_weight: Weight,
+    dilated_weight: Weight,
+    merge_weight: Weight,
+    gate_weight: Weight = None,
+    gate_bias: Weight = None,
+    *,
+    spatial_bias: Weight = None,
+    order: str = "spatial_channel",
+    gate: str = "affine",
+) -> Tensor:
+    """The operator, computed in the dtype of its tensors, which must agree."""
+
+    def s(t: Tensor) -> Tensor:
+        return spatial_mask(
+            channel_mean(t), conv_weight, dilated_weight, merge_weight, spatial_bias
+        )
+
+    def c(t: Tensor) -> Tensor:
+        return channel_mask(pooled(t), gate, gate_weight, gate_bias)[:, :, None, None]
+
+    if order == "parallel":
+        return x * s(x) * c(x)
+    for half in order.split("_"):
+        x = x * (s(x) if half == "spatial" else c(x))
+    return x
+
+
+def da_attention(
+    x: Tensor,
+    conv_weight: Weight,
+    dilated_weight: Weight,
+    merge_weight: Weight,
+    gate_weight: Weight = None,
+    gate_bias: Weight = None,
+    *,
+    spatial_bias: Weight = None,
+    order: str = "spatial_channel",
+    gate: str = "affine",
+) -> Tensor:
+    """The operator with reductions in float32 (float64 for float64) and one rounding at the end.
+
+    Arguments, shapes and errors are those of :func:`da_ops.da_attention`, less ``backend``.
+    """
+    acc = accumulation_dtype(x.dtype)
+    parameters = (conv_weight, dilated_weight, merge_weight, gate_weight, gate_bias, spatial_bias)
+    *weights, bias = (None if p is None else p.to(acc) for p in parameters)
+    with _autocast_off(x):
+        y = formula(x.to(acc), *weights, spatial_bias=bias, order=order, gate=gate)
+    return y.to(x.dtype)
+
+
+def da_attention_backward(
+    dy: Tensor,
+    x: Tensor,
+    conv_weight: Weight,
+    dilated_weight: Weight,
+    merge_weight: Weight,
+    gate_weight: Weight = None,
+    gate_bias: Weight = None,
+    *,
+    spatial_bias: Weight = None,
+    order: str = "spatial_channel",
+    gate: str = "affine",
+) -> Gradients:
+    """The gradients, written out: ``dx`` and one per parameter, None where the parameter is None.
+
+    Returns ``(dx, d_conv_weight, d_dilated_weight, d_merge_weight, d_spatial_bias, d_gate_weight,
+    d_gate_bias)``, each in the dtype of what it is the gradient of.
+    """
+    given: tuple[Weight, ...] = (
+        x,
+        conv_weight,
+        dilated_weight,
+        merge_weight,
+        spatial_bias,
+        gate_weight,
+        gate_bias,
+    )
+    acc = accumulation_dtype(x.dtype)
+    with _autocast_off(x):
+        converted: list[Weight] = [None if t is None else t.to(acc) for t in given]
+        gradients = _backward(dy.to(acc), *converted, order=order, gate=gate)
+    return tuple(
+        None if g is None or t is None else g.reshape(t.shape).to(t.dtype)
+        for g, t in zip(gradients, given, strict=True)
+    )
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    conv_weight: Weight,
+    dilated_weight: Weight,
+    merge_weight: Weight,
+    spatial_bias: Weight,
+    gate_weight: Weight,
+    gate_bias: Weight,
+    *,
+    order: str,
+    gate: str,
+) -> Gradients:
+    channels, height, width = x.shape[1:]
+    pixels = height * width
+    has_spatial, has_channel = order != "channel", order != "spatial"
+
+    # What forward computed, in its order. `s` is [N, 1, H, W], `c` is [N, C, 1, 1].
+    s = c = torch.ones((), dtype=x.dtype, device=x.device)
+    m = g = x
+    if order == "channel_spatial" or order == "channel":
+        g = pooled(x)
+        c = channel_mask(g, gate, gate_weight, gate_bias)[:, :, None, None]
+    if has_spatial:
+        m = channel_mean(x * c)
+        s = spatial_mask(m, conv_weight, dilated_weight, merge_weight, spatial_bias)
+    if order == "spatial_channel" or order == "parallel":
+        g = pooled(x * s if order == "spatial_channel" else x)
+        c = channel_mask(g, gate, gate_weight, gate_bias)[:, :, None, None]
+
+    d_conv = d_dilated = d_merge = d_spatial_bias = d_gate_weight = d_gate_bias = None
+    dg = dm = torch.zeros((), dtype=x.dtype, device=x.device)
+
+    def through_spatial_mask(ds: Tensor) -> None:
+        nonlocal d_conv, d_dilated, d_merge, d_spatial_bias, dm
+        dz = ds * s * (1 - s)
+        near, far = _tap_sums(dz, m, 1), _tap_sums(dz, m, 3)
+        v = merge_weight.reshape(2)
+        d_conv, d_dilated = v[0] * near, v[1] * far
+        d_merge = torch.stack([(conv_weight * near).sum(), (dilated_weight * far).sum()])
+        d_spatial_bias = dz.sum()
+        dm = v[0] * F.conv_transpose2d(dz, conv_weight, padding=1)
+        dm = dm + v[1] * F.conv_transpose2d(dz, dilated_weight, padding=3, dilation=3)
+
+    def through_channel_mask(dc: Tensor) -> None:
+        nonlocal d_gate_weight, d_gate_bias, dg
+        mask = c[:, :, 0, 0]
+        dt = dc * mask * (1 - mask)
+        if gate == "sigmoid":
+            dg = dt
+        elif gate == "eca":
+            k = gate_weight.numel()
+            windows = F.pad(g, (k // 2, k // 2)).unfold(1, k, 1)
+            d_gate_weight = (dt[:, :, None] * windows).sum((0, 1))
+            dg = F.conv_transpose1d(dt[:, None], gate_weight.view(1, 1, -1), padding=k // 2)[:, 0]
+        else:
+            over = (0,) if gate == "affine" else (0, 1)
+            d_gate_weight, d_gate_bias = (dt * g).sum(over), dt.sum(over)
+            dg = gate_weight * dt
+        dg = dg[:, :, None, None]
+
+    if order == "channel_spatial":
+        through_spatial_mask((dy * x * c).sum(1, keepdim=True))
+        dy1 = dy * s + dm / channels  # the gradient of y1 = x * c
+        through_channel_mask((dy1 * x).sum((2, 3)))
+        dx = dy1 * c + dg / pixels
+    elif order == "spatial_channel":
+        through_channel_mask((dy * x * s).sum((2, 3)))
+        dy1 = dy * c + dg / pixels  # the gradient of y1 = x * s
+        through_spatial_mask((dy1 * x).sum(1, keepdim=True))
+        dx = dy1 * s + dm / channels
+    else:
+        if has_channel:
+            through_channel_mask((dy * x * s).sum((2, 3)))
+        if has_spatial:
+            through_spatial_mask((dy * x * c).sum(1, keepdim=True))
+        dx = dy * s * c + dg / pixels + dm / channels
+    return dx, d_conv, d_dilated, d_merge, d_spatial_bias, d_gate_weight, d_gate_bias
+
+
+def _tap_sums(dz: Tensor, m: Tensor, dilation: int) -> Tensor:
+    """``sum_p dz[p] m[p + t]`` for the nine taps of a 3x3 kernel, as ``[1, 1, 3, 3]``."""
+    height, width = m.shape[2:]
+    bordered = F.pad(m, (dilation,) * 4)
+    sums = [
+        (dz * bordered[:, :, i : i + height, j : j + width]).sum()
+        for i in range(0, 3 * dilation, dilation)
+        for j in range(0, 3 * dilation, dilation)
+    ]
+    return torch.stack(sums).view(1, 1, 3, 3)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which reductions over tensors of ``dtype`` are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
