@@ -54,7 +54,7 @@ def da_attention(
         ValueError: a shape, device, option, or an argument that the order or gate does not take.
         RuntimeError: ``backend`` names one that cannot serve here; the message says why.
     """
-    if isinstance(x, Tensor) and x.dim() == 4:
+    if isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided:
         x = dense(x)  # here, so that backward finds the copy and makes none
     args = (
         x,

@@ -1,6 +1,7 @@
 // x86-64 with AVX2, FMA and F16C.
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 

@@ -1,6 +1,7 @@
 // x86-64 with AVX-512 F, BW, DQ and VL.
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 

@@ -1,6 +1,7 @@
 // Any machine: 16-byte vectors, as the compiler maps them (SSE2, NEON).
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 

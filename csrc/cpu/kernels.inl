@@ -27,9 +27,39 @@ struct Tail {
   }
 };
 
-template <bool kProduct, bool kRows, bool kCols, int kBlock, class T, class A = accumulate_t<T>>
-DA_INLINE void reduce_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t cols, const A* u,
-                           const A* v, A* row_sums, A* col_sums) {
+// Row sums alone: one row after the other, so that memory is read in one stream.
+template <bool kProduct, int kBlock, class T, class A = accumulate_t<T>>
+DA_INLINE void sum_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t cols, const A* v,
+                        A* row_sums) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  vec<A> total[kBlock] = {};
+  for (int b = 0; b < kBlock; b++, x += cols, dy += kProduct ? cols : 0) {
+    const auto term = [&](int64_t q, auto read) DA_LAMBDA_INLINE {
+      vec<A> t = read(x);
+      if constexpr (kProduct) t *= read(dy);
+      return t * load(v + q);
+    };
+    const auto at = [&](int64_t q) DA_LAMBDA_INLINE {
+      return term(q, [=](const T* row) DA_LAMBDA_INLINE { return load(row + q); });
+    };
+    for (int64_t q = 0; q < tail.full;) {
+      const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
+      vec<A> even = {}, odd = {};
+      for (; q + lanes < end; q += 2 * lanes) even += at(q), odd += at(q + lanes);
+      if (q < end) even += at(q), q += lanes;
+      total[b] += even + odd;
+    }
+    if (tail.n)
+      total[b] +=
+          term(tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); });
+  }
+  sum_lanes<kBlock, A>(total, row_sums);
+}
+
+// Column sums, and row sums if asked for, of a few rows together.
+template <bool kProduct, bool kRows, int kBlock, class T, class A = accumulate_t<T>>
+DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t cols, const A* u,
+                         const A* v, A* row_sums, A* col_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {}, sum[kBlock] = {};
   // The next block's rows are fetched while these are summed: many short rows are more streams than
@@ -42,9 +72,9 @@ DA_INLINE void reduce_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t
       vec<A> t = read(x + b * cols);
       if constexpr (kProduct) t *= read(dy + b * cols);
       if constexpr (kRows) sum[b] += t * load(v + q);
-      if constexpr (kCols) columns[b % 2] += t * u[b];
+      columns[b % 2] += t * u[b];
     }
-    if constexpr (kCols) store(col_sums + q, load(col_sums + q) + (columns[0] + columns[1]));
+    store(col_sums + q, load(col_sums + q) + (columns[0] + columns[1]));
   };
   for (int64_t begin = 0; begin < tail.full;) {
     const int64_t end = begin + kChunk * lanes < tail.full ? begin + kChunk * lanes : tail.full;
@@ -53,7 +83,10 @@ DA_INLINE void reduce_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t
     for (int b = 0; kRows && b < kBlock; b++) total[b] += sum[b], sum[b] = vec<A>{};
   }
   if (tail.n) add(tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); });
-  for (int b = 0; kRows && b < kBlock; b++) row_sums[b] = sum_lanes<A>(total[b] + sum[b]);
+  if constexpr (kRows) {
+    for (int b = 0; b < kBlock; b++) total[b] += sum[b];
+    sum_lanes<kBlock, A>(total, row_sums);
+  }
 }
 
 template <bool kProduct, bool kRows, bool kCols, class T, class A = accumulate_t<T>>
@@ -64,13 +97,18 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u
   int64_t r = 0;
   const auto block = [&](auto size) DA_LAMBDA_INLINE {
     constexpr int kSize = decltype(size)::value;
-    for (; r + kSize <= rows; r += kSize)
-      reduce_rows<kProduct, kRows, kCols, kSize>(x + r * cols, kProduct ? dy + r * cols : nullptr,
-                                                 tail, cols, kCols ? u + r : nullptr, v,
-                                                 kRows ? row_sums + r : nullptr, col_sums);
+    for (; r + kSize <= rows; r += kSize) {
+      const T *xr = x + r * cols, *dyr = kProduct ? dy + r * cols : nullptr;
+      A* sums = kRows ? row_sums + r : nullptr;
+      if constexpr (kCols)
+        sum_block<kProduct, kRows, kSize>(xr, dyr, tail, cols, u + r, v, sums, col_sums);
+      else
+        sum_rows<kProduct, kSize>(xr, dyr, tail, cols, v, sums);
+    }
   };
   if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
-  block(std::integral_constant<int, kBlock>());
+  // Short rows of two tensors are read faster one after the other than side by side.
+  if (!(kProduct && kCols && cols <= 512)) block(std::integral_constant<int, kBlock>());
   block(std::integral_constant<int, 1>());
 }
 
@@ -91,26 +129,46 @@ void reduce(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, con
     reduce_slab<false, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
 }
 
-// out = f(row, column, in) for every element; `f(r)` gives the row's function of (q, value).
-template <class T, class F>
-DA_INLINE void map_rows(const T* in, T* out, int64_t rows, int64_t cols, bool streaming, F f) {
+// out = row(q, in) for a few rows at a time, which share what `row` reads of the columns.
+template <bool kStream, class T, class... Rows>
+DA_INLINE void map_block(const T* in, T* out, int64_t cols, const Tail<T>& tail, Rows... row) {
+  using V = vec<accumulate_t<T>>;
   constexpr int64_t lanes = Vector<accumulate_t<T>>::lanes;
-  const Tail<T> tail(cols);
-  streaming = streaming && !tail.n && reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
-  for (int64_t r = 0; r < rows; r++, in += cols, out += cols) {
-    const auto row = f(r);
-    if (streaming) {
-      for (int64_t q = 0; q < tail.full; q += lanes) stream(out + q, row(q, load(in + q)));
-    } else {
-      for (int64_t q = 0; q < tail.full; q += lanes) store(out + q, row(q, load(in + q)));
-      if (tail.n) tail.write(out, row(tail.begin, tail.read(in)));
+  for (int64_t q = 0; q < tail.full; q += lanes) {
+    int64_t b = 0, at = 0;
+    const V results[] = {row(q, load(in + b++ * cols + q))...};
+    for (const V& result : results) {
+      T* p = out + at++ * cols + q;
+      kStream ? stream(p, result) : store(p, result);
     }
   }
+  if (tail.n) {
+    int64_t b = 0, at = 0;
+    const V results[] = {row(tail.begin, tail.read(in + b++ * cols))...};
+    for (const V& result : results) tail.write(out + at++ * cols, result);
+  }
+}
+
+// `f(r)` gives row r's function of the column and the element. `blocks`: four rows at a time.
+template <class T, class F>
+DA_INLINE void map_rows(const T* in, T* out, int64_t rows, int64_t cols, bool streaming,
+                        bool blocks, F f) {
+  const Tail<T> tail(cols);
+  streaming = streaming && !tail.n && reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
+  const auto all = [&](auto stream) DA_LAMBDA_INLINE {
+    constexpr bool kStream = decltype(stream)::value;
+    int64_t r = 0;
+    for (; blocks && r + 4 <= rows; r += 4)
+      map_block<kStream>(in + r * cols, out + r * cols, cols, tail, f(r), f(r + 1), f(r + 2),
+                         f(r + 3));
+    for (; r < rows; r++) map_block<kStream>(in + r * cols, out + r * cols, cols, tail, f(r));
+  };
+  streaming ? all(std::true_type()) : all(std::false_type());
 }
 
 template <class T, class A = accumulate_t<T>>
 void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* u, const A* v, bool streaming) {
-  map_rows(x, y, rows, cols, streaming, [=](int64_t r) DA_LAMBDA_INLINE {
+  map_rows(x, y, rows, cols, streaming, false, [=](int64_t r) DA_LAMBDA_INLINE {
     return [=, ur = u[r]](int64_t q, vec<A> t) DA_LAMBDA_INLINE { return t * load(v + q) * ur; };
   });
 }
@@ -118,7 +176,9 @@ void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* u, const A* v,
 template <class T, class A = accumulate_t<T>>
 void combine(const T* dy, T* dx, int64_t rows, int64_t cols, const A* u, const A* v, const A* a,
              const A* f, const A* e, const A* b, bool streaming) {
-  map_rows(dy, dx, rows, cols, streaming, [=](int64_t r) DA_LAMBDA_INLINE {
+  // Three arrays over the columns crowd out the first-level cache where rows are long.
+  const bool blocks = 3 * cols * sizeof(A) > 12288;
+  map_rows(dy, dx, rows, cols, streaming, blocks, [=](int64_t r) DA_LAMBDA_INLINE {
     return [=, ur = u[r], ar = a[r], er = e[r]](int64_t q, vec<A> t) DA_LAMBDA_INLINE {
       return t * (load(v + q) * ur) + (load(f + q) * ar + load(b + q) * er);
     };
@@ -185,7 +245,7 @@ void tap_sums(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, A*
       if (half) total[2 * kTaps] += all;
     }
   }
-  for (int t = 0; t < kSpatialSums; t++) sums[t] = sum_lanes<A>(total[t]);
+  for (int t = 0; t < kSpatialSums; t++) sum_lanes<1, A>(total + t, sums + t);
 }
 
 template <class T>

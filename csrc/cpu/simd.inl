@@ -142,14 +142,33 @@ DA_INLINE void store_part(T* p, vec<accumulate_t<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = t[i];
 }
 
-// The sum of all lanes, halves first: a fixed tree.
+// Sums of neighbouring lanes, a's then b's. Folding again and again ends in sums of whole vectors.
+template <class V, int64_t... I>
+DA_INLINE V fold(V a, V b, std::integer_sequence<int64_t, I...>) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+  return __builtin_shuffle(a, b, ivec<decltype(a[0] + 0)>{(2 * I)...}) +
+         __builtin_shuffle(a, b, ivec<decltype(a[0] + 0)>{(2 * I + 1)...});
+#endif
+}
 template <class A>
-DA_INLINE A sum_lanes(vec<A> v) {
-  A t[Vector<A>::lanes];
-  store(t, v);
-  for (int64_t half = Vector<A>::lanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; i++) t[i] += t[i + half];
-  return t[0];
+DA_INLINE vec<A> fold(vec<A> a, vec<A> b) {
+  return fold(a, b, std::make_integer_sequence<int64_t, Vector<A>::lanes>());
+}
+
+// out[i] = the sum of all lanes of v[i], i < n, where n is 1 or 4: a fixed tree.
+template <int n, class A>
+DA_INLINE void sum_lanes(const vec<A>* v, A* out) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  if constexpr (n == 4 && lanes == 2) {
+    store(out, fold<A>(v[0], v[1]));
+    store(out + 2, fold<A>(v[2], v[3]));
+  } else {
+    vec<A> sums = n == 4 ? fold<A>(fold<A>(v[0], v[1]), fold<A>(v[2], v[3])) : v[0];
+    for (int64_t left = n == 4 ? lanes / 4 : lanes; left > 1; left /= 2) sums = fold<A>(sums, sums);
+    for (int i = 0; i < n; i++) out[i] = sums[i];
+  }
 }
 
 // exp(x) = 2^n exp(r), |r| <= ln(2)/2, with a Taylor polynomial for exp(r): its remainder is below

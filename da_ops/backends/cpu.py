@@ -19,9 +19,7 @@ def _plan(call: Call) -> Plan:
         ) from None
 
     dtype = str(call.dtype).removeprefix("torch.")
-    details = plan(
-        call.shape, call.channels_last, dtype, call.order, torch.get_num_threads()
-    )
+    details = plan(call.shape, call.channels_last, dtype, call.order, torch.get_num_threads())
 
     def direction(name: str, tensors: int) -> Direction:
         passes = tuple(Pass(**p) for p in details.pop(name))
