@@ -1,0 +1,6 @@
+"""Benchmarks of the fused layer against what PyTorch offers, on the user's own machine.
+
+`python -m benchmarks.op`        one layer: time, memory and correctness, over shapes and layouts
+`python -m benchmarks.network`   training steps of a ResNet-50 on photographs
+`python -m benchmarks.report`    tables, charts and the README block, from results files alone
+"""

@@ -1,0 +1,126 @@
+"""Which layers are measured: shapes, types, layouts, regimes, and the two presets."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from benchmarks.environment import BenchmarkError
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+REGIMES = ("warm", "cold")
+
+Shape = tuple[int, int, int, int]
+STAGES: tuple[Shape, ...] = (  # ResNet-50: the stem's map, then the four stages
+    (16, 64, 56, 56),
+    (16, 256, 56, 56),
+    (16, 512, 28, 28),
+    (16, 1024, 14, 14),
+    (16, 2048, 7, 7),
+)
+QUICK: tuple[Shape, ...] = (STAGES[0], STAGES[3])
+SSD: tuple[Shape, ...] = (  # SSD300 on a ResNet cut after layer3, and its first stage
+    (8, 256, 75, 75),
+    (8, 1024, 38, 38),
+    (8, 512, 19, 19),
+    (8, 512, 10, 10),
+    (8, 256, 5, 5),
+    (8, 256, 3, 3),
+    (8, 256, 1, 1),
+)
+SINGLE: tuple[Shape, ...] = ((1, 256, 56, 56), (1, 1024, 14, 14))
+OVERHEAD: Shape = (1, 8, 4, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and type, in every layout named; `role` says what it is measured for.
+
+    Roles: "stage" (those that targets are set for), "ssd", "single" (one image), "half",
+    "overhead" (so small that only Python and dispatch are left), "asked" (by --shapes).
+    """
+
+    shape: Shape
+    role: str
+    dtype: str = "float32"
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+    regimes: tuple[str, ...] = ("warm",)
+    threads: int | None = None  # None: as the process has it
+    compile: bool = True
+
+    def __str__(self) -> str:
+        suffix = f" {self.threads} thread(s)" if self.threads else ""
+        return f"{'x'.join(map(str, self.shape))} {self.dtype}{suffix}"
+
+
+def preset(name: str) -> list[Case]:
+    """The cases of "quick" (about a minute and a half) or "full" (everything)."""
+    if name == "quick":
+        return [
+            *(Case(shape, "stage") for shape in QUICK),
+            Case(OVERHEAD, "overhead", layouts=("contiguous",), compile=False),
+        ]
+    threads = {1, torch.get_num_threads()}
+    return [
+        *(Case(shape, "stage", regimes=REGIMES) for shape in STAGES),
+        *(Case(shape, "ssd") for shape in SSD),
+        *(Case(shape, "single", threads=n) for shape, n in product(SINGLE, sorted(threads))),
+        *(
+            Case(shape, "half", dtype=dtype)
+            for shape, dtype in product((STAGES[1], STAGES[3]), ("float16", "bfloat16"))
+        ),
+        Case(OVERHEAD, "overhead", layouts=("contiguous",)),
+    ]
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """ "16x64x56x56,1x8x4x4" as tuples (N, C, H, W)."""
+    shapes = []
+    for part in text.split(","):
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", part.strip()):
+            raise BenchmarkError(
+                f"--shapes: expected NxCxHxW with numbers from 1 on, such as 16x64x56x56,"
+                f" got {part!r}"
+            )
+        n, c, h, w = map(int, part.split("x"))
+        shapes.append((n, c, h, w))
+    return shapes
+
+
+def choose(option: str, text: str, known: list[str]) -> tuple[str, ...]:
+    """A comma-separated option as a tuple of known names."""
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in known:
+            raise BenchmarkError(f"{option}: expected some of {','.join(known)}, got {name!r}")
+    return names
+
+
+def from_options(options: argparse.Namespace) -> list[Case]:
+    """The preset's cases, cut down to, or replaced by, what the options ask for."""
+    layouts = choose("--layouts", options.layouts or ",".join(LAYOUTS), list(LAYOUTS))
+    dtypes = choose("--dtypes", options.dtypes, list(DTYPES)) if options.dtypes else None
+    regimes = choose("--regimes", options.regimes, list(REGIMES)) if options.regimes else None
+    if options.shapes:
+        return [
+            Case(shape, "asked", dtype, layouts, regimes or ("warm",))
+            for shape, dtype in product(parse_shapes(options.shapes), dtypes or ("float32",))
+        ]
+    cases = []
+    for case in preset(options.preset):
+        kept = tuple(layout for layout in case.layouts if layout in layouts)
+        held = tuple(regime for regime in case.regimes if regime in (regimes or REGIMES))
+        if kept and held and (dtypes is None or case.dtype in dtypes):
+            parts = (case.shape, case.role, case.dtype, kept, held, case.threads, case.compile)
+            cases.append(Case(*parts))
+    if not cases:
+        raise BenchmarkError(
+            "nothing to measure: the options leave no case of this preset; name shapes with"
+            " --shapes NxCxHxW,..."
+        )
+    return cases

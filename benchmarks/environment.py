@@ -1,0 +1,241 @@
+"""What was measured, on what, and where results go: device, versions, digest, files."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = ROOT / "benchmarks" / "results"  # full runs, which the README shows
+LOCAL = ROOT / "bench-results"  # quick runs, not under version control
+SCHEMA = 1
+GIB = 2**30
+
+
+class BenchmarkError(Exception):
+    """What was expected, what came, what to do. Shown to the user without a traceback."""
+
+
+def cpu_model() -> str:
+    """The processor's name as it gives it, without trademark signs."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        name = found.group(1) if found else name
+    return re.sub(r"\((R|TM|r|tm)\)| CPU|\s+@.*| +\d+-Core Processor", "", name).strip()
+
+
+def cpu_caches() -> dict[str, int]:
+    """Bytes of each data cache as the first core sees it, such as {"L1": 32768, "L3": ...}."""
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = (
+                (index / name).read_text().strip() for name in ("level", "type", "size")
+            )
+        except OSError:
+            continue
+        if kind != "Instruction" and re.fullmatch(r"\d+[KM]", size):
+            caches[f"L{level}"] = int(size[:-1]) * (1024 if size[-1] == "K" else 1024**2)
+    return caches
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def last_level_cache(device: str) -> int:
+    """Bytes of the last cache before memory; 32 MiB where the machine does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    caches = cpu_caches()
+    return caches[max(caches)] if caches else 32 * 2**20
+
+
+def device_record(device: str) -> dict[str, Any]:
+    """The device by name, with what its speed depends on. Sizes in bytes."""
+    import psutil
+
+    record: dict[str, Any] = {
+        "kind": device,
+        "name": cpu_model(),
+        "cores": cpu_cores(),
+        "threads": torch.get_num_threads(),
+        "caches": cpu_caches(),
+        "vector": torch.backends.cpu.get_cpu_capability(),
+        "memory": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        record |= {
+            "name": properties.name,
+            "host": record["name"],
+            "memory": properties.total_memory,
+            "caches": {"L2": properties.L2_cache_size},
+        }
+    return record
+
+
+class Others:
+    """How much of this process's cores other programs took since this object was made.
+
+    Parallel loops wait for their slowest thread, so a busy machine slows eager PyTorch and
+    torch.compile, which have many, far more than one fused call: ratios flatter the fused layer.
+    """
+
+    LIMIT = 5.0  # percent; beyond it a result is marked
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter(), *self.used()
+
+    @staticmethod
+    def used() -> tuple[float, float]:
+        """Seconds that these cores were busy, and seconds of this process and its children."""
+        import psutil
+
+        cores = psutil.cpu_times(percpu=True)
+        if hasattr(os, "sched_getaffinity"):
+            cores = [c for i, c in enumerate(cores) if i in os.sched_getaffinity(0)]
+        idle = ("idle", "iowait", "guest", "guest_nice")  # guest time is also user time
+        busy = sum(sum(c) - sum(getattr(c, name, 0.0) for name in idle) for c in cores)
+        own = 0.0
+        me = psutil.Process()
+        for process in [me, *me.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                spent = process.cpu_times()
+                own += spent.user + spent.system
+                own += getattr(spent, "children_user", 0.0) + getattr(spent, "children_system", 0.0)
+        return busy, own
+
+    def percent(self) -> float:
+        """Percent of all core time."""
+        wall, busy, own = (
+            now - then
+            for now, then in zip((time.perf_counter(), *self.used()), self.start, strict=True)
+        )
+        return max(0.0, 100 * (busy - own) / (wall * cpu_cores()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "triton", "da_ops"):
+        if importlib.util.find_spec(name):
+            found[name] = str(importlib.import_module(name).__version__)
+    return found
+
+
+def digest(root: Path = ROOT) -> str:
+    """SHA-256 over the sources that decide the layer's speed: names and contents, in order."""
+    kinds = {".cpp", ".h", ".cu", ".cuh", ".inl", ".py"}
+    sources = [root / "da_ops" / name for name in ("functional.py", "function.py", "module.py")]
+    for folder in (root / "csrc", root / "da_ops" / "backends"):
+        sources += (path for path in folder.rglob("*") if path.suffix in kinds)
+    total = hashlib.sha256()
+    for path in sorted(path for path in sources if path.is_file()):
+        total.update(path.relative_to(root).as_posix().encode() + b"\0")
+        total.update(path.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file name: "AMD EPYC" is "amd-epyc"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "device"
+
+
+def head(kind: str, device: str, preset: str) -> dict[str, Any]:
+    """The part that every results file has; `kind` is "op" or "network"."""
+    arguments = iter(sys.argv[1:])
+    shown = []
+    for argument in arguments:  # where the file was written is nobody's business but the user's
+        if argument == "--output":
+            next(arguments, None)
+        elif not argument.startswith("--output="):
+            shown.append(argument)
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "preset": preset,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": " ".join(["python", "-m", f"benchmarks.{kind}", *shown]),
+        "device": device_record(device),
+        "versions": versions(),
+        "digest": digest(),
+    }
+
+
+def announcer(bar: Any) -> Callable[[str], None]:
+    """What tells the step that is under way: the progress bar, or lines where output is no tty."""
+    if sys.stderr.isatty():
+        return lambda text: bar.set_description_str(text)
+    return lambda text: print(f"  {text}", flush=True)
+
+
+def results_file(kind: str, device: str, preset: str, output: str | None) -> Path:
+    """Where this run's results go, proved writable now, before anything is measured."""
+    folder = COMMITTED if preset == "full" else LOCAL
+    path = folder / f"{slug(device_record(device)['name'])}-{kind}.json"
+    if output is not None:
+        path = Path(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+    except OSError as error:
+        raise BenchmarkError(
+            f"results: expected a file that can be written, got {path} ({error.strerror or error});"
+            " nothing was measured. Choose another with --output FILE"
+        ) from error
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the target and rename: a reader sees the old file or the new, never half."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def rounded(value: Any) -> Any:
+    """The same data with floats cut to six digits, and to null where they are not finite."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if value - value == 0 else None
+    return value
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(rounded(results), indent=1) + "\n")

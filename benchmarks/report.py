@@ -1,0 +1,226 @@
+"""Tables, charts and the README block, from results files and from nothing else.
+
+python -m benchmarks.report                      tables and charts of the newest results
+python -m benchmarks.report --readme README.md   and the block of the committed ones
+python -m benchmarks.report --check              exit 1 if the block is not what they generate
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from benchmarks import environment, tables
+from benchmarks.environment import BenchmarkError
+from benchmarks.tables import Results
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+KINDS = ("op", "network")
+CHECK_HEADER = ["target", "what", "found", "expected"]
+
+
+def load(path: Path) -> Results:
+    """One results file, of this schema."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        schema, kind = results["schema"], results["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"{path}: expected a results file, got {error!r}") from error
+    if schema != environment.SCHEMA or kind not in KINDS:
+        raise BenchmarkError(
+            f"{path}: expected schema {environment.SCHEMA} of {' or '.join(KINDS)}, got {schema}"
+            f" of {kind!r}; measure again or remove the file"
+        )
+    return dict(results)
+
+
+def load_folder(folder: Path) -> dict[str, dict[str, Results]]:
+    """All results of a folder by device: {"amd-epyc": {"op": ..., "network": ...}}."""
+    found: dict[str, dict[str, Results]] = {}
+    for kind in KINDS:
+        for path in sorted(folder.glob(f"*-{kind}.json")):
+            found.setdefault(path.name.removesuffix(f"-{kind}.json"), {})[kind] = load(path)
+    return dict(sorted(found.items()))
+
+
+def doubts(results: Results) -> list[str]:
+    """What speaks against these results."""
+    return [doubt for doubt in (tables.stale(results), tables.disturbed(results)) if doubt]
+
+
+def text(results: Results) -> str:
+    """What the terminal shows of one results file."""
+    lines = ["", tables.device_line(results)]
+    lines += [f"NOTE: {doubt}" for doubt in doubts(results)]
+    if results["kind"] == "op":
+        sections = tables.sections(results)
+        if not sections:
+            lines += ["", f"no fused layer was measured; backends: {results['backends']}"]
+        for title, table in sections:
+            lines += ["", title, tables.plain_table(tables.HEADER, table)]
+        lines.append("  (in brackets: against the rival in the layout that suits it better)")
+        if memory := tables.memory_rows(results):
+            lines += ["", tables.plain_table(tables.MEMORY_HEADER, memory)]
+        lost = tables.loss_lines(results)
+        lines += ["", "Slower than a rival: " + ("nowhere" if not lost else f"{len(lost)} case(s)")]
+        lines += [f"  {line}" for line in lost]
+    else:
+        lines += [
+            "",
+            tables.network_title(results),
+            tables.plain_table(tables.NETWORK_HEADER, tables.network_rows(results)),
+        ]
+    lines += ["", tables.plain_table(CHECK_HEADER, tables.check_lines(results), left=4)]
+    return "\n".join(lines)
+
+
+def show(path: Path) -> None:
+    """Print one results file's tables, draw its device's chart, say where both lie."""
+    results = load(path)
+    print(text(results))
+    device = path.name.removesuffix(".json").removesuffix(f"-{results['kind']}")
+    together = {results["kind"]: results}
+    for kind in KINDS:
+        other = path.with_name(f"{device}-{kind}.json")
+        if kind not in together and other != path and other.exists():
+            together[kind] = load(other)
+    chart = draw(together, path.with_name(f"{device}.png"))
+    print(f"\nresults: {shown(path)}" + (f"\nchart:   {shown(chart)}" if chart else ""))
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be named from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def draw(together: dict[str, Results], path: Path) -> Path | None:
+    """The chart of one device; None, with a word about it, where it cannot be drawn."""
+    try:
+        from benchmarks import charts
+    except ImportError as error:
+        print(f"no chart: {error}; pip install 'da-ops[bench]'")
+        return None
+    return path if charts.draw(together, path) else None
+
+
+def block(folder: Path, readme: Path) -> str:
+    """The README's text between the markers, markers included."""
+    lines = [BEGIN, "<!-- written by `python -m benchmarks.report --readme README.md` -->"]
+    devices = load_folder(folder)
+    if not devices:
+        lines += ["", "No results yet: `make bench-full` measures them."]
+    for device, together in devices.items():
+        lines += device_block(together, os.path.relpath(folder / f"{device}.png", readme.parent))
+    return "\n".join([*lines, END])
+
+
+def device_block(together: dict[str, Results], chart: str) -> list[str]:
+    first = next(iter(together.values()))
+    lines = ["", f"### {first['device']['name']}", "", f"![speed-ups]({Path(chart).as_posix()})"]
+    if "op" in together:
+        results = together["op"]
+        lines += ["", f"One layer. {tables.device_line(results)}. `{results['command']}`"]
+        lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
+        lines += ["", "In brackets: against the rival in the layout that suits it better."]
+        first_table, *more = tables.sections(results) or [("no fused backend was measured", [])]
+        lines += [
+            "",
+            f"**{first_table[0]}**",
+            "",
+            tables.markdown_table(tables.HEADER, first_table[1]),
+        ]
+        if memory := tables.memory_rows(results):
+            lines += ["", tables.markdown_table(tables.MEMORY_HEADER, memory)]
+        lost = tables.loss_lines(results)
+        lines += ["", f"Slower than a rival: {'; '.join(lost) if lost else 'nowhere'}."]
+        if more:
+            lines += ["", "<details><summary>All other shapes</summary>"]
+            for title, table in more:
+                lines += ["", f"**{title}**", "", tables.markdown_table(tables.HEADER, table)]
+            lines += ["", "</details>"]
+    if "network" in together:
+        results = together["network"]
+        source = f"{tables.device_line(results)}. `{results['command']}`"
+        lines += ["", f"{tables.network_title(results)}. {source}"]
+        lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
+        lines += ["", tables.markdown_table(tables.NETWORK_HEADER, tables.network_rows(results))]
+    checks = [line for results in together.values() for line in tables.check_lines(results)]
+    return [*lines, "", tables.markdown_table(CHECK_HEADER, checks, left=4)]
+
+
+def with_block(old: str, new: str, readme: Path) -> str:
+    """The README with the block between its markers replaced."""
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise BenchmarkError(
+            f"{readme}: expected one line {BEGIN} and after it one line {END}; put them where the"
+            " results shall stand"
+        )
+    return old[: old.index(BEGIN)] + new + old[old.index(END) + len(END) :]
+
+
+def newest(folders: list[Path]) -> Path:
+    """The folder with the latest results."""
+    dates = {
+        folder: max(
+            (r["date"] for t in load_folder(folder).values() for r in t.values()), default=""
+        )
+        for folder in folders
+    }
+    return max(folders, key=lambda folder: dates[folder])
+
+
+def run(options: argparse.Namespace) -> int:
+    readme = Path(options.readme or environment.ROOT / "README.md")
+    if options.check or options.readme:
+        folder = Path(options.results or environment.COMMITTED)
+        try:
+            old = readme.read_text(encoding="utf-8")
+        except OSError as error:
+            raise BenchmarkError(f"{readme}: expected a file to read, got {error}") from error
+        new = with_block(old, block(folder, readme.resolve()), readme)
+        if options.check:
+            if new != old:
+                print(
+                    f"benchmarks.report: {readme}: the block between the benchmark markers is not"
+                    f" what {shown(folder)} generates; run"
+                    f" python -m benchmarks.report --readme {readme}",
+                    file=sys.stderr,
+                )
+            return int(new != old)
+        environment.write_atomically(readme, new)
+    else:
+        folder = Path(options.results or newest([environment.COMMITTED, environment.LOCAL]))
+    devices = load_folder(folder)
+    if not devices:
+        raise BenchmarkError(f"{folder}: expected results files, got none; run make bench")
+    for device, together in devices.items():
+        for results in together.values():
+            print(text(results))
+        if chart := draw(together, folder / f"{device}.png"):
+            print(f"\nresults: {shown(folder)}\nchart:   {shown(chart)}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.report", description=__doc__, formatter_class=kind
+    )
+    parser.add_argument("--results", help="folder of results files")
+    parser.add_argument("--readme", help="file whose block is to be written (or checked)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is old")
+    try:
+        return run(parser.parse_args(arguments))
+    except BenchmarkError as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""From times to findings: speed-ups, geometric means, targets, losses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.cases import STAGES
+from benchmarks.measure import spread
+
+FUSED = "da_ops:"  # what the names of the fused contenders begin with
+TRAINING = ("training", "forward", "backward")  # phases of a training sample
+PASSES = {"inference": 2, "training": 5, "forward": 2, "backward": 3}  # least traffic, in x
+TARGETS = {  # geometric mean over the stages in both layouts, against the same layout
+    ("inference", "eager"): 2.5,
+    ("inference", "compile"): 1.5,
+    ("training", "eager"): 4.0,
+    ("training", "compile"): 2.0,
+}
+OVERHEAD_TARGET = 3.0
+PROMISED = {"float64": 1e-12, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
+QUIET = "machine left alone"
+
+Times = Mapping[tuple[str, str], Mapping[str, NDArray[np.float64]]]
+
+
+def timed(
+    result: dict[str, Any], times: Mapping[str, NDArray[np.float64]], copy_seconds: float
+) -> dict[str, Any]:
+    """The contender's record with its times and, in percent, how near it comes to the floor."""
+    floors = {
+        part: 100 * PASSES[part] / 2 * copy_seconds / float(np.median(rounds))
+        for part, rounds in times.items()
+    }
+    return {
+        **result,
+        "seconds": {part: spread(rounds) for part, rounds in times.items()},
+        "floor_percent": floors,
+    }
+
+
+def speedups(times: Times) -> list[dict[str, Any]]:
+    """How many times faster each fused contender is than each rival, in each layout and phase.
+
+    `same` against the rival in the same layout, `better` against the rival in the layout that
+    suits it better; both are medians of the ratio within a round.
+    """
+    found = []
+    names = {rival for rival, _ in times}
+    fused = [key for key in times if key[0].startswith(FUSED)]
+    for (name, layout), rival in itertools.product(fused, sorted(names)):
+        if rival.startswith(FUSED):
+            continue
+        for part, ours in times[name, layout].items():
+            theirs = {lay: rounds[part] for (r, lay), rounds in times.items() if r == rival}
+            better = min(theirs, key=lambda lay: float(np.median(theirs[lay])))
+            record = {
+                "fused": name,
+                "layout": layout,
+                "rival": rival,
+                "part": part,
+                "better_layout": better,
+                "better": spread(theirs[better] / ours),
+            }
+            if layout in theirs:
+                record["same"] = spread(theirs[layout] / ours)
+            found.append(record)
+    return found
+
+
+def geomean(values: Iterable[float]) -> float | None:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def select(records: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """Those records whose fields have these values."""
+    return [r for r in records if all(r[key] == value for key, value in wanted.items())]
+
+
+def means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Geometric means over the stages (float32), per regime, fused contender, rival and phase."""
+    stages = [r for r in records if r["role"] == "stage" and r["dtype"] == "float32"]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in stages:
+        for ratio in record["speedups"]:
+            key = (record["regime"], ratio["fused"], ratio["rival"], ratio["part"])
+            groups.setdefault(key, []).append(ratio)
+    return [
+        {
+            "regime": regime,
+            "fused": fused,
+            "rival": rival,
+            "part": part,
+            "cases": len(ratios),
+            "of": 2 * len(STAGES),
+            "same": geomean(r["same"]["median"] for r in ratios if "same" in r),
+            "better": geomean(r["better"]["median"] for r in ratios),
+        }
+        for (regime, fused, rival, part), ratios in groups.items()
+    ]
+
+
+def losses(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where a fused contender is slower than a rival, in the same layout or its better one."""
+    lost = []
+    for record in records:
+        for ratio in record["speedups"]:
+            if ratio["part"] not in ("inference", "training"):
+                continue
+            for basis in ("same", "better"):
+                if basis in ratio and ratio[basis]["median"] < 1:
+                    case = {k: record[k] for k in ("shape", "dtype", "regime", "threads")}
+                    who = {k: ratio[k] for k in ("fused", "layout", "rival", "part")}
+                    lost.append({**case, **who, "basis": basis, "ratio": ratio[basis]["median"]})
+    return lost
+
+
+def a_check(name: str, passed: bool, expected: str, got: str, must: bool = False) -> dict[str, Any]:
+    """`must`: the run itself fails with it; else it is a target, met or missed."""
+    return {"name": name, "passed": passed, "expected": expected, "got": got, "must": must}
+
+
+def quiet(percent: float, limit: float) -> dict[str, Any]:
+    """Whether the machine was left alone; on a busy one the ratios are not to be believed."""
+    return a_check(
+        QUIET,
+        percent <= limit,
+        f"other programs take at most {limit:g}% of the cores",
+        f"{percent:.1f}%",
+    )
+
+
+def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means, losses and checks of a whole run."""
+    average = means(records)
+    results = [(record, result) for record in records for result in record["results"]]
+    failed = [
+        f"{result['rival']} at {'x'.join(map(str, record['shape']))} {record['dtype']}"
+        f" {result['layout']}: {result['reason']}"
+        for record, result in results
+        if result["status"] != "ok"
+    ]
+    wrong = [text for text in failed if text.startswith(FUSED)]
+    checks = [
+        a_check(
+            "correct",
+            not wrong,
+            "y and every gradient of the fused layer agree with float64",
+            "; ".join(wrong) or f"all of {len(results)} contenders, {len(failed)} failed",
+            must=True,
+        )
+    ]
+    for mean in average:
+        target = TARGETS.get((mean["part"], mean["rival"]))
+        if target is None or mean["regime"] != "warm" or mean["same"] is None:
+            continue
+        covered = "" if mean["cases"] == mean["of"] else f" ({mean['cases']} of {mean['of']} cases)"
+        checks.append(
+            a_check(
+                f"{mean['part']}, {mean['fused']} against {mean['rival']}",
+                mean["same"] >= target,
+                f"at least {target:g}x, geometric mean over the stages",
+                f"{mean['same']:.2f}x{covered}",
+            )
+        )
+    checks += accuracy_checks(records) + overhead_checks(records) + memory_checks(records)
+    return {"means": average, "losses": losses(records), "checks": checks}
+
+
+def accuracy_checks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The promised relative L2 error against float64, in y and every gradient; the worst found."""
+    worst: dict[tuple[str, str], tuple[float, str]] = {}
+    for record in records:
+        for result in record["results"]:
+            if result["rival"].startswith(FUSED) and "errors" in result:
+                key = result["rival"], record["dtype"]
+                name, error = max(result["errors"].items(), key=lambda item: item[1])
+                shape = "x".join(map(str, record["shape"]))
+                found = error, f"{name} at {shape} {result['layout']}"
+                worst[key] = max(worst.get(key, found), found)
+    return [
+        a_check(
+            f"accuracy, {fused}, {dtype}",
+            error <= PROMISED[dtype],
+            f"relative L2 error at most {PROMISED[dtype]:.0e}",
+            f"{error:.1e} ({where})",
+        )
+        for (fused, dtype), (error, where) in worst.items()
+    ]
+
+
+def overhead_checks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        a_check(
+            f"call overhead, {ratio['fused']} against eager",
+            ratio["same"]["median"] >= OVERHEAD_TARGET,
+            f"at least {OVERHEAD_TARGET:g}x, forward and backward at"
+            f" {'x'.join(map(str, record['shape']))}",
+            f"{ratio['same']['median']:.2f}x",
+        )
+        for record in select(records, role="overhead")
+        for ratio in select(record["speedups"], part="training", rival="eager")
+    ]
+
+
+def memory_checks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Peak of a training step at most eager's less one activation; the tightest case of each.
+
+    Cases in which x is small beside the maps of one channel are left out.
+    """
+    margins: dict[str, list[tuple[float, str]]] = {}
+    for record in records:
+        eager = {
+            r["layout"]: r["memory"]
+            for r in record["results"]
+            if r["rival"] == "eager" and "memory" in r
+        }
+        for result in record["results"]:
+            layout = result["layout"]
+            if not result["rival"].startswith(FUSED) or "memory" not in result:
+                continue
+            if layout not in eager or record["role"] == "overhead":
+                continue
+            saved = (eager[layout]["peak"] - result["memory"]["peak"]) / record["bytes"]
+            name = f"{'x'.join(map(str, record['shape']))} {record['dtype']} {layout}"
+            margins.setdefault(result["rival"], []).append((saved, name))
+    return [
+        a_check(
+            f"training memory, {fused}",
+            min(found)[0] >= 1,
+            "peak at least one activation below eager's",
+            f"{min(found)[0]:.2f} activations below at the least ({min(found)[1]})",
+        )
+        for fused, found in margins.items()
+    ]

@@ -1,0 +1,302 @@
+"""How results read: the rows, cells and lines that terminal and README share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import environment
+from benchmarks.summary import FUSED, QUIET, geomean, select
+
+VARIANTS = {"plain": "no attention", "eager": "eager", "compile": "torch.compile"}
+
+Results = dict[str, Any]
+
+
+def shape_name(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def name_of(variant: str) -> str:
+    """A contender as a reader knows it: "fused (cpu)", "torch.compile", "eager"."""
+    if variant.startswith(FUSED):
+        return f"fused ({variant.removeprefix(FUSED)})"
+    return VARIANTS.get(variant) or variant.replace("compile:", "torch.compile ")
+
+
+def times(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.2f}x" if value < 9.995 else f"{value:.1f}x" if value < 99.95 else f"{value:.0f}x"
+    )
+
+
+def ms(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:.1f}" if size >= 2**20 / 10 else f"{size / 2**20:.4f}"
+
+
+def device_line(results: Results) -> str:
+    device, versions = results["device"], results["versions"]
+    cores = f"{device['cores']} cores, {device['threads']} threads"
+    libraries = [f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions]
+    where = f"{device['name']} ({cores}, {device['vector']})"
+    if device["kind"] == "cuda":
+        where = device["name"]
+    libraries += [f"da_ops {versions['da_ops']}"] if "da_ops" in versions else []
+    return ", ".join([where, *libraries, f"Python {versions['python']}", results["date"][:10]])
+
+
+def stale(results: Results) -> str | None:
+    """That these results do not speak for the sources as they are, or None."""
+    if results["digest"] == environment.digest():
+        return None
+    return f"measured with other kernel sources than today's ({results['digest'][:12]})"
+
+
+def disturbed(results: Results) -> str | None:
+    """That other programs ran beside this measurement, or None."""
+    for check in select(results["summary"]["checks"], name=QUIET):
+        if not check["passed"]:
+            return f"other programs took {check['got']} of the cores meanwhile: measure again"
+    return None
+
+
+def ratio(record: Results, fused: str, layout: str, part: str, rival: str, basis: str) -> Any:
+    """The median speed-up; "compile" is the fastest of its modes."""
+    found = [
+        s[basis]["median"]
+        for s in select(record["speedups"], fused=fused, layout=layout, part=part)
+        if s["rival"].split(":")[0] == rival and basis in s
+    ]
+    return min(found, default=None)
+
+
+def rows(results: Results) -> list[Results]:
+    """One flat row per case and layout of each fused contender."""
+    return [
+        {
+            **{k: record[k] for k in ("shape", "dtype", "role", "regime", "threads")},
+            "fused": result["rival"],
+            "layout": result["layout"],
+            "parts": {
+                part: {
+                    "seconds": result["seconds"][part]["median"],
+                    "floor": result["floor_percent"][part],
+                    **{
+                        f"{rival}_{basis}": ratio(
+                            record, result["rival"], result["layout"], part, rival, basis
+                        )
+                        for rival in ("eager", "compile")
+                        for basis in ("same", "better")
+                    },
+                }
+                for part in ("inference", "training", "backward")
+            },
+        }
+        for record in results["cases"]
+        for result in record["results"]
+        if result["rival"].startswith(FUSED) and "seconds" in result
+    ]
+
+
+def pair(part: Results, rival: str) -> str:
+    """ "3.10x (2.60x)": against the rival in the same layout, and in its better one."""
+    same, better = part[f"{rival}_same"], part[f"{rival}_better"]
+    return times(same) if better is None else f"{times(same)} ({times(better)})"
+
+
+HEADER = ["shape", "layout"] + [
+    f"{part} {column}"
+    for part in ("inference", "training")
+    for column in ("ms", "vs eager", "vs compile", "of floor")
+]
+
+
+def cells(row: Results) -> list[str]:
+    """A row of the table under HEADER."""
+    shape = shape_name(row["shape"])
+    shape += f" {row['dtype']}" if row["dtype"] != "float32" else ""
+    shape += f", {row['threads']} thread(s)" if row["role"] == "single" else ""
+    shape += ", cold" if row["regime"] == "cold" else ""
+    found = [shape, row["layout"]]
+    for name in ("inference", "training"):
+        part = row["parts"][name]
+        found += [ms(part["seconds"]), pair(part, "eager"), pair(part, "compile")]
+        found.append(f"{part['floor']:.0f}%")
+    return found
+
+
+def mean_cells(table: list[Results], title: str) -> list[str]:
+    """The geometric means of these rows' speed-ups, as a row under HEADER."""
+    found = [title, ""]
+    for name in ("inference", "training"):
+        part = {
+            key: geomean(row["parts"][name][key] for row in table)
+            if all(row["parts"][name][key] for row in table)
+            else None
+            for key in ("eager_same", "eager_better", "compile_same", "compile_better")
+        }
+        found += ["", pair(part, "eager"), pair(part, "compile"), ""]
+    return found
+
+
+def sections(results: Results) -> list[tuple[str, list[list[str]]]]:
+    """Titled tables of cells: the stages with their means first, then everything else."""
+    found = []
+    every = rows(results)
+    for fused in dict.fromkeys(row["fused"] for row in every):
+        mine = select(every, fused=fused)
+        for title, regime, roles in (
+            ("ResNet-50 stages", "warm", ("stage",)),
+            ("ResNet-50 stages, cold", "cold", ("stage",)),
+            ("SSD300 maps", None, ("ssd",)),
+            ("one image", None, ("single",)),
+            ("half precision", None, ("half",)),
+            ("call overhead", None, ("overhead",)),
+            ("as asked", None, ("asked",)),
+        ):
+            part = [r for r in mine if r["role"] in roles and regime in (None, r["regime"])]
+            if part:
+                table = [cells(row) for row in part]
+                if "stage" in roles or len(part) > 4:
+                    table.append(mean_cells(part, "geometric mean"))
+                found.append((f"{name_of(fused)}: {title}", table))
+    return found
+
+
+def plain_table(header: list[str], table: list[list[str]], left: int = 2) -> str:
+    """Aligned columns, the first `left` of them to the left; long headers stand in two lines."""
+    tops = [name.partition(" ")[::2] for name in header]
+    head = [[top for top, _ in tops], [below for _, below in tops]]
+    head = head if any(head[1]) else head[:1]
+    widths = [max(len(line[i]) for line in [*head, *table]) for i in range(len(header))]
+    lines = []
+    for line in [*head, ["-" * width for width in widths], *table]:
+        padded = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(header: list[str], table: list[list[str]], left: int = 2) -> str:
+    align = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, align, *table])
+
+
+def case_line(record: Results) -> str:
+    """One case in a line, for the run's progress."""
+    regime = "" if record["regime"] == "warm" else f" {record['regime']}"
+    parts = [f"{shape_name(record['shape'])} {record['dtype']}{regime}"]
+    for row in rows({"cases": [record]}):
+        shown = []
+        for name in ("inference", "training"):
+            part = row["parts"][name]
+            against = [
+                f"{times(part[f'{rival}_same'])} {rival}"
+                for rival in ("eager", "compile")
+                if part[f"{rival}_same"] is not None
+            ]
+            shown.append(f"{name} {ms(part['seconds'])} ms ({', '.join(against) or 'alone'})")
+        parts.append(f"{name_of(row['fused'])} {row['layout']}: {', '.join(shown)}")
+    for result in record["results"]:
+        if result["status"] != "ok":
+            parts.append(
+                f"{name_of(result['rival'])} {result['layout']} FAILED: {result['reason']}"
+            )
+        elif not result["rival"].startswith(FUSED):
+            median = {part: ms(value["median"]) for part, value in result["seconds"].items()}
+            spent = f"inference {median['inference']} ms, training {median['training']} ms"
+            parts.append(f"{name_of(result['rival'])} {result['layout']}: {spent}")
+    return "\n    ".join(parts)
+
+
+def memory_rows(results: Results) -> list[list[str]]:
+    """Memory of a training step of the largest stage measured: rival, layout, peak, held (MiB)."""
+    records = [r for r in results["cases"] if r["role"] in ("stage", "asked")]
+    largest = max(records, key=lambda r: r["bytes"], default=None)
+    if largest is None:
+        return []
+    return [
+        [
+            f"{name_of(r['rival'])}, {shape_name(largest['shape'])}",
+            r["layout"],
+            mib(r["memory"]["peak"]),
+            mib(r["memory"]["held"]),
+        ]
+        for r in largest["results"]
+        if "memory" in r
+    ]
+
+
+MEMORY_HEADER = ["memory in training", "layout", "peak MiB", "held for backward, MiB"]
+NETWORK_HEADER = [
+    "training step",
+    "layout",
+    "step ms",
+    "added ms",
+    "added %",
+    "peak MiB",
+    "held for backward, MiB",
+]
+
+
+def network_rows(results: Results) -> list[list[str]]:
+    found = []
+    for part in results["layouts"]:
+        for r in part["results"]:
+            if r["status"] != "ok":
+                found.append([f"{name_of(r['variant'])} failed", part["layout"], *["-"] * 5])
+                continue
+            cost = r.get("cost")
+            found.append(
+                [
+                    name_of(r["variant"]),
+                    part["layout"],
+                    ms(r["seconds"]["median"]),
+                    ms(cost["median"]) if cost else "-",
+                    f"{r['cost_percent']:.1f}" if cost else "-",
+                    mib(r["memory"]["peak"]),
+                    mib(r["memory"]["held"]),
+                ]
+            )
+    return found
+
+
+def network_title(results: Results) -> str:
+    network = results["network"]
+    return (
+        f"{network['name']}, {network['layers']} attention layers, batch {network['batch']} of"
+        f" {network['size']}x{network['size']} crops of photographs, float32"
+    )
+
+
+def loss_lines(results: Results) -> list[str]:
+    """Every case in which the fused layer is slower than a rival."""
+    lines = []
+    for lost in results["summary"]["losses"]:
+        where = " in its better layout" if lost["basis"] == "better" else ""
+        threads = f" {lost['threads']} thread(s)" if lost["threads"] else ""
+        lines.append(
+            f"{lost['part']}, {shape_name(lost['shape'])} {lost['dtype']} {lost['layout']}"
+            f" {lost['regime']}{threads}: {times(lost['ratio'])} of {name_of(lost['rival'])}{where}"
+        )
+    return lines
+
+
+def check_lines(results: Results) -> list[list[str]]:
+    return [
+        [
+            "met" if c["passed"] else "MISSED",
+            c["name"],
+            c["got"],
+            c["expected"],
+        ]
+        for c in results["summary"]["checks"]
+    ]

@@ -1,0 +1,326 @@
+"""The benchmarks run, tell the truth about what they ran on, and lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("tqdm")
+pytest.importorskip("psutil")
+pytest.importorskip("matplotlib")
+
+from benchmarks import cases, environment, measure, network, op, report, rivals, summary
+from benchmarks.environment import BenchmarkError
+
+FAST = ["--rivals", "eager", "--budget", "0.01"]
+
+
+class Negated(torch.nn.Module):
+    """A contender that is wrong."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return -self.layer(x)
+
+
+@pytest.fixture(scope="module")
+def op_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "a-device-op.json"
+    shapes = ["--shapes", "2x8x5x5,1x3x4x7", "--regimes", "warm,cold", "--backends", "eager"]
+    assert op.main([*shapes, *FAST, "--output", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def network_file(op_file):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("skimage")
+    path = op_file.with_name("a-device-network.json")
+    small = ["--network", "resnet18", "--batch", "4", "--size", "64", "--rounds", "2"]
+    small += ["--backends", "eager"]
+    assert network.main([*small, *FAST, "--output", str(path)]) == 0
+    return path
+
+
+def test_op_results(op_file):
+    results = json.loads(op_file.read_text())
+    assert results["schema"] == environment.SCHEMA
+    assert results["kind"] == "op"
+    assert results["digest"] == environment.digest()
+    assert {"torch", "python", "da_ops"} <= set(results["versions"])
+    assert {"name", "cores", "threads", "caches"} <= set(results["device"])
+    assert "--output" not in results["command"]
+    assert [(c["shape"], c["regime"]) for c in results["cases"]] == [
+        ([2, 8, 5, 5], "warm"),
+        ([2, 8, 5, 5], "cold"),
+        ([1, 3, 4, 7], "warm"),
+        ([1, 3, 4, 7], "cold"),
+    ]
+    for case in results["cases"]:
+        assert {(r["rival"], r["layout"]) for r in case["results"]} == {
+            (rival, layout) for rival in ("eager", "da_ops:eager") for layout in cases.LAYOUTS
+        }
+        assert case["buffers"] == 1 or case["regime"] == "cold"
+        for result in case["results"]:
+            assert result["status"] == "ok"
+            assert max(result["errors"].values()) < 1e-5
+            assert result["memory"]["peak"] >= 2 * case["bytes"]  # y and dx
+            for part in ("inference", "training", "forward", "backward"):
+                times = result["seconds"][part]
+                assert 0 < times["p10"] <= times["median"] <= times["p90"]
+        assert {s["part"] for s in case["speedups"]} == {"inference", *summary.TRAINING}
+    assert {"means", "losses", "checks"} == set(results["summary"])
+    assert op_file.with_name("a-device.png").stat().st_size > 10_000
+
+
+def test_network_results(network_file):
+    results = json.loads(network_file.read_text())
+    assert results["network"]["layers"] == 8
+    assert len(results["network"]["photographs"]) >= 2
+    (part,) = results["layouts"]
+    by_name = {r["variant"]: r for r in part["results"]}
+    assert set(by_name) == {"plain", "eager", "da_ops:eager"}
+    assert all(np.isfinite(r["losses"]).all() for r in by_name.values())
+    assert by_name["eager"]["losses"][0] == pytest.approx(by_name["da_ops:eager"]["losses"][0])
+    assert by_name["eager"]["memory"]["held"] > by_name["plain"]["memory"]["held"]
+    assert by_name["eager"]["cost"]["samples"] == by_name["plain"]["seconds"]["samples"]
+
+
+@pytest.mark.parametrize("module", [op, network])
+def test_unwritable_results_are_refused_before_measuring(module, tmp_path, monkeypatch, capsys):
+    occupied = tmp_path / "occupied"
+    occupied.write_text("a file, not a folder")
+    monkeypatch.setattr(module, "run", lambda options: pytest.fail("measured"))
+    for target in (occupied / "op.json", tmp_path):
+        assert module.main(["--output", str(target)]) == 2
+        message = capsys.readouterr().err
+        assert str(target) in message
+        assert "nothing was measured" in message
+        assert "--output FILE" in message
+    assert occupied.read_text() == "a file, not a folder"
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x-op.json"
+    environment.write_results(path, {"number": 1.23456789, "none": float("nan")})
+    assert json.loads(path.read_text()) == {"number": 1.23457, "none": None}
+
+    def full_disk(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        environment.write_results(path, {"number": 2})
+    assert json.loads(path.read_text())["number"] == 1.23457
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["wrong", "raises"])
+def test_a_failing_rival_is_told_and_not_timed(kind, tmp_path, monkeypatch, capsys):
+    def broken(layer, name):
+        if kind == "raises":
+            raise RuntimeError("no compiler\nlong story")
+        return Negated(layer)
+
+    monkeypatch.setattr(rivals, "compiled", broken)
+    path = tmp_path / "x-op.json"
+    options = ["--shapes", "1x4x4x4", "--layouts", "contiguous", "--budget", "0.01"]
+    assert op.main([*options, "--backends", "eager", "--output", str(path)]) == 0
+    (case,) = json.loads(path.read_text())["cases"]
+    result = {r["rival"]: r for r in case["results"]}
+    assert result["compile"]["status"] == "failed"
+    assert result["compile"]["reason"].startswith(
+        "no compiler" if kind == "raises" else "wrong inference: relative L2 error 2.0e+00"
+    )
+    assert "seconds" not in result["compile"]
+    assert "seconds" in result["da_ops:eager"]
+    assert {s["rival"] for s in case["speedups"]} == {"eager"}
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_wrong_fused_layer_fails_the_run(tmp_path, monkeypatch):
+    build = op.build
+    monkeypatch.setattr(
+        op, "build", lambda rival, *rest: build(rival, *rest)
+        if rival == "eager" else Negated(build(rival, *rest)),
+    )  # fmt: skip
+    path = tmp_path / "x-op.json"
+    shape = ["--shapes", "1x4x4x4", "--backends", "eager"]
+    assert op.main([*shape, *FAST, "--output", str(path)]) == 1
+    check = json.loads(path.read_text())["summary"]["checks"][0]
+    assert check["name"] == "correct"
+    assert not check["passed"]
+
+
+def test_readme_block(op_file, network_file, tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    text = f"# Title\n\n{report.BEGIN}\n{report.END}\n\nThe end.\n"
+    readme.write_text(text)
+    where = ["--results", str(op_file.parent), "--readme", str(readme)]
+    assert report.main([*where, "--check"]) == 1
+    assert readme.read_text() == text  # a check writes nothing
+    assert report.main(where) == 0
+    once = readme.read_text()
+    assert once.startswith(f"# Title\n\n{report.BEGIN}")
+    assert once.endswith(f"{report.END}\n\nThe end.\n")
+    assert "2x8x5x5" in once
+    assert "resnet18" in once
+    assert "a-device.png" in once
+    assert report.main([*where, "--check"]) == 0
+    assert report.main(where) == 0
+    assert readme.read_text() == once
+
+    assert "other kernel sources" not in once
+    monkeypatch.setattr(environment, "digest", lambda: "0" * 64)
+    assert report.main([*where, "--check"]) == 1
+    assert report.main(where) == 0
+    assert "other kernel sources than today's" in readme.read_text()
+    capsys.readouterr()
+
+    readme.write_text("no markers")
+    assert report.main(where) == 2
+    assert report.BEGIN in capsys.readouterr().err
+    assert readme.read_text() == "no markers"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99, "kind": "op"}'])
+def test_a_results_file_that_is_none(content, tmp_path, capsys):
+    (tmp_path / "x-op.json").write_text(content)
+    assert report.main(["--results", str(tmp_path)]) == 2
+    assert "x-op.json: expected" in capsys.readouterr().err
+
+
+def test_no_results(tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path)]) == 2
+    assert "make bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--shapes", "16x64x56"],
+        ["--shapes", "0x1x1x1"],
+        ["--dtypes", "int8"],
+        ["--layouts", "nhwc"],
+        ["--rivals", "jax"],
+        ["--backends", "none"],
+        ["--threads", "0"],
+        ["--preset", "quick", "--dtypes", "float16"],
+    ],
+)
+def test_bad_options(arguments, tmp_path, capsys):
+    assert op.main([*arguments, "--output", str(tmp_path / "x-op.json")]) == 2
+    assert capsys.readouterr().err.startswith("benchmarks.op: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets():
+    stages = [c for c in cases.preset("full") if c.role == "stage"]
+    assert tuple(c.shape for c in stages) == cases.STAGES
+    assert all(c.layouts == ("contiguous", "channels_last") for c in stages)
+    assert {c.role for c in cases.preset("full")} == {"stage", "ssd", "single", "half", "overhead"}
+    assert {c.role for c in cases.preset("quick")} == {"stage", "overhead"}
+
+
+def test_plain_layer_has_the_fused_layers_parameters():
+    import da_ops
+
+    fused, plain = da_ops.DAModule(6, backend="eager"), rivals.PlainDA(6)
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 6, 5, 4)
+    torch.testing.assert_close(plain(x), fused(x))
+
+
+def test_interleaved_rounds_count_calls():
+    taken = []
+
+    def sampler(name, seconds):
+        def sample(calls):
+            taken.append(name)
+            return [seconds * calls, 2 * seconds * calls]
+
+        return sample
+
+    contenders = {"a": sampler("a", 1e-4), "b": sampler("b", 2e-3)}
+    times = measure.interleaved(contenders, rounds=6)
+    assert times["a"].shape == (6, 2)
+    np.testing.assert_allclose(times["a"], [[1e-4, 2e-4]] * 6)
+    np.testing.assert_allclose(times["b"], [[2e-3, 4e-3]] * 6)
+    rounds = np.array(taken[-12:]).reshape(6, 2)
+    assert all(set(pair) == {"a", "b"} for pair in rounds)
+    assert len({tuple(pair) for pair in rounds}) == 2  # both orders occur
+
+
+def test_memory_is_exact():
+    x = torch.randn(1000, 256, requires_grad=True)
+
+    def forward():
+        return (x * 2).sigmoid()  # x * 2 is freed, the output is kept for backward
+
+    used = measure.memory(forward, lambda y: torch.autograd.grad(y, x, torch.ones_like(y)), "cpu")
+    assert used["held"] < 100  # the factor
+    # y, dy, the gradient before and after the factor 2
+    assert used["peak"] == pytest.approx(4 * x.nbytes, rel=0.01)
+
+
+def test_speedups_by_layout():
+    def times(seconds):
+        return {"inference": np.full(3, seconds), "training": np.full(3, 2 * seconds)}
+
+    found = summary.speedups(
+        {
+            ("eager", "contiguous"): times(6.0),
+            ("eager", "channels_last"): times(3.0),
+            ("da_ops:cpu", "contiguous"): times(2.0),
+        }
+    )
+    ratio = next(r for r in found if r["part"] == "inference")
+    assert ratio["same"]["median"] == 3.0
+    assert ratio["better"]["median"] == 1.5
+    assert ratio["better_layout"] == "channels_last"
+    assert summary.geomean([2.0, 8.0]) == pytest.approx(4.0)
+    assert summary.geomean([]) is None
+
+
+def test_losses_are_listed():
+    record = {
+        **{"shape": [1, 2, 3, 4], "dtype": "float32", "regime": "warm", "threads": 2},
+        "speedups": [
+            {
+                **{"fused": "da_ops:cpu", "layout": "contiguous", "rival": "compile"},
+                **{"part": "training", "same": {"median": 1.2}, "better": {"median": 0.8}},
+            }
+        ],
+    }
+    (lost,) = summary.losses([record])
+    assert (lost["basis"], lost["ratio"]) == ("better", 0.8)
+    (line,) = report.tables.loss_lines({"summary": {"losses": [lost]}})
+    assert "1x2x3x4" in line
+    assert "0.80x of torch.compile in its better layout" in line
+
+
+def test_digest_follows_the_kernel_sources(tmp_path):
+    for name in ("csrc/cpu/forward.cpp", "da_ops/backends/cpu.py", "da_ops/function.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    first = environment.digest(tmp_path)
+    (tmp_path / "da_ops/backends/__pycache__").mkdir()
+    (tmp_path / "da_ops/backends/__pycache__/cpu.pyc").write_text("cache")
+    (tmp_path / "da_ops/models.py").write_text("not a kernel")
+    assert environment.digest(tmp_path) == first
+    (tmp_path / "csrc/cpu/forward.cpp").write_text("two")
+    assert environment.digest(tmp_path) != first
+
+
+def test_names():
+    assert environment.slug("NVIDIA H200 (PCIe)") == "nvidia-h200-pcie"
+    with pytest.raises(BenchmarkError, match="such as 16x64x56x56"):
+        cases.parse_shapes("1x2x3")
+    assert cases.parse_shapes("1x2x3x4,5x6x7x8") == [(1, 2, 3, 4), (5, 6, 7, 8)]
