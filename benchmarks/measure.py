@@ -8,6 +8,7 @@ percentile. All times are seconds per call, all sizes bytes.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import math
@@ -129,6 +130,21 @@ def interleaved(
         if collecting:
             gc.enable()
     return {name: np.array(times[name]) for name in contenders}
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether glibc keeps what is freed for the next allocation, or returns it to the system.
+
+    Its default lies between, and depends on what was freed before: on who else is measured.
+    Elsewhere than with glibc nothing changes.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # as <malloc.h> names them
+    library.mallopt(trim_threshold, 2**31 - 1 if keep else 128 * 1024)
+    library.mallopt(mmap_threshold, 128 * 1024)
+    library.mallopt(mmap_max, 0 if keep else 65536)
 
 
 def spread(values: NDArray[np.float64]) -> dict[str, float | int]:

@@ -12,8 +12,10 @@ For each shape and type, contenders in every layout take turns (see measure.py):
 The input is random. Warm, the default, gives each call the same input, as a layer meets the
 output of the one before it; but all contenders take turns, so what is larger than the last cache
 comes from memory. Cold cycles through copies of the input, twice the last-level cache in all.
-Fresh outputs are allocated in every call, as in use; the copy that the floor is taken from writes
-to memory it has written before.
+Outputs are allocated in every call, as in use, from memory that the allocator has kept, as
+jemalloc and tcmalloc do; in the third regime, fresh, the allocator returns what is freed to the
+system at once, and every page of every output is made anew: for large tensors that costs more
+than the layer. The copy that the floor is taken from writes to memory it has written before.
 
 Before it is timed, each contender's y and gradients are compared with the formula in float64; one
 that is wrong is shown as failed and not timed. Floor: the time to move 2 (inference), 5 (training)
@@ -114,7 +116,7 @@ def build(rival: str, plain: nn.Module, channels: int, x: torch.Tensor) -> nn.Mo
 
 def buffers(case: Case, regime: str, device: str) -> int:
     """How many inputs to cycle through: enough to fall out of the last-level cache, or one."""
-    if regime == "warm":
+    if regime != "cold":
         return 1
     size = math.prod(case.shape) * DTYPES[case.dtype].itemsize
     wanted = max(2, math.ceil(2 * environment.last_level_cache(device) / size))
@@ -168,6 +170,7 @@ def measure_case(
 
     records = []
     for regime in case.regimes:
+        measure.keep_freed_memory(regime != "fresh")
         count = buffers(case, regime, device)
         xs, dys = {}, {}
         for layout, (x, dy) in inputs.items():
@@ -252,7 +255,8 @@ def contenders_for(options: argparse.Namespace) -> tuple[list[str], dict[str, st
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Set the number of threads, and see that the device is there."""
+    """Set the number of threads and the allocator, and see that the device is there."""
+    measure.keep_freed_memory(True)
     if options.threads is not None:
         if options.threads < 1:
             raise BenchmarkError(f"--threads: expected at least 1, got {options.threads}")

@@ -122,7 +122,7 @@ def cells(row: Results) -> list[str]:
     shape = shape_name(row["shape"])
     shape += f" {row['dtype']}" if row["dtype"] != "float32" else ""
     shape += f", {row['threads']} thread(s)" if row["role"] == "single" else ""
-    shape += ", cold" if row["regime"] == "cold" else ""
+    shape += "" if row["regime"] == "warm" else f", {row['regime']}"
     found = [shape, row["layout"]]
     for name in ("inference", "training"):
         part = row["parts"][name]
@@ -154,6 +154,7 @@ def sections(results: Results) -> list[tuple[str, list[list[str]]]]:
         for title, regime, roles in (
             ("ResNet-50 stages", "warm", ("stage",)),
             ("ResNet-50 stages, cold", "cold", ("stage",)),
+            ("ResNet-50 stages, outputs in fresh pages", "fresh", ("stage",)),
             ("SSD300 maps", None, ("ssd",)),
             ("one image", None, ("single",)),
             ("half precision", None, ("half",)),

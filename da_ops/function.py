@@ -13,8 +13,6 @@ from .backends import BACKENDS, select
 from .checks import check_arguments
 from .layout import dense, like
 
-_in_functorch = torch._C._are_functorch_transforms_active
-
 
 class DAFunction(torch.autograd.Function):
     """``DAFunction.apply(x, conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight,
@@ -31,10 +29,7 @@ class DAFunction(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Tensor:
-        # torch.compile traces forward and backward below without coming through here.
-        if _in_functorch() or forward_ad._current_level >= 0:
-            return _plain(*args)
-        return super().apply(*args)
+        return plain(*args) if transformed() else fused(*args)
 
     @staticmethod
     def forward(
@@ -94,7 +89,15 @@ class DAFunction(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def _plain(
+fused = super(DAFunction, DAFunction).apply  # as autograd.Function has it
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def plain(
     x: Tensor,
     conv_weight: Tensor | None,
     dilated_weight: Tensor | None,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .function import DAFunction, _plain
+from .checks import check_arguments
+from .function import fused, plain, transformed
 from .layout import dense
 
 
@@ -68,7 +71,21 @@ def da_attention(
         gate,
         backend,
     )
-    exporting = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
-    if exporting or torch.jit.is_tracing():
-        return _plain(*args)
-    return DAFunction.apply(*args)
+    if torch.compiler.is_compiling():
+        return _compiled(*args)
+    if transformed() or torch.jit.is_tracing():
+        return plain(*args)
+    return fused(*args)
+
+
+def _compiled(*args: Any) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        return plain(*args)
+    check_arguments(*args[:-1])
+    return _node(*args)
+
+
+@torch.compiler.allow_in_graph
+def _node(*args: Any) -> Tensor:
+    """One node to Dynamo, which would make a contiguous copy of dy if it traced the function."""
+    return fused(*args)

@@ -107,8 +107,8 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u
     }
   };
   if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
-  // Short rows of two tensors are read faster one after the other than side by side.
-  if (!(kProduct && kCols && cols <= 512)) block(std::integral_constant<int, kBlock>());
+  // Short rows are read faster one after the other than side by side.
+  if (!(kCols && cols <= 1024)) block(std::integral_constant<int, kBlock>());
   block(std::integral_constant<int, 1>());
 }
 

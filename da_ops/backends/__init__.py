@@ -69,8 +69,12 @@ def select(backend: str, device_type: str) -> str:
 def _choose(device_type: str) -> str:
     wish = os.environ.get("DA_OPS_BACKEND", "auto")
     if wish != "auto":
+        try:
+            select(wish, device_type)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"{error} (asked for by the environment's DA_OPS_BACKEND)") from None
         logger.info("da_ops: backend %r for %s tensors, by DA_OPS_BACKEND", wish, device_type)
-        return select(wish, device_type)
+        return wish
     passed: list[str] = []
     for name in NAMES:
         reason = unserved(name, device_type)

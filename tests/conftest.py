@@ -1,0 +1,78 @@
+"""The backends that every test runs on, and what holds for all tests."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# Compiled graphs are few and small here: compiling them in this process is quicker than a pool.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import hypothesis
+import pytest
+import torch
+
+import da_ops
+
+from .cases import FULL
+
+# A new backend is one line: its name and the device to run it on.
+BACKENDS = [
+    ("cpu", "cpu"),
+    ("eager", "cpu"),
+]
+
+hypothesis.settings.register_profile("default", max_examples=40, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("full", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile("full" if FULL else "default")
+
+# Small tensors and several test processes: more threads would wait for each other. Tests of threads
+# ask for them.
+THREADS = 1
+torch.set_num_threads(THREADS)
+
+# glibc fills every block it hands out with 0xFE bytes, NaN or a huge number in every dtype: what a
+# kernel forgets to write is seen, in its results as in its scratch memory.
+_M_PERTURB = -6
+POISONED = hasattr(ctypes.CDLL(None), "mallopt") and ctypes.CDLL(None).mallopt(_M_PERTURB, 0x01)
+
+
+def need(name):
+    """Skip the test unless a backend is usable here."""
+    reason = da_ops.backends()[name]
+    if reason is not None:
+        pytest.skip(f"backend {name!r}: {reason}")
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda pair: pair[0])
+def _target(request):
+    need(request.param[0])
+    return request.param
+
+
+@pytest.fixture
+def backend(_target):
+    """The name of a usable backend."""
+    return _target[0]
+
+
+@pytest.fixture
+def device(_target):
+    """The device that `backend` serves."""
+    return _target[1]
+
+
+@pytest.fixture
+def fused_cpu():
+    """For tests of what only the fused CPU kernels do."""
+    need("cpu")
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_torch():
+    """Each test starts from the same seed, and leaves threads and determinism as they were."""
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(False)

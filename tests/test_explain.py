@@ -1,0 +1,151 @@
+"""What a call will do, told before it is done: `explain` and the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import da_ops
+from da_ops import cli
+from da_ops.reference import GATES, ORDERS
+
+from .cases import CASES, DTYPES, LAYOUTS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("order", "gate"), CASES)
+def test_explain(backend, device, order, gate, dtype, layout):
+    x = torch.empty(4, 64, 28, 28, dtype=dtype, device=device)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    answer = da_ops.explain(x, order=order, gate=gate, backend=backend).to_dict()
+    assert answer["backend"] == backend
+    assert answer["shape"] == [4, 64, 28, 28]
+    assert answer["layout"] == layout
+    assert answer["dtype"] == str(dtype).removeprefix("torch.")
+    assert (answer["order"], answer["gate"]) == (order, gate)
+    size = x.numel() * x.element_size()
+    for direction, floor in (("forward", 2 * size), ("backward", 3 * size)):
+        told = answer[direction]
+        assert told["floor_bytes"] == floor
+        assert told["bytes_moved"] >= floor
+        assert told["percent_of_floor"] == pytest.approx(100 * floor / told["bytes_moved"])
+        assert sum(p["writes"] for p in told["passes"]) >= 1
+        reads_and_writes = sum(p["reads"] + p["writes"] for p in told["passes"])
+        assert told["bytes_moved"] <= reads_and_writes * size
+    json.dumps(answer)
+
+
+def test_text(backend, device):
+    """Names the backend, the shape and every pass."""
+    answer = da_ops.explain(torch.empty(4, 64, 28, 28, device=device), backend=backend)
+    text = str(answer)
+    assert backend in text
+    assert "4x64x28x28" in text
+    for direction in ("forward", "backward"):
+        assert all(p["name"] in text for p in answer.to_dict()[direction]["passes"])
+
+
+def test_says_why_not_a_better_one():
+    answer = da_ops.explain(torch.empty(1, 4, 5, 5)).to_dict()
+    better = list(da_ops.backends())
+    better = better[: better.index(answer["backend"])]
+    assert list(answer["passed_over"]) == better
+    assert all(answer["passed_over"].values())
+
+
+def test_nothing_is_computed():
+    """On memory that does not exist."""
+    answer = da_ops.explain(torch.empty(1024, 2048, 112, 112, device="meta"), backend="eager")
+    assert answer.to_dict()["forward"]["floor_bytes"] == 2 * 4 * 1024 * 2048 * 112 * 112
+
+
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [
+        ([1.0], {}),
+        (torch.empty(3), {}),
+        (torch.empty(1, 2, 3, 4), {"order": "both"}),
+        (torch.empty(1, 2, 3, 4), {"gate": "se"}),
+        (torch.empty(1, 2, 3, 4), {"backend": "tpu"}),
+    ],
+)
+def test_explain_refuses(x, options):
+    with pytest.raises((TypeError, ValueError), match=r"^da_attention: "):
+        da_ops.explain(x, **options)
+
+
+def run(capsys, *arguments):
+    """The status, what was printed and what was complained of."""
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as exit:
+        status = exit.code
+    return status, *capsys.readouterr()
+
+
+class TestCommandLine:
+    def test_info(self, capsys):
+        status, text, _ = run(capsys, "info")
+        assert status == 0
+        assert da_ops.__version__ in text
+        assert torch.__version__ in text
+        for name, reason in da_ops.backends().items():
+            assert name in text
+            assert reason is None or reason in text
+
+    def test_info_for_programs(self, capsys):
+        status, text, _ = run(capsys, "info", "--json")
+        assert status == 0
+        assert json.loads(text)["backends"] == da_ops.backends()
+
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("gate", GATES)
+    def test_explain(self, capsys, order, gate):
+        shape = ("explain", "4x64x28x28", "--order", order, "--gate", gate)
+        options = ("--layout", "channels_last", "--dtype", "bfloat16")
+        status, text, _ = run(capsys, *shape, *options)
+        assert status == 0
+        x = torch.empty(4, 64, 28, 28, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last)
+        answer = da_ops.explain(x, order=order, gate=gate)
+        assert text.strip() == str(answer).strip()
+        status, text, _ = run(capsys, *shape, *options, "--json")
+        assert json.loads(text) == answer.to_dict()
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (),
+            ("inform",),
+            ("explain",),
+            ("explain", "64x28x28"),
+            ("explain", "4x0x28x28"),
+            ("explain", "4x64x28xa"),
+            ("explain", "4x64x28x28", "--order", "both"),
+            ("explain", "4x64x28x28", "--dtype", "int8"),
+            ("explain", "4x64x28x28", "--backend", "tpu"),
+            ("explain", "4x64x28x28", "--device", "abacus"),
+        ],
+    )
+    def test_bad_arguments(self, capsys, arguments):
+        """A line that says what is wrong, and a status that says that something is."""
+        status, text, complaint = run(capsys, *arguments)
+        assert status not in (0, None)
+        assert not text
+        assert complaint.strip()
+
+    def test_runs_as_a_module(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "da_ops", "--version"],
+            cwd=ROOT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0
+        assert done.stdout.strip() == da_ops.__version__

@@ -1,0 +1,357 @@
+"""Installing da_ops: from an sdist, without a compiler, with a broken binary; finding compilers.
+
+The project is copied, packed and compiled once for all tests of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from setuptools.errors import SetupError
+
+from build_tools import requirements
+from build_tools.cuda import ARCHITECTURES, arch_list, find_cuda
+from build_tools.extension import find_cxx, part
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.xdist_group("install")
+
+# One forward and backward, on whichever backend is there; prints what cannot be had and why.
+TRY = """
+import json, torch, da_ops
+x = torch.randn(2, 8, 5, 5, requires_grad=True)
+layer, plain = da_ops.DAModule(8), da_ops.DAModule(8, backend="eager")
+plain.load_state_dict(layer.state_dict())
+y = layer(x)
+torch.testing.assert_close(y, plain(x))
+y.square().sum().backward()
+assert x.grad.isfinite().all() and x.grad.count_nonzero()
+print(json.dumps({"file": da_ops.__file__, "backends": da_ops.backends()}))
+"""
+
+
+def run(*command, env=None, cwd=None, check=True):
+    """Run a command with nothing of ours in its environment save `env`; return what it did."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("DA_OPS_", "PYTHON"))}
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**clean, **(env or {})},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    if check and done.returncode:
+        pytest.fail(f"{command} failed:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def try_package(folder, cwd):
+    """Use the da_ops that lies in `folder`; return its backends and why each is not usable."""
+    found = json.loads(
+        run(sys.executable, "-c", TRY, env={"PYTHONPATH": str(folder)}, cwd=cwd).stdout
+    )
+    assert Path(found["file"]).is_relative_to(folder)
+    return found["backends"]
+
+
+def pip_wheel(source, out, env=None, check=True):
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "-v", "-w", out]
+    return run(sys.executable, "-m", "pip", "wheel", *options, source, env=env, check=check)
+
+
+def unpack(wheel_folder, into):
+    (wheel,) = wheel_folder.glob("da_ops-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(into)
+    return into
+
+
+def record_of(folder):
+    return json.loads((folder / "da_ops" / "_build.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory):
+    """Packed from a copy, so that the working tree and what others build in it stay apart."""
+    copy = tmp_path_factory.mktemp("copy") / "da_ops"
+    leave = shutil.ignore_patterns(
+        ".*_cache", ".git", ".venv*", ".hypothesis", "__pycache__", "build", "dist", "*.egg-info"
+    )
+    shutil.copytree(ROOT, copy, ignore=leave)
+    out = tmp_path_factory.mktemp("sdist")
+    hook = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", hook, out, cwd=copy)
+    (archive,) = out.glob("da_ops-*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="session")
+def wheels(sdist, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheels")
+    pip_wheel(sdist, out, env={"DA_OPS_CPU": "1"})
+    return out
+
+
+@pytest.fixture
+def package(wheels, tmp_path):
+    """A folder with the built package, to be broken at will."""
+    return unpack(wheels, tmp_path / "site")
+
+
+@pytest.fixture
+def no_compiler(tmp_path):
+    """An environment in which no C++ compiler and no nvcc is to be found."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    return {"PATH": str(tools), "CXX": "", "CC": "", "CUDA_HOME": "", "CUDA_PATH": ""}
+
+
+# Packing and installing
+
+
+@pytest.mark.slow
+def test_sdist_holds_all_that_a_build_needs(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for path in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "da_ops/py.typed"):
+        assert path in names
+    for folder in ("csrc", "build_tools", "da_ops"):
+        for source in (ROOT / folder).rglob("*"):
+            if source.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh"):
+                assert source.relative_to(ROOT).as_posix() in names
+    assert not [name for name in names if name.endswith((".so", "_build.json", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_binaries_and_their_record(package):
+    inside = {path.name for path in (package / "da_ops").iterdir()}
+    assert {"_cpu.abi3.so", "_build.json", "py.typed"} <= inside
+    assert "_plan" + sysconfig.get_config_var("EXT_SUFFIX") in inside
+    record = record_of(package)
+    for name in ("cpu", "plan"):
+        assert record[name] == {"built": True, "reason": None}
+    assert record["compiler"]
+    assert not (package / "build_tools").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_cpu_library_asks_for_no_cuda(package):
+    """So that what was built with a CUDA torch loads in a CPU one, and the other way round."""
+    dynamic = run("readelf", "-d", package / "da_ops" / "_cpu.abi3.so").stdout
+    needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "NEEDED" in line}
+    assert {name.split(".so")[0] for name in needed if "torch" in name} == {"libtorch_cpu"}
+    assert not [name for name in needed if "cuda" in name or "python" in name]
+
+
+@pytest.mark.slow
+def test_sdist_installs_into_a_fresh_environment(wheels, tmp_path):
+    venv.create(tmp_path / "env", symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+    (own,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    # It sees this environment's torch and pip, but not this environment's da_ops.
+    own.joinpath("outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    options = ["--no-deps", "--no-index", "--ignore-installed", "--find-links", wheels]
+    run(python, "-m", "pip", "install", *options, "da-ops")
+
+    found = json.loads(run(python, "-c", TRY, cwd=tmp_path).stdout)
+    assert Path(found["file"]).is_relative_to(own)
+    assert found["backends"]["cpu"] is None
+    info = run(python, "-m", "da_ops", "info", cwd=tmp_path).stdout
+    assert "cpu" in info
+    assert run(tmp_path / "env" / "bin" / "da-ops", "info", cwd=tmp_path).stdout == info
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_install_succeeds_and_says_so(sdist, no_compiler, tmp_path):
+    done = pip_wheel(sdist, tmp_path / "out", env=no_compiler)
+    assert "WITHOUT its fused CPU kernels" in done.stdout + done.stderr
+    site = unpack(tmp_path / "out", tmp_path / "site")
+    assert not list(site.rglob("*.so"))
+    record = record_of(site)
+    assert not record["cpu"]["built"]
+    assert "no C++ compiler" in record["cpu"]["reason"]
+
+    backends = try_package(site, tmp_path)
+    assert backends["eager"] is None
+    assert "compiler" in backends["cpu"]
+
+
+# Asking for more or less than auto
+
+
+@pytest.mark.slow
+def test_cuda_asked_for_and_impossible_fails(sdist, no_compiler, tmp_path):
+    done = pip_wheel(sdist, tmp_path, env={**no_compiler, "DA_OPS_CUDA": "1"}, check=False)
+    assert done.returncode != 0
+    assert "DA_OPS_CUDA=1 asks for a part that cannot be built here" in done.stdout + done.stderr
+
+
+def test_a_switch_takes_0_or_1():
+    with pytest.raises(SetupError, match="DA_OPS_CPU: expected 0, 1 or nothing, got 'yes'"):
+        part("DA_OPS_CPU", None, {"DA_OPS_CPU": "yes"})
+    off = {"built": False, "reason": "DA_OPS_CPU=0"}
+    assert part("DA_OPS_CPU", None, {"DA_OPS_CPU": "0"}) == off
+    assert part("DA_OPS_CPU", "no compiler", {})["reason"] == "no compiler"
+    assert part("DA_OPS_CPU", None, {"DA_OPS_CPU": "1"})["built"]
+
+
+def test_a_compiler_asked_for_and_not_there_fails():
+    with pytest.raises(SetupError, match="CXX: expected a C\\+\\+ compiler"):
+        find_cxx({"CXX": "no-such-c++", "PATH": os.environ["PATH"]})
+
+
+@pytest.mark.slow
+def test_sources_that_do_not_compile_fail_the_install(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    (source,) = tmp_path.glob("da_ops-*")
+    (source / "csrc" / "ops.cpp").write_text("#error broken on purpose\n")
+    for other in (source / "csrc" / "cpu").glob("*.cpp"):
+        other.unlink()
+    done = pip_wheel(source, tmp_path / "out", check=False)
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stdout + done.stderr
+    assert "DA_OPS_CPU=0 installs without it" in done.stdout + done.stderr
+
+
+# Binaries that went missing or bad after the install
+
+
+@pytest.mark.slow
+def test_import_works_without_the_binaries(package, tmp_path):
+    for binary in (package / "da_ops").glob("*.so"):
+        binary.unlink()
+    backends = try_package(package, tmp_path)
+    assert backends["eager"] is None
+    assert "_cpu.abi3.so" in backends["cpu"]
+
+
+@pytest.mark.slow
+def test_import_works_with_broken_binaries(package, tmp_path):
+    for binary in (package / "da_ops").glob("*.so"):
+        binary.write_bytes(b"not a library")
+    backends = try_package(package, tmp_path)
+    assert backends["eager"] is None
+    assert "_cpu.abi3.so" in backends["cpu"]
+
+
+@pytest.mark.slow
+def test_import_works_without_the_record(package, tmp_path):
+    (package / "da_ops" / "_build.json").unlink()
+    assert try_package(package, tmp_path)["cpu"] is None
+
+
+# Finding nvcc
+
+
+def make_toolkit(home, release="13.0", archs="75 80 86 87 89 90 100 120"):
+    """A folder that looks like a CUDA toolkit as far as the discovery asks."""
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime.h").touch()
+    listing = "".join(f"echo compute_{arch}; " for arch in archs.split())
+    script(
+        home / "bin" / "nvcc",
+        f'case "$1" in --version) echo "Cuda compilation tools, release {release}, V1" ;; '
+        f'--dryrun) echo "#$ TOP={home}/bin/.." >&2 ;; --list-gpu-arch) {listing} ;; esac',
+    )
+    return home
+
+
+def script(path, body):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_cuda_home_comes_first(tmp_path):
+    home = make_toolkit(tmp_path / "a")
+    other = make_toolkit(tmp_path / "b")
+    found = find_cuda("13.2", {"CUDA_HOME": str(home), "PATH": str(other / "bin")})
+    assert (found.home, found.version, found.why) == (home, "13.0", "CUDA_HOME")
+
+
+def test_a_wrapper_on_path_is_followed_to_its_toolkit(tmp_path):
+    home = make_toolkit(tmp_path / "opt" / "cuda-13")
+    script(tmp_path / "usr" / "bin" / "nvcc", f'exec {home}/bin/nvcc "$@"')
+    found = find_cuda("13.0", {"PATH": str(tmp_path / "usr" / "bin")})
+    assert (found.home, found.why) == (home, "PATH")
+
+
+def test_a_link_on_path_is_followed_where_nvcc_does_not_tell(tmp_path):
+    home = make_toolkit(tmp_path / "cuda")
+    script(home / "bin" / "nvcc", '[ "$1" = --version ] && echo "release 13.1,"')
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
+    assert find_cuda("13.0", {"PATH": str(tmp_path / "bin")}).home == home
+
+
+def test_the_compiler_from_pip_comes_last(tmp_path):
+    home = make_toolkit(tmp_path / "nvidia" / "cu13")
+    found = find_cuda("13.2", {"PATH": ""}, [tmp_path])
+    assert (found.home, found.why) == (home, "pip")
+
+
+def test_a_compiler_that_does_not_serve_is_passed_over_with_the_reason(tmp_path):
+    old = make_toolkit(tmp_path / "old", release="12.4")
+    pip = make_toolkit(tmp_path / "nvidia" / "cu13")
+    environ = {"CUDA_HOME": str(tmp_path / "gone"), "PATH": str(old / "bin")}
+    found = find_cuda("13.2", environ, [tmp_path])
+    assert found.home == pip
+    assert "CUDA_HOME: no working bin/nvcc" in found.why
+    assert "PATH: nvcc is 12.4, torch was built with 13.2" in found.why
+
+
+def test_a_toolkit_without_headers_is_passed_over(tmp_path):
+    home = make_toolkit(tmp_path / "cuda")
+    (home / "include" / "cuda_runtime.h").unlink()
+    found = find_cuda("13.0", {"CUDA_HOME": str(home), "PATH": ""})
+    assert found.home is None
+    assert "no cuda_runtime.h" in found.why
+
+
+def test_nothing_found_names_where_it_looked():
+    found = find_cuda("99.0", {"PATH": ""})
+    assert found.home is None
+    assert "CUDA_HOME" in found.why
+
+
+def test_a_torch_without_cuda_needs_no_nvcc():
+    assert find_cuda(None, {}).why == "this torch was built without CUDA"
+
+
+def test_arch_list_is_what_this_nvcc_knows_with_ptx_for_the_newest(tmp_path):
+    home = make_toolkit(tmp_path / "new")
+    assert arch_list(home, {}) == [*ARCHITECTURES[:-1], ARCHITECTURES[-1] + "+PTX"]
+    old = make_toolkit(tmp_path / "old", archs="70 75 80")
+    assert arch_list(old, {}) == ["7.5", "8.0+PTX"]
+
+
+@pytest.mark.parametrize("text", ["9.0;10.0+PTX", "9.0 10.0+PTX", " 9.0, 10.0+PTX "])
+def test_arch_list_obeys_the_environment(tmp_path, text):
+    assert arch_list(tmp_path, {"TORCH_CUDA_ARCH_LIST": text}) == ["9.0", "10.0+PTX"]
+
+
+# What the Makefile installs
+
+
+def test_requirements_are_those_of_pyproject():
+    names = requirements.requirements(["dev"])
+    for name in ("torch>=2.10", "ninja", "torchvision", "hypothesis", "ruff"):
+        assert name in names
+    assert len(names) == len(set(names))
+    assert not [name for name in names if name.startswith("da-ops")]
+    assert requirements.installed("torch>=2.10")
+    assert not requirements.installed("no-such-package-of-ours>=1")
