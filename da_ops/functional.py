@@ -82,10 +82,15 @@ def _compiled(*args: Any) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         return plain(*args)
     check_arguments(*args[:-1])
-    return _node(*args)
+    return torch.ops.da_ops.attention.default(*args)
 
 
-@torch.compiler.allow_in_graph
-def _node(*args: Any) -> Tensor:
-    """One node to Dynamo, which would make a contiguous copy of dy if it traced the function."""
-    return fused(*args)
+# One node to Dynamo, and the function to what comes after it. If Dynamo traced the function it would
+# make a contiguous copy of dy; torch.compiler.allow_in_graph would import all of Dynamo.
+_library = torch.library.Library("da_ops", "FRAGMENT")
+_library.define(
+    "attention(Tensor x, Tensor? conv_weight, Tensor? dilated_weight, Tensor? merge_weight, "
+    "Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, str order, str gate, "
+    "str backend) -> Tensor"
+)
+_library.impl("attention", fused, "CompositeImplicitAutograd")

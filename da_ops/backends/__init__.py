@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 
-import torch
-
 from . import cpu, eager
 from .base import Backend
 
@@ -37,7 +35,6 @@ def unserved(name: str, device_type: str) -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result
 def select(backend: str, device_type: str) -> str:
     """The name of the backend that computes for tensors on ``device_type``.
 
