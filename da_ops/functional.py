@@ -85,8 +85,8 @@ def _compiled(*args: Any) -> Tensor:
     return torch.ops.da_ops.attention.default(*args)
 
 
-# One node to Dynamo, and the function to what comes after it. If Dynamo traced the function it would
-# make a contiguous copy of dy; torch.compiler.allow_in_graph would import all of Dynamo.
+# One node to Dynamo, and the function to what comes after it. Dynamo would make a contiguous copy
+# of dy if it traced the function; torch.compiler.allow_in_graph would import all of Dynamo.
 _library = torch.library.Library("da_ops", "FRAGMENT")
 _library.define(
     "attention(Tensor x, Tensor? conv_weight, Tensor? dilated_weight, Tensor? merge_weight, "

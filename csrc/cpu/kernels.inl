@@ -56,33 +56,38 @@ DA_INLINE void sum_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t co
   sum_lanes<kBlock, A>(total, row_sums);
 }
 
-// Column sums, and row sums if asked for, of a few rows together.
+// Column sums, and row sums if asked for, of a few rows together. What is left over of the columns
+// goes to `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
 template <bool kProduct, bool kRows, int kBlock, class T, class A = accumulate_t<T>>
 DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t cols, const A* u,
-                         const A* v, A* row_sums, A* col_sums) {
+                         const A* v, A* row_sums, A* col_sums, vec<A>& tail_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {}, sum[kBlock] = {};
   // The next block's rows are fetched while these are summed: many short rows are more streams than
   // the hardware follows.
-  const auto add = [&](int64_t q, auto read) DA_LAMBDA_INLINE {
-    vec<A> columns[2] = {};
+  const auto columns = [&](int64_t q, auto read) DA_LAMBDA_INLINE {
+    vec<A> parts[2] = {};
     for (int b = 0; b < kBlock; b++) {
       __builtin_prefetch(x + (b + kBlock) * cols + q);
       if constexpr (kProduct) __builtin_prefetch(dy + (b + kBlock) * cols + q);
       vec<A> t = read(x + b * cols);
       if constexpr (kProduct) t *= read(dy + b * cols);
       if constexpr (kRows) sum[b] += t * load(v + q);
-      columns[b % 2] += t * u[b];
+      parts[b % 2] += t * u[b];
     }
-    store(col_sums + q, load(col_sums + q) + (columns[0] + columns[1]));
+    return parts[0] + parts[1];
   };
-  for (int64_t begin = 0; begin < tail.full;) {
-    const int64_t end = begin + kChunk * lanes < tail.full ? begin + kChunk * lanes : tail.full;
-    for (; begin < end; begin += lanes)
-      add(begin, [&](const T* row) DA_LAMBDA_INLINE { return load(row + begin); });
+  for (int64_t q = 0; q < tail.full;) {
+    const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
+    for (; q < end; q += lanes) {
+      const auto read = [&](const T* row) DA_LAMBDA_INLINE { return load(row + q); };
+      store(col_sums + q, load(col_sums + q) + columns(q, read));
+    }
     for (int b = 0; kRows && b < kBlock; b++) total[b] += sum[b], sum[b] = vec<A>{};
   }
-  if (tail.n) add(tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); });
+  if (tail.n)
+    tail_sums +=
+        columns(tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); });
   if constexpr (kRows) {
     for (int b = 0; b < kBlock; b++) total[b] += sum[b];
     sum_lanes<kBlock, A>(total, row_sums);
@@ -94,6 +99,7 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u
                  A* row_sums, A* col_sums) {
   constexpr int kBlock = kRows ? 4 : 8;
   const Tail<T> tail(cols);
+  vec<A> tail_sums = {};
   int64_t r = 0;
   const auto block = [&](auto size) DA_LAMBDA_INLINE {
     constexpr int kSize = decltype(size)::value;
@@ -101,7 +107,7 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u
       const T *xr = x + r * cols, *dyr = kProduct ? dy + r * cols : nullptr;
       A* sums = kRows ? row_sums + r : nullptr;
       if constexpr (kCols)
-        sum_block<kProduct, kRows, kSize>(xr, dyr, tail, cols, u + r, v, sums, col_sums);
+        sum_block<kProduct, kRows, kSize>(xr, dyr, tail, cols, u + r, v, sums, col_sums, tail_sums);
       else
         sum_rows<kProduct, kSize>(xr, dyr, tail, cols, v, sums);
     }
@@ -110,6 +116,7 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u
   // Short rows are read faster one after the other than side by side.
   if (!(kCols && cols <= 1024)) block(std::integral_constant<int, kBlock>());
   block(std::integral_constant<int, 1>());
+  if (kCols && tail.n) store(col_sums + tail.begin, load(col_sums + tail.begin) + tail_sums);
 }
 
 template <class T, class A = accumulate_t<T>>
