@@ -13,7 +13,7 @@ from benchmarks.environment import BenchmarkError
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-REGIMES = ("warm", "cold", "fresh")
+REGIMES = ("warm", "cold")
 
 Shape = tuple[int, int, int, int]
 STAGES: tuple[Shape, ...] = (  # ResNet-50: the stem's map, then the four stages

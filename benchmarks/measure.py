@@ -132,19 +132,17 @@ def interleaved(
     return {name: np.array(times[name]) for name in contenders}
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """Whether glibc keeps what is freed for the next allocation, or returns it to the system.
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next allocation; with another library do nothing.
 
-    Its default lies between, and depends on what was freed before: on who else is measured.
-    Elsewhere than with glibc nothing changes.
+    By default it keeps some, depending on what was freed before: on who else is measured.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
         return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # as <malloc.h> names them
-    library.mallopt(trim_threshold, 2**31 - 1 if keep else 128 * 1024)
-    library.mallopt(mmap_threshold, 128 * 1024)
-    library.mallopt(mmap_max, 0 if keep else 65536)
+    trim_threshold, mmap_max = -1, -4  # as <malloc.h> names them
+    library.mallopt(trim_threshold, 2**31 - 1)
+    library.mallopt(mmap_max, 0)
 
 
 def spread(values: NDArray[np.float64]) -> dict[str, float | int]:

@@ -270,6 +270,7 @@ def parser() -> argparse.ArgumentParser:
     add("--backends", help="backends of da_ops (all usable on the device)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, help="CPU threads (as torch has them)")
+    add("--allocator", choices=("keep", "system"), default="keep", help=op.ALLOCATOR_HELP)
     add("--output", metavar="FILE", help="results, JSON; the chart lies beside it")
     return result
 

@@ -13,9 +13,9 @@ The input is random. Warm, the default, gives each call the same input, as a lay
 output of the one before it; but all contenders take turns, so what is larger than the last cache
 comes from memory. Cold cycles through copies of the input, twice the last-level cache in all.
 Outputs are allocated in every call, as in use, from memory that the allocator has kept, as
-jemalloc and tcmalloc do; in the third regime, fresh, the allocator returns what is freed to the
-system at once, and every page of every output is made anew: for large tensors that costs more
-than the layer. The copy that the floor is taken from writes to memory it has written before.
+jemalloc and tcmalloc do. glibc's default, --allocator system, returns some to the operating system,
+and whoever allocates next pays for new pages: with large tensors more than the layer costs, and by
+chance. The copy that the floor is taken from writes to memory it has written before.
 
 Before it is timed, each contender's y and gradients are compared with the formula in float64; one
 that is wrong is shown as failed and not timed. Floor: the time to move 2 (inference), 5 (training)
@@ -48,6 +48,8 @@ TIMING: dict[str, dict[str, Any]] = {
 # Relative L2 error against float64 above which a contender is wrong, not merely rounded: plain
 # PyTorch in half precision rounds at every step, and sums gradients of small size.
 WRONG = {"float64": 1e-11, "float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}
+
+ALLOCATOR_HELP = "keep what is freed for the next allocation (keep), or glibc's default (system)"
 
 Key = tuple[str, str]  # rival, layout
 
@@ -116,7 +118,7 @@ def build(rival: str, plain: nn.Module, channels: int, x: torch.Tensor) -> nn.Mo
 
 def buffers(case: Case, regime: str, device: str) -> int:
     """How many inputs to cycle through: enough to fall out of the last-level cache, or one."""
-    if regime != "cold":
+    if regime == "warm":
         return 1
     size = math.prod(case.shape) * DTYPES[case.dtype].itemsize
     wanted = max(2, math.ceil(2 * environment.last_level_cache(device) / size))
@@ -170,7 +172,6 @@ def measure_case(
 
     records = []
     for regime in case.regimes:
-        measure.keep_freed_memory(regime != "fresh")
         count = buffers(case, regime, device)
         xs, dys = {}, {}
         for layout, (x, dy) in inputs.items():
@@ -256,7 +257,8 @@ def contenders_for(options: argparse.Namespace) -> tuple[list[str], dict[str, st
 
 def prepare(options: argparse.Namespace) -> None:
     """Set the number of threads and the allocator, and see that the device is there."""
-    measure.keep_freed_memory(True)
+    if options.allocator == "keep":
+        measure.keep_freed_memory()
     if options.threads is not None:
         if options.threads < 1:
             raise BenchmarkError(f"--threads: expected at least 1, got {options.threads}")
@@ -280,6 +282,7 @@ def parser() -> argparse.ArgumentParser:
     add("--backends", help="backends of da_ops (all usable on the device)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, help="CPU threads (as torch has them)")
+    add("--allocator", choices=("keep", "system"), default="keep", help=ALLOCATOR_HELP)
     add("--budget", type=float, help="seconds at most per measurement, beyond a few rounds")
     add("--output", metavar="FILE", help="results, JSON; the chart lies beside it")
     return result

@@ -154,7 +154,6 @@ def sections(results: Results) -> list[tuple[str, list[list[str]]]]:
         for title, regime, roles in (
             ("ResNet-50 stages", "warm", ("stage",)),
             ("ResNet-50 stages, cold", "cold", ("stage",)),
-            ("ResNet-50 stages, outputs in fresh pages", "fresh", ("stage",)),
             ("SSD300 maps", None, ("ssd",)),
             ("one image", None, ("single",)),
             ("half precision", None, ("half",)),

@@ -54,9 +54,10 @@ struct SpatialWeights {
 // Gradients of the spatial parameters from sums[t] = sum_p dz[p] m[p + t] (9 near, 9 far taps) and
 // sums[18] = sum_p dz[p].
 template <class A>
-DA_HD SpatialWeights<A> spatial_gradients(const SpatialWeights<A>& weights, const A* sums) {
-  SpatialWeights<A> d;
-  d.merge[0] = d.merge[1] = A(0);
+DA_HD SpatialWeights<double> spatial_gradients(const SpatialWeights<A>& weights,
+                                               const double* sums) {
+  SpatialWeights<double> d;  // the merge's sums cancel: in double
+  d.merge[0] = d.merge[1] = 0;
   for (int t = 0; t < kTaps; t++) {
     d.conv[t] = weights.merge[0] * sums[t];
     d.dilated[t] = weights.merge[1] * sums[kTaps + t];

@@ -41,7 +41,7 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
   const Order order = problem.order;
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
   std::vector<A> all_dt(problem.channel() ? problem.n * c : 0);
-  std::vector<A> all_sums(problem.n * kSpatialSums);
+  std::vector<double> all_sums(problem.n * kSpatialSums);
 
   for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
     const T *xn = x + n * size, *dyn = dy + n * size;
@@ -92,12 +92,9 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
   if (problem.channel())
     gate_gradients<A>(problem, all_dt.data(), pooled, gradients.gate, gradients.gate_bias);
   if (problem.spatial()) {
-    A sums[kSpatialSums];
-    for (int t = 0; t < kSpatialSums; t++) {
-      double total = 0;
-      for (int64_t n = 0; n < problem.n; n++) total += all_sums[n * kSpatialSums + t];
-      sums[t] = static_cast<A>(total);
-    }
+    double sums[kSpatialSums] = {};
+    for (int64_t n = 0; n < problem.n; n++)
+      for (int t = 0; t < kSpatialSums; t++) sums[t] += all_sums[n * kSpatialSums + t];
     *gradients.spatial = spatial_gradients(weights.spatial, sums);
   }
 }

@@ -163,7 +163,7 @@ class Image {
   }
 
   // sums as formula.h's spatial_gradients wants them, from dense maps dz and m.
-  void tap_sums(const A* dz, const A* m, A* sums) {
+  void tap_sums(const A* dz, const A* m, double* sums) {
     border(m, plane_);
     border(dz, second_plane_);
     each(bands_, [&](int64_t begin, int64_t end) {
@@ -171,7 +171,7 @@ class Image {
         kernels_.tap_sums(second_plane_, plane_, p_.w, i * kBand, std::min(p_.h, (i + 1) * kBand),
                           band_sums_ + i * kSpatialSums);
     });
-    std::fill_n(sums, kSpatialSums, A(0));
+    std::fill_n(sums, kSpatialSums, 0.);
     for (int64_t i = 0; i < bands_; i++)
       for (int t = 0; t < kSpatialSums; t++) sums[t] += band_sums_[i * kSpatialSums + t];
   }

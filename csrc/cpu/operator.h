@@ -13,7 +13,7 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
 
 template <class A>
 struct Gradients {
-  SpatialWeights<A>* spatial;
+  SpatialWeights<double>* spatial;
   A* gate;
   A* gate_bias;
 };

@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     using A = accumulate_t<T>;
     const Converted<A> converted(p, given);
     Tensor dx = allocate(x.sizes().data(), x.strides().data(), 4, x.scalar_type());
-    SpatialWeights<A> spatial{};
+    SpatialWeights<double> spatial{};
     std::vector<A> d_gate(converted.gate.size()), d_gate_bias(converted.gate_bias.size());
     backward<T>(
         p, plan_here(p), kPool, converted.weights, static_cast<const T*>(dy.const_data_ptr()),
