@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import cases, environment, measure, op, photographs, report, rivals, tables
+from benchmarks import cases, environment, measure, op, photographs, rivals, tables
 from benchmarks.cases import LAYOUTS
 from benchmarks.environment import BenchmarkError
 from benchmarks.summary import FUSED, a_check, quiet
@@ -277,6 +277,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all layouts; the results as they are written."""
+    for name, least in (("batch", 2), ("size", 32), ("rounds", 1)):
+        if getattr(options, name) < least:
+            raise BenchmarkError(
+                f"--{name}: expected at least {least}, got {getattr(options, name)}"
+            )
     start, others = time.perf_counter(), environment.Others()
     layouts = cases.choose("--layouts", options.layouts, list(LAYOUTS))
     contenders, reasons = op.contenders_for(options)
@@ -316,21 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in PRESETS[options.preset].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    try:
-        op.prepare(options)
-        for name, least in (("batch", 2), ("size", 32), ("rounds", 1)):
-            if getattr(options, name) < least:
-                raise BenchmarkError(
-                    f"--{name}: expected at least {least}, got {getattr(options, name)}"
-                )
-        path = environment.results_file("network", options.device, options.preset, options.output)
-        results = run(options)
-    except BenchmarkError as error:
-        print(f"benchmarks.network: {error}", file=sys.stderr)
-        return 2
-    environment.write_results(path, results)
-    report.show(path)
-    return 0 if all(c["passed"] for c in results["summary"]["checks"] if c["must"]) else 1
+    return op.command("network", options, run)
 
 
 if __name__ == "__main__":

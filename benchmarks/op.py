@@ -322,18 +322,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+def command(
+    kind: str, options: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]
+) -> int:
+    """Measure, write, show; the exit status: 1 where a check failed that must pass, 2 on misuse."""
     try:
         prepare(options)
-        path = environment.results_file("op", options.device, options.preset, options.output)
+        path = environment.results_file(kind, options.device, options.preset, options.output)
         results = run(options)
     except BenchmarkError as error:
-        print(f"benchmarks.op: {error}", file=sys.stderr)
+        print(f"benchmarks.{kind}: {error}", file=sys.stderr)
         return 2
     environment.write_results(path, results)
     report.show(path)
     return 0 if all(c["passed"] for c in results["summary"]["checks"] if c["must"]) else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command("op", parser().parse_args(arguments), run)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from dataclasses import replace
 
 import onnxruntime
@@ -141,6 +143,22 @@ def test_the_kernels_are_in_the_graph(fused_cpu, layout):
     forward, backward = ([t for t in graph if "getitem" not in str(t)] for graph in graphs)
     assert forward == [torch.ops.da_ops.forward.default]
     assert backward == [torch.ops.da_ops.backward.default]
+
+
+def test_the_first_call_of_all_is_compiled():
+    """DAFunction itself, before anything has chosen a backend, which Dynamo then has to trace."""
+    code = """
+import torch, da_ops
+m = da_ops.DAModule(6)
+weights = (m.conv.weight, m.dilated_conv.weight, m.merge.weight, None, m.gate_weight, m.gate_bias)
+f = lambda x: da_ops.DAFunction.apply(x, *weights, "spatial_channel", "affine", "auto")
+x = torch.randn(2, 6, 5, 4, requires_grad=True)
+y = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+y.sum().backward()
+torch.testing.assert_close(y, m(x))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_compiled_module_trains(backend, device):

@@ -142,10 +142,16 @@ DA_INLINE void store_part(T* p, vec<accumulate_t<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = t[i];
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define DA_SHUFFLEVECTOR
+#endif
+#endif
+
 // Sums of neighbouring lanes, a's then b's. Folding again and again ends in sums of whole vectors.
 template <class V, int64_t... I>
 DA_INLINE V fold(V a, V b, std::integer_sequence<int64_t, I...>) {
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#ifdef DA_SHUFFLEVECTOR
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 #else
   return __builtin_shuffle(a, b, ivec<decltype(a[0] + 0)>{(2 * I)...}) +

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
+
 from . import cpu, eager
 from .base import Backend
 
@@ -47,7 +49,11 @@ def select(backend: str, device_type: str) -> str:
     """
     if backend == "auto":
         if device_type not in _chosen:
-            _chosen[device_type] = _choose(device_type)
+            name, why = _choose(device_type)
+            if torch.compiler.is_compiling():
+                return name  # a traced call cannot log: the next one that is not will
+            _chosen[device_type] = name
+            logger.info("da_ops: backend %r for %s tensors (%s)", name, device_type, why)
         return _chosen[device_type]
     if backend not in NAMES:
         raise ValueError(
@@ -63,26 +69,19 @@ def select(backend: str, device_type: str) -> str:
     return backend
 
 
-def _choose(device_type: str) -> str:
+def _choose(device_type: str) -> tuple[str, str]:
+    """What "auto" takes, and why."""
     wish = os.environ.get("DA_OPS_BACKEND", "auto")
     if wish != "auto":
         try:
-            select(wish, device_type)
+            return select(wish, device_type), "by DA_OPS_BACKEND"
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{error} (asked for by the environment's DA_OPS_BACKEND)") from None
-        logger.info("da_ops: backend %r for %s tensors, by DA_OPS_BACKEND", wish, device_type)
-        return wish
     passed: list[str] = []
     for name in NAMES:
         reason = unserved(name, device_type)
         if reason is None:
-            logger.info(
-                "da_ops: backend %r for %s tensors%s",
-                name,
-                device_type,
-                f" ({'; '.join(passed)})" if passed else "",
-            )
-            return name
+            return name, "; ".join(passed) or "the best there is"
         passed.append(f"not {name!r}: {reason}")
     raise AssertionError("the eager backend serves everything")
 
