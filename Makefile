@@ -19,7 +19,7 @@ endif
 
 SOURCES := setup.py pyproject.toml da_ops/_version.py $(wildcard build_tools/*.py) \
   $(shell find csrc -type f)
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu*')
+CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu*')
 # A build is current only while its record is there.
 RECORD := da_ops/_build.json
 BUILT := $(STAMPS)/built

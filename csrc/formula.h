@@ -74,13 +74,16 @@ DA_HD V sigmoid_slope(V mask) {
   return mask * (V(1) - mask);
 }
 
-// t_c = F(g)_c, what the channel mask's sigmoid is taken of. `pooled` has c entries.
-template <class A>
-DA_HD A gate_logit(Gate gate, const A* weight, const A* bias, int64_t kernel_size, const A* pooled,
+// t_c = F(g)_c, what the channel mask's sigmoid is taken of. Weights, bias and the `channels`
+// pooled values are arrays, or compute what they are asked for.
+template <class A, class Weight, class Vector>
+DA_HD A gate_logit(Gate gate, Weight weight, Weight bias, int64_t kernel_size, Vector pooled,
                    int64_t channels, int64_t c) {
-  if (gate == Gate::sigmoid) return pooled[c];
-  if (gate == Gate::affine) return weight[c] * pooled[c] + bias[c];
-  if (gate == Gate::scalar) return weight[0] * pooled[c] + bias[0];
+  if (gate != Gate::eca) {
+    const A own = pooled[c];
+    const int64_t i = gate == Gate::affine ? c : 0;
+    return gate == Gate::sigmoid ? own : weight[i] * own + bias[i];
+  }
   A sum = A(0);
   const int64_t half = kernel_size / 2;
   for (int64_t k = 0; k < kernel_size; k++) {
@@ -91,12 +94,13 @@ DA_HD A gate_logit(Gate gate, const A* weight, const A* bias, int64_t kernel_siz
 }
 
 // dg_c = (F' transposed) dt, with `dt` the gradient of the logits.
-template <class A>
-DA_HD A gate_transposed(Gate gate, const A* weight, int64_t kernel_size, const A* dt,
-                        int64_t channels, int64_t c) {
-  if (gate == Gate::sigmoid) return dt[c];
-  if (gate == Gate::affine) return weight[c] * dt[c];
-  if (gate == Gate::scalar) return weight[0] * dt[c];
+template <class A, class Weight, class Vector>
+DA_HD A gate_transposed(Gate gate, Weight weight, int64_t kernel_size, Vector dt, int64_t channels,
+                        int64_t c) {
+  if (gate != Gate::eca) {
+    const A own = dt[c];
+    return gate == Gate::sigmoid ? own : weight[gate == Gate::affine ? c : 0] * own;
+  }
   A sum = A(0);
   const int64_t half = kernel_size / 2;
   for (int64_t k = 0; k < kernel_size; k++) {

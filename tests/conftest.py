@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 
 # Compiled graphs are few and small here: compiling them in this process is quicker than a pool.
@@ -15,6 +16,7 @@ import torch
 import da_ops
 
 from .cases import FULL
+from .simt.build import build, unavailable
 
 # A new backend is one line: its name and the device to run it on.
 BACKENDS = [
@@ -67,6 +69,22 @@ def fused_cpu():
     """For tests of what only the fused CPU kernels do."""
     need("cpu")
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def executable(tmp_path_factory):
+    """executable(source, kind): built once for all workers of a test run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    @functools.cache
+    def made(source, kind):
+        if reason := unavailable(kind):
+            pytest.skip(reason)
+        return build(source, kind, folder)
+
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,8 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
       A* dt = all_dt.data() + n * c;
       for (int64_t i = 0; i < c; i++) dt[i] = dc[i] * sigmoid_slope(k[i]);
       for (int64_t i = 0; i < c; i++)
-        dg[i] = gate_transposed(problem.gate, weights.gate, problem.kernel_size, dt, c, i) / pixels;
+        dg[i] =
+            gate_transposed<A>(problem.gate, weights.gate, problem.kernel_size, dt, c, i) / pixels;
     };
     const auto through_spatial_mask = [&] {
       A* dz = ds;

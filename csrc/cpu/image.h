@@ -157,8 +157,8 @@ class Image {
 
   void channel_mask(const A* pooled, A* mask) {
     for (int64_t c = 0; c < p_.c; c++)
-      mask[c] =
-          gate_logit(p_.gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled, p_.c, c);
+      mask[c] = gate_logit<A>(p_.gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled,
+                              p_.c, c);
     kernels_.sigmoid(mask, p_.c);
   }
 

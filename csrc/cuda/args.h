@@ -1,0 +1,58 @@
+// What a launch is given: plain data, the same for every kernel.
+#pragma once
+
+#include "cuda/plan.h"
+#include "formula.h"
+
+namespace da::cuda {
+
+// Sums over the tiles of the other axis, not yet added up: [image][tile][entry].
+template <class A>
+struct Partial {
+  A* data;
+  int64_t tiles, entries;
+  int terms;  // tiles that are still to be added
+};
+
+// In x's type, or (`wide`) in float32.
+struct Parameters {
+  const void *conv, *dilated, *merge, *spatial_bias, *gate, *gate_bias;
+  bool wide;
+};
+
+struct Gradients {
+  void *conv, *dilated, *merge, *spatial_bias, *gate, *gate_bias;
+};
+
+template <class A>
+struct Args {
+  int64_t first_job;  // the first block's: a tile, or other piece of work
+  int64_t images, channels, pixels;
+  int64_t height, width;
+  Order order;
+  Gate gate;
+  int64_t kernel_size;
+
+  Tiling tiling;
+  Staging staging;
+  bool second;  // of forward's two sums
+  const void *x, *dy;
+  void* out;  // y or dx
+
+  Parameters parameters;
+  Gradients gradients;
+  Partial<A> pixel_sums, more_pixel_sums, channel_sums, more_channel_sums;
+  A *new_pixel_sums, *new_channel_sums;             // what this launch sums; null: not wanted
+  A *channel_mean, *spatial_mask, *d_channel_mean;  // [image][pixel]
+  A *pooled, *channel_mask, *d_logit;               // [image][channel]
+  A* spatial_parts;                                 // [block][kSpatialSums]
+  int64_t spatial_blocks;
+  A* gate_parts;  // [image][part]
+  int64_t parts;
+  Partial<A> to_fold;
+
+  DA_HD bool spatial() const { return order != Order::channel; }
+  DA_HD bool channel() const { return order != Order::spatial; }
+};
+
+}  // namespace da::cuda

@@ -1,0 +1,121 @@
+// From a plan's steps to launches.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/finish.cuh"
+#include "cuda/launch.h"
+#include "cuda/passes.cuh"
+
+namespace da::cuda {
+namespace detail {
+
+template <class A>
+Args<A> common(const Problem& p, const Plan& plan, const Direction& direction,
+               const Parameters& parameters, A* channel_mean, A* pooled, A* workspace) {
+  const Tiling& t = plan.tiling;
+  const Workspace& w = direction.workspace;
+  Args<A> a{};
+  a.images = p.n, a.channels = p.c, a.pixels = p.pixels(), a.height = p.h, a.width = p.w;
+  a.order = p.order, a.gate = p.gate, a.kernel_size = p.kernel_size;
+  a.tiling = t, a.staging = plan.staging;
+  a.parameters = parameters;
+  a.pixel_sums = {workspace + w.pixel_sums, t.channel_tiles(), a.pixels,
+                  static_cast<int>(t.channel_tiles())};
+  a.channel_sums = {workspace + w.channel_sums, t.pixel_tiles(), a.channels,
+                    static_cast<int>(t.pixel_tiles())};
+  a.channel_mean = channel_mean, a.pooled = pooled;
+  a.spatial_mask = workspace + w.spatial_mask;
+  a.channel_mask = workspace + w.channel_mask;
+  return a;
+}
+
+template <class T, int E>
+int launch_tiles(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& a) {
+  if (step.kernel == Kernel::scale)
+    return step.backward ? simt::launch(launch, scale<T, E, true>, a)
+                         : simt::launch(launch, scale<T, E, false>, a);
+  if (!step.backward) return simt::launch(launch, sums<T, E, Sums::forward>, a);
+  return step.stage == Stage::first ? simt::launch(launch, sums<T, E, Sums::backward>, a)
+                                    : simt::launch(launch, sums<T, E, Sums::through>, a);
+}
+
+template <class T>
+int launch_step(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& a) {
+  using A = accumulate_t<T>;
+  switch (step.kernel) {
+    case Kernel::fold:
+      return simt::launch(launch, fold<A>, a);
+    case Kernel::gate_sums:
+      return simt::launch(launch, gate_sums<A>, a);
+    case Kernel::finish:
+      return simt::launch(launch, finish<T>, a);
+    default:
+      return a.tiling.vector > 1 ? launch_tiles<T, 16 / sizeof(T)>(step, launch, a)
+                                 : launch_tiles<T, 1>(step, launch, a);
+  }
+}
+
+// Runs the steps in turn. What a step leaves for those after it is noted in `a`.
+template <class T>
+int run(const Direction& direction, Args<accumulate_t<T>> a, void* stream) {
+  using A = accumulate_t<T>;
+  for (const Step& step : direction.steps) {
+    // Backward's second sums come on top of its first.
+    const bool more = step.backward && step.stage == Stage::second;
+    Partial<A>& pixel_sums = more ? a.more_pixel_sums : a.pixel_sums;
+    Partial<A>& channel_sums = more ? a.more_channel_sums : a.channel_sums;
+    a.second = step.stage == Stage::second;
+    a.new_pixel_sums = step.pixels ? pixel_sums.data : nullptr;
+    a.new_channel_sums = step.channels ? channel_sums.data : nullptr;
+    a.to_fold = step.pixels ? pixel_sums : channel_sums;
+
+    for (a.first_job = 0; a.first_job < step.jobs; a.first_job += step.grid) {
+      const unsigned grid = std::min<int64_t>(step.grid, step.jobs - a.first_job);
+      const int error = launch_step<T>(step, {grid, kThreads, step.shared_bytes, stream}, a);
+      if (error != 0) return error;
+    }
+    if (step.kernel == Kernel::fold) (step.pixels ? pixel_sums : channel_sums).terms = 1;
+  }
+  return 0;
+}
+
+}  // namespace detail
+
+template <class T, class A>
+int forward(const Problem& problem, const Plan& plan, const Parameters& parameters, const void* x,
+            void* y, A* channel_mean, A* pooled, A* workspace, void* stream) {
+  Args<A> a =
+      detail::common(problem, plan, plan.forward, parameters, channel_mean, pooled, workspace);
+  a.x = x, a.out = y;
+  return detail::run<T>(plan.forward, a, stream);
+}
+
+template <class T, class A>
+int backward(const Problem& problem, const Plan& plan, const Parameters& parameters, const void* dy,
+             const void* x, const A* channel_mean, const A* pooled, void* dx,
+             const Gradients& gradients, A* workspace, void* stream) {
+  const Workspace& w = plan.backward.workspace;
+  // Backward writes to neither map.
+  Args<A> a = detail::common(problem, plan, plan.backward, parameters, const_cast<A*>(channel_mean),
+                             const_cast<A*>(pooled), workspace);
+  a.dy = dy, a.x = x, a.out = dx;
+  a.gradients = gradients;
+  if (problem.order == Order::spatial_channel) {
+    a.more_pixel_sums = a.pixel_sums;
+    a.more_pixel_sums.data = workspace + w.more_pixel_sums;
+  }
+  if (problem.order == Order::channel_spatial) {
+    a.more_channel_sums = a.channel_sums;
+    a.more_channel_sums.data = workspace + w.more_channel_sums;
+  }
+  a.d_channel_mean = workspace + w.d_channel_mean;
+  a.d_logit = workspace + w.d_logit;
+  a.spatial_parts = workspace + w.spatial_parts;
+  a.spatial_blocks = w.spatial_blocks;
+  a.gate_parts = workspace + w.gate_parts;
+  a.parts = gate_parts(problem);
+  return detail::run<T>(plan.backward, a, stream);
+}
+
+}  // namespace da::cuda

@@ -1,0 +1,338 @@
+// The small maps that a block needs for its tile: masks, and what flows back through them. Each is
+// made by every block that needs it and kept in memory by the first tile of the other axis only.
+#pragma once
+
+#include "cuda/args.h"
+#include "cuda/memory.h"
+#include "cuda/tile.cuh"
+
+namespace da::cuda {
+
+template <class T>
+struct Parameter {
+  using A = accumulate_t<T>;
+  const void* data;
+  bool wide;
+
+  SIMT_FN A operator[](int64_t i) const {
+    return wide ? A(static_cast<const float*>(data)[i])
+                : simt::to<A>(static_cast<const T*>(data)[i]);
+  }
+};
+
+// An image's sums, added up where they are read, in the tiles' order.
+template <class A>
+struct Folded {
+  const A* data;
+  int64_t entries;
+  int terms;
+  A scale;
+
+  SIMT_FN Folded(const Partial<A>& p, int64_t image, A scale)
+      : data(p.data + image * p.tiles * p.entries),
+        entries(p.entries),
+        terms(p.data ? p.terms : 0),
+        scale(scale) {}
+
+  SIMT_FN A operator[](int64_t entry) const {
+    A sum = 0;
+    const A* term = data + entry;
+    for (int t = 0; t < terms; t++, term += entries) sum += *term;
+    return sum * scale;
+  }
+};
+
+template <class A>
+SIMT_FN A sigmoid(A z) {
+  return A(1) / (A(1) + simt::exp(-z));
+}
+
+// The same sum in every lane.
+template <class A>
+SIMT_FN A warp_sum(A value) {
+  SIMT_UNROLL
+  for (int step = simt::kWarp / 2; step > 0; step /= 2) value += simt::shuffle_xor(value, step);
+  return value;
+}
+
+template <class A>
+SIMT_FN void fill(A* out, int count, A value) {
+  for (int i = simt::thread(); i < count; i += kThreads) out[i] = value;
+}
+
+template <class A>
+SIMT_FN void copy(A* out, int count, const A* from) {
+  for (int i = simt::thread(); i < count; i += kThreads) out[i] = from[i];
+}
+
+// A map's values around the tile's pixels, in shared memory: all pixels within the stencil's reach,
+// or where rows are long the five pieces of rows that it touches. The caller syncs.
+template <class A, class Map>
+SIMT_FN void stage(const Args<A>& a, const Tile& tile, const Memory<A>& memory, Map map) {
+  const Staging s = a.staging;
+  SIMT_ROLLED
+  for (int i = simt::thread(); i < s.pieces * s.length; i += kThreads) {
+    const int piece = i / s.length;
+    const int64_t p = tile.pixel() + s.row_of(piece) * a.width - s.margin + i % s.length;
+    memory.staged[i] = p >= 0 && p < a.pixels ? map[p] : A(0);
+  }
+}
+
+// What the stencil sees of a staged map.
+template <class A>
+struct Surroundings {
+  const A* staged;
+  Staging staging;
+  uint32_t height, width, row0, col0;  // of the tile's first pixel
+
+  SIMT_FN Surroundings(const Args<A>& a, const Tile& tile, const Memory<A>& memory)
+      : staged(memory.staged), staging(a.staging), height(a.height), width(a.width) {
+    row0 = tile.pixel() / a.width;
+    col0 = tile.pixel() % a.width;
+  }
+
+  SIMT_FN A centre(int i) const { return staged[staging.at(0, width) + i]; }
+
+  // f(value) if the tile's i-th pixel has a neighbour at this tap of the near (step 1) or far
+  // (step 3) kernel. A coordinate below zero is a large one.
+  template <class F>
+  SIMT_FN void neighbour(int i, int step, int tap, F f) const {
+    const int down = step * (tap / 3 - 1), right = step * (tap % 3 - 1);
+    const uint32_t row = row0 + (col0 + i) / width, col = (col0 + i) % width;
+    if (row + down < height && col + right < width) f(staged[staging.at(down, width) + i + right]);
+  }
+
+  // sum_t coefficients[t] value(t), without the bias.
+  SIMT_FN A stencil(int i, const A* coefficients) const {
+    A sum = 0;
+    for (int k = 0; k < 2; k++) {
+      SIMT_UNROLL
+      for (int t = 0; t < kTaps; t++)
+        neighbour(i, k == 0 ? 1 : kReach, t,
+                  [&](A value) { sum += coefficients[k * kTaps + t] * value; });
+    }
+    return sum;
+  }
+};
+
+// The stencil's coefficients, or those of its adjoint; visible after the next sync.
+template <class T, class A>
+SIMT_FN void load_stencil(const Args<A>& a, const Memory<A>& memory, bool transposed) {
+  const Parameters& p = a.parameters;
+  const int t = simt::thread();
+  if (t < 2 * kTaps) {
+    const Parameter<T> kernel{t < kTaps ? p.conv : p.dilated, p.wide};
+    const int tap = t % kTaps;
+    memory.stencil[t] =
+        Parameter<T>{p.merge, p.wide}[t / kTaps] * kernel[transposed ? kTaps - 1 - tap : tap];
+  } else if (t == 2 * kTaps) {
+    memory.stencil[t] =
+        p.spatial_bias && !transposed ? Parameter<T>{p.spatial_bias, p.wide}[0] : A(0);
+  }
+}
+
+// memory.pixel = s, from the channel mean.
+template <class T, class A, class Map>
+SIMT_FN void make_spatial_mask(const Args<A>& a, const Tile& tile, const Memory<A>& memory,
+                               Map mean, bool keep_mean) {
+  load_stencil<T>(a, memory, false);
+  stage(a, tile, memory, mean);
+  simt::sync();
+  const bool keep = tile.channel_tile() == 0;
+  const Surroundings<A> m(a, tile, memory);
+  SIMT_ROLLED
+  for (int i = simt::thread(); i < tile.pixels(); i += kThreads) {
+    const A s = sigmoid(m.stencil(i, memory.stencil) + memory.stencil[2 * kTaps]);
+    memory.pixel[i] = s;
+    const int64_t at = tile.image * a.pixels + tile.pixel() + i;
+    if (keep) a.spatial_mask[at] = s;
+    if (keep && keep_mean) a.channel_mean[at] = m.centre(i);
+  }
+}
+
+// memory.channel = c, from the pooled channels.
+template <class T, class A, class Map>
+SIMT_FN void make_channel_mask(const Args<A>& a, const Tile& tile, const Memory<A>& memory,
+                               Map pooled, bool keep_pooled) {
+  const Parameter<T> weight{a.parameters.gate, a.parameters.wide};
+  const Parameter<T> bias{a.parameters.gate_bias, a.parameters.wide};
+  const bool keep = tile.pixel_tile() == 0;
+  SIMT_ROLLED
+  for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
+    const int64_t c = tile.channel() + i, at = tile.image * a.channels + c;
+    const A mask =
+        sigmoid(gate_logit<A>(a.gate, weight, bias, a.kernel_size, pooled, a.channels, c));
+    memory.channel[i] = mask;
+    if (keep) a.channel_mask[at] = mask;
+    if (keep && keep_pooled) a.pooled[at] = pooled[c];
+  }
+}
+
+// Gradients at the masks' logits, from the sums over dy x and, with More, over x what came through
+// the other mask.
+template <class A, bool More>
+struct LogitGradient {
+  Folded<A> sums, more;
+  const A* mask;
+
+  SIMT_FN LogitGradient(const Partial<A>& sums, const Partial<A>& more, int64_t image,
+                        const A* masks)
+      : sums(sums, image, 1), more(more, image, 1), mask(masks + image * sums.entries) {}
+
+  SIMT_FN A operator[](int64_t i) const {
+    A sum = sums[i];
+    if (More) sum += more[i];
+    return sum * sigmoid_slope(mask[i]);
+  }
+};
+
+// out = dm / C over the tile's pixels. The first tile along the channels also makes its share of
+// the 19 sums behind the spatial parameters' gradients; the block adds it to that of earlier
+// launches.
+template <class T, bool More, class A>
+SIMT_FN void through_spatial_mask(const Args<A>& a, const Tile& tile, const Memory<A>& memory,
+                                  A* out, bool keep) {
+  const int64_t image = tile.image * a.pixels;
+  const bool first = tile.channel_tile() == 0;
+  const LogitGradient<A, More> dz(a.pixel_sums, a.more_pixel_sums, tile.image, a.spatial_mask);
+  load_stencil<T>(a, memory, true);
+  stage(a, tile, memory, dz);
+  simt::sync();
+  const Surroundings<A> d(a, tile, memory);
+  const A scale = A(1) / a.channels;
+  SIMT_ROLLED
+  for (int i = simt::thread(); i < tile.pixels(); i += kThreads) {
+    const A dm = scale * d.stencil(i, memory.stencil);
+    out[i] = dm;
+    if (keep && first) a.d_channel_mean[image + tile.pixel() + i] = dm;
+  }
+
+  // sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz is at hand: a warp takes a sum at a
+  // time.
+  const A* mean = a.channel_mean + image + tile.pixel();
+  const int lane = simt::thread() % simt::kWarp;
+  for (int part = simt::thread() / simt::kWarp; part < kSpatialSums; part += kWarps) {
+    const int step = part < kTaps ? 1 : kReach, tap = kTaps - 1 - part % kTaps;
+    A sum = 0;
+    SIMT_ROLLED
+    for (int i = lane; first && i < tile.pixels(); i += simt::kWarp) {
+      if (part == 2 * kTaps)
+        sum += d.centre(i);
+      else
+        d.neighbour(i, step, tap, [&](A value) { sum += mean[i] * value; });
+    }
+    sum = warp_sum(sum);
+    A* total = a.spatial_parts + simt::block() * kSpatialSums + part;
+    if (lane == 0) *total = (a.first_job == 0 ? A(0) : *total) + sum;
+  }
+}
+
+// out = dg / P over the tile's channels, from dt: the gradient at the gate's logits.
+template <class T, class A, class Map>
+SIMT_FN void through_gate(const Args<A>& a, const Tile& tile, Map dt, A* out, bool keep) {
+  const Parameter<T> weight{a.parameters.gate, a.parameters.wide};
+  const A scale = A(1) / a.pixels;
+  SIMT_ROLLED
+  for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
+    const int64_t c = tile.channel() + i;
+    out[i] = scale * gate_transposed<A>(a.gate, weight, a.kernel_size, dt, a.channels, c);
+    if (keep && tile.pixel_tile() == 0) a.d_logit[tile.image * a.channels + c] = dt[c];
+  }
+}
+
+template <class T, bool More, class A>
+SIMT_FN void through_channel_mask(const Args<A>& a, const Tile& tile, A* out) {
+  const LogitGradient<A, More> dt(a.channel_sums, a.more_channel_sums, tile.image, a.channel_mask);
+  through_gate<T>(a, tile, dt, out, true);
+}
+
+template <class T, class A>
+SIMT_FN void spatial_mask_from_sums(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
+  make_spatial_mask<T>(a, tile, memory, Folded<A>(a.pixel_sums, tile.image, A(1) / a.channels),
+                       true);
+}
+
+template <class T, class A>
+SIMT_FN void channel_mask_from_sums(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
+  make_channel_mask<T>(a, tile, memory, Folded<A>(a.channel_sums, tile.image, A(1) / a.pixels),
+                       true);
+}
+
+// What a launch sums: forward, x; backward, first dy x, then x once more.
+enum class Sums { forward, backward, through };
+
+// What it weighs its elements with: memory.pixel and memory.channel.
+template <class T, Sums Kind, class A>
+SIMT_FN void weights_of_sums(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
+  fill(memory.pixel, tile.pixels(), A(1));
+  fill(memory.channel, tile.channels(), A(1));
+  simt::sync();
+  const bool spatial_first = a.order == Order::spatial_channel;
+  if (Kind == Sums::backward) {
+    if (a.spatial())
+      make_spatial_mask<T>(a, tile, memory, a.channel_mean + tile.image * a.pixels, false);
+    if (a.channel())
+      make_channel_mask<T>(a, tile, memory, a.pooled + tile.image * a.channels, false);
+  } else if (Kind == Sums::through) {
+    if (spatial_first)
+      through_channel_mask<T, false>(a, tile, memory.channel);
+    else
+      through_spatial_mask<T, false>(a, tile, memory, memory.pixel, true);
+  } else if (a.second) {
+    if (spatial_first)
+      spatial_mask_from_sums<T>(a, tile, memory);
+    else
+      channel_mask_from_sums<T>(a, tile, memory);
+  }
+  simt::sync();
+}
+
+// What forward's last launch scales by.
+template <class T, class A>
+SIMT_FN void weights_of_y(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
+  if (!a.spatial())
+    fill(memory.pixel, tile.pixels(), A(1));
+  else if (a.order == Order::spatial_channel)
+    copy(memory.pixel, tile.pixels(), a.spatial_mask + tile.image * a.pixels + tile.pixel());
+  else
+    spatial_mask_from_sums<T>(a, tile, memory);
+
+  if (!a.channel())
+    fill(memory.channel, tile.channels(), A(1));
+  else if (a.order == Order::channel_spatial)
+    copy(memory.channel, tile.channels(),
+         a.channel_mask + tile.image * a.channels + tile.channel());
+  else
+    channel_mask_from_sums<T>(a, tile, memory);
+  simt::sync();
+}
+
+// What backward's last launch scales by and adds.
+template <class T, class A>
+SIMT_FN void weights_of_dx(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
+  const int64_t pixel = tile.image * a.pixels + tile.pixel();
+  const int64_t channel = tile.image * a.channels + tile.channel();
+  if (!a.spatial()) {
+    fill(memory.pixel, tile.pixels(), A(1));
+    fill(memory.pixel_add, tile.pixels(), A(0));
+  } else {
+    copy(memory.pixel, tile.pixels(), a.spatial_mask + pixel);
+    if (a.order == Order::channel_spatial)
+      copy(memory.pixel_add, tile.pixels(), a.d_channel_mean + pixel);
+    else
+      through_spatial_mask<T, true>(a, tile, memory, memory.pixel_add, false);
+  }
+  if (!a.channel()) {
+    fill(memory.channel, tile.channels(), A(1));
+    fill(memory.channel_add, tile.channels(), A(0));
+  } else {
+    copy(memory.channel, tile.channels(), a.channel_mask + channel);
+    if (a.order == Order::spatial_channel)
+      through_gate<T>(a, tile, a.d_logit + tile.image * a.channels, memory.channel_add, false);
+    else
+      through_channel_mask<T, true>(a, tile, memory.channel_add);
+  }
+  simt::sync();
+}
+
+}  // namespace da::cuda

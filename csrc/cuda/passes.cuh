@@ -1,0 +1,195 @@
+// The portable kernels. Forward: sums over x for one mask, for the other, then y. Backward: sums
+// over dy x for both, through x for the mask that came first, then dx; and the parameters'
+// gradients. Sums are written by tile and added by tile: no atomics, the same bits in every run.
+#pragma once
+
+#include "cuda/masks.cuh"
+
+namespace da::cuda {
+
+// Sums over a tile, by pixel, by channel or both, of x or dy x, weighted by channel and by pixel.
+//
+// A thread keeps its columns' sums in registers over all rows. Its sum over a row's elements goes
+// to shared memory, kDepth rows at a time; then four threads a row add up the row's lanes.
+template <class T, int E, Sums Kind>
+SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
+sums(SIMT_PARAM Args<accumulate_t<T>> a) {
+  using A = accumulate_t<T>;
+  using V = Access<T, E>;
+  constexpr bool product = Kind == Sums::backward;
+  constexpr int depth = product ? kDepth / 2 : kDepth;
+  const Tiling& t = a.tiling;
+  const Memory<A> memory(simt::shared(), t, a.staging, true);
+
+  const Tile tile(t, a.first_job + simt::block());
+  weights_of_sums<T, Kind>(a, tile, memory);
+  const A* row_weight = t.channels_last ? memory.pixel : memory.channel;
+  const A* col_weight = t.channels_last ? memory.channel : memory.pixel;
+  A* const new_row_sums = t.channels_last ? a.new_pixel_sums : a.new_channel_sums;
+  A* const new_col_sums = t.channels_last ? a.new_channel_sums : a.new_pixel_sums;
+
+  const Lane lane = Lane::of_row<E>(t, tile);
+  const typename V::Raw mask = V::mask(lane.begin, lane.end);
+  A weight[E], sum[E];
+  SIMT_UNROLL
+  for (int j = 0; j < E; j++) {
+    weight[j] = lane.active && lane.begin <= j && j < lane.end ? col_weight[lane.col + j] : A(0);
+    sum[j] = 0;
+  }
+
+  const int at_once = t.groups * t.period;  // rows
+  const int64_t stride = at_once * t.cols;
+  const int first_row = lane.group * t.period + lane.row;
+  const int rows = lane.active ? tile.rows : 0;
+  const int64_t start =
+      (tile.image * t.rows + tile.row() + lane.group * t.period) * t.cols + lane.offset;
+  const T* x = static_cast<const T*>(a.x) + start;
+  const T* dy = static_cast<const T*>(a.dy) + start;
+  const int pitch = t.lanes | 1;
+  const int slot = lane.segment * pitch + lane.index;
+  int half = 0;
+  for (int row0 = 0; row0 < tile.rows; row0 += depth * at_once) {
+    typename V::Raw raw[depth], other[depth];
+    SIMT_UNROLL
+    for (int d = 0; d < depth; d++) {
+      const bool live = row0 + first_row + d * at_once < rows;
+      raw[d] = live ? V::load(x) : V::zero();
+      if (product) other[d] = live ? V::load(dy) : V::zero();
+      x += stride;
+      dy += stride;
+    }
+    SIMT_UNROLL
+    for (int d = 0; d < depth; d++) {
+      const int row = row0 + first_row + d * at_once;
+      A value[E];
+      V::unpack(V::keep(raw[d], mask), value);
+      if (product) {
+        A factor[E];
+        V::unpack(V::keep(other[d], mask), factor);
+        SIMT_UNROLL
+        for (int j = 0; j < E; j++) value[j] *= factor[j];
+      }
+      if (new_col_sums) {
+        const A w = row < rows ? row_weight[row] : A(0);
+        SIMT_UNROLL
+        for (int j = 0; j < E; j++) sum[j] += w * value[j];
+      }
+      if (new_row_sums && lane.segment < at_once) {
+        A dot = 0;
+        SIMT_UNROLL
+        for (int j = 0; j < E; j++) dot += weight[j] * value[j];
+        memory.scratch[half + d * kPitch + slot] = dot;
+      }
+    }
+    if (new_row_sums) {
+      simt::sync();  // one a round suffices: the next round writes the other half
+      const int jobs = min(depth * at_once, tile.rows - row0), part = simt::thread() % 4;
+      for (int job0 = 0; job0 < jobs; job0 += kThreads / 4) {
+        const int job = job0 + simt::thread() / 4;  // its row, from row0
+        const A* of_row = memory.scratch + half + job / at_once * kPitch + job % at_once * pitch;
+        A total = 0;
+        if (job < jobs)
+          for (int i = part; i < t.lanes; i += 4) total += of_row[i];
+        total += simt::shuffle_xor(total, 1);
+        total += simt::shuffle_xor(total, 2);
+        if (part == 0 && job < jobs)
+          new_row_sums[(tile.image * t.col_tiles + tile.col_tile) * t.rows + tile.row() + row0 +
+                       job] = total;
+      }
+      half = kDepth * kPitch - half;
+    }
+  }
+
+  if (new_col_sums) {
+    simt::sync();
+    if (lane.active) {
+      SIMT_UNROLL
+      for (int j = 0; j < E; j++)
+        if (lane.begin <= j && j < lane.end)
+          memory.scratch[lane.segment * t.width + lane.col + j] = sum[j];
+    }
+    simt::sync();
+    for (int i = simt::thread(); i < tile.cols; i += kThreads) {
+      A total = 0;
+      for (int s = 0; s < at_once; s++) total += memory.scratch[s * t.width + i];
+      new_col_sums[(tile.image * t.row_tiles + tile.row_tile) * t.cols + tile.col() + i] = total;
+    }
+  }
+}
+
+// y = x s c, or (Backward) dx from dy, the masks and what is added by pixel and by channel:
+//   spatial_channel, spatial   s (dy c + dg/P) + dm/C
+//   channel_spatial, channel   c (dy s + dm/C) + dg/P
+//   parallel                   dy s c + dg/P + dm/C
+template <class T, int E, bool Backward>
+SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
+scale(SIMT_PARAM Args<accumulate_t<T>> a) {
+  using A = accumulate_t<T>;
+  using V = Access<T, E>;
+  const Tiling& t = a.tiling;
+  const Memory<A> memory(simt::shared(), t, a.staging, false);
+
+  const bool by_super_row = t.width == t.cols && t.period > 1;
+  const bool pixels_outer = a.order == Order::spatial_channel || a.order == Order::spatial;
+  const bool cols_outer = a.order != Order::parallel && pixels_outer != t.channels_last;
+  const bool rows_outer = a.order != Order::parallel && pixels_outer == t.channels_last;
+
+  const Tile tile(t, a.first_job + simt::block());
+  if (Backward)
+    weights_of_dx<T>(a, tile, memory);
+  else
+    weights_of_y<T>(a, tile, memory);
+  const A* row_factor = t.channels_last ? memory.pixel : memory.channel;
+  const A* col_factor = t.channels_last ? memory.channel : memory.pixel;
+  const A* row_term = t.channels_last ? memory.pixel_add : memory.channel_add;
+  const A* col_term = t.channels_last ? memory.channel_add : memory.pixel_add;
+
+  const Lane lane = by_super_row ? Lane::of_super_row<E>(t) : Lane::of_row<E>(t, tile);
+  A factor[E], term[E];
+  SIMT_UNROLL
+  for (int j = 0; j < E; j++) {
+    const int col = j < lane.split ? lane.col + j : j - lane.split;
+    const bool mine = lane.active && lane.begin <= j && j < lane.end;
+    factor[j] = mine ? col_factor[col] : A(0);
+    if (Backward) term[j] = mine ? col_term[col] : A(0);
+  }
+
+  const int at_once = t.groups * t.period;
+  const int64_t stride = at_once * t.cols;
+  const int first_row = lane.group * t.period + lane.row;
+  const int rows = lane.active ? tile.rows : 0;
+  const int64_t start =
+      (tile.image * t.rows + tile.row() + lane.group * t.period) * t.cols + lane.offset;
+  const T* in = static_cast<const T*>(Backward ? a.dy : a.x) + start;
+  T* out = static_cast<T*>(a.out) + start;
+  for (int row0 = first_row; row0 < rows; row0 += kDepth * at_once) {
+    typename V::Raw raw[kDepth];
+    SIMT_UNROLL
+    for (int d = 0; d < kDepth; d++) {
+      raw[d] = row0 + d * at_once < rows ? V::load_once(in) : V::zero();
+      in += stride;
+    }
+    SIMT_UNROLL
+    for (int d = 0; d < kDepth; d++) {
+      const int row = row0 + d * at_once;
+      if (row < rows) {
+        A value[E];
+        V::unpack(raw[d], value);
+        const int next = lane.split < E ? row + 1 : row;
+        const A f0 = row_factor[row], f1 = row_factor[next];
+        const A b0 = Backward ? row_term[row] : A(0), b1 = Backward ? row_term[next] : A(0);
+        SIMT_UNROLL
+        for (int j = 0; j < E; j++) {
+          const A f = j < lane.split ? f0 : f1, b = j < lane.split ? b0 : b1;
+          value[j] *= factor[j] * f;
+          if (Backward)
+            value[j] += term[j] * (rows_outer ? f : A(1)) + b * (cols_outer ? factor[j] : A(1));
+        }
+        V::store(out, value, lane.begin, lane.end);
+      }
+      out += stride;
+    }
+  }
+}
+
+}  // namespace da::cuda

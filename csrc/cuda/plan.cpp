@@ -1,0 +1,225 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "cuda/memory.h"
+
+namespace da::cuda {
+namespace {
+
+constexpr int64_t kMaxBlocks = 1 << 20;  // of a launch; what is left goes to further ones
+constexpr int kMaxLanes = 64, kMaxScalarLanes = 128;
+constexpr int kMaxHeightBytes = 4096;  // of a map's values at a tile's rows
+// Vectors that a thread reads in a tile: enough to pay for its masks, few enough to fill the GPU.
+constexpr int64_t kMinReads = 4, kMaxReads = 32;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+Tiling tile(const Problem& p, const Device& device, bool aligned) {
+  Tiling t{};
+  // One pixel a channel: the channels are dense in either layout.
+  t.channels_last = p.channels_last || p.pixels() == 1;
+  t.rows = t.channels_last ? p.pixels() : p.c;
+  t.cols = t.channels_last ? p.c : p.pixels();
+
+  // A vector may reach into the next row, not into the one after, and not into the next image.
+  const int64_t elements = 16 / p.element_size();
+  const bool vectors = aligned && t.cols >= elements && t.rows * t.cols % elements == 0;
+  t.vector = vectors ? elements : 1;
+  const int64_t step = std::gcd(t.cols, int64_t(t.vector));  // rows start at its multiples
+  t.period = t.vector / step;
+
+  const int64_t max_lanes =
+      std::min<int64_t>(vectors ? kMaxLanes : kMaxScalarLanes, kThreads / t.period);
+  const int64_t max_width = max_lanes * t.vector - (t.vector - step);
+  t.col_tiles = ceil_div(t.cols, max_width);
+  t.width = std::min(round_up(ceil_div(t.cols, t.col_tiles), t.vector), t.cols);
+  if (t.width > max_width) t.width = max_width / t.vector * t.vector;
+  t.col_tiles = ceil_div(t.cols, t.width);
+  t.lanes = ceil_div(t.vector - step + t.width, t.vector);
+  t.groups = kThreads / (t.lanes * t.period);
+
+  // One wave of blocks where the tiles get neither too small nor too large.
+  const int64_t at_once = int64_t(t.groups) * t.period;
+  const int64_t blocks = device.multiprocessors * blocks_per_sm(p.element_size());
+  const int64_t reads = ceil_div(ceil_div(t.rows, at_once) * t.col_tiles * p.n, blocks);
+  int64_t height = std::clamp(reads, kMinReads, kMaxReads) * at_once;
+  height = std::max(height, round_up(ceil_div(t.rows, kMaxTerms), t.period));
+  const int64_t max_height = kMaxHeightBytes / (p.dtype == Dtype::float64 ? 8 : 4);
+  height = std::min(height, max_height / t.period * t.period);
+  t.row_tiles = ceil_div(t.rows, height);
+  t.height = round_up(ceil_div(t.rows, t.row_tiles), t.period);
+  t.row_tiles = ceil_div(t.rows, t.height);
+  return t;
+}
+
+Staging staging(const Problem& p, const Tiling& t) {
+  const int64_t around = kReach * (p.w + 1);
+  const int row = t.tile_pixels() + 2 * kReach;
+  if (t.tile_pixels() + 2 * around <= 5 * row)
+    return {1, static_cast<int>(t.tile_pixels() + 2 * around), static_cast<int>(around)};
+  return {5, row, kReach};
+}
+
+unsigned grid(int64_t jobs) { return std::clamp<int64_t>(jobs, 1, kMaxBlocks); }
+
+// Hands out places in the workspace.
+struct Allocator {
+  int64_t used = 0;
+  int64_t operator()(int64_t elements) {
+    const int64_t at = used;
+    used += (elements + 3) / 4 * 4;  // each begins at 16 bytes
+    return at;
+  }
+};
+
+size_t shared_bytes(const Problem& p, const Tiling& t, const Staging& s, bool sums) {
+  return p.dtype == Dtype::float64 ? Memory<double>(nullptr, t, s, sums).bytes
+                                   : Memory<float>(nullptr, t, s, sums).bytes;
+}
+
+int64_t finish_jobs(const Problem& p) {
+  const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p);
+  return (p.spatial() ? 1 : 0) + (p.channel() ? gate : 0);
+}
+
+class Planner {
+ public:
+  Planner(const Problem& problem, const Plan& plan, bool backward)
+      : p_(problem), t_(plan.tiling), s_(plan.staging), backward_(backward) {}
+
+  void sums(const char* name, Stage stage, bool pixels, bool channels) {
+    steps_.push_back({name, Kernel::sums, backward_, stage, pixels, channels, tiles(),
+                      grid(tiles()), shared_bytes(p_, t_, s_, true),
+                      backward_ && stage == Stage::first ? 2 : 1, 0});
+    if (pixels && t_.channel_tiles() > kMaxTerms) fold(stage, true, p_.pixels());
+    if (channels && t_.pixel_tiles() > kMaxTerms) fold(stage, false, p_.c);
+  }
+
+  void scale(const char* name) {
+    steps_.push_back({name, Kernel::scale, backward_, Stage::last, false, false, tiles(),
+                      grid(tiles()), shared_bytes(p_, t_, s_, false), 1, 1});
+  }
+
+  void finish() {
+    const int64_t parts = p_.n * gate_parts(p_);
+    if (parts > 0) small("gate sums", Kernel::gate_sums, parts);
+    if (finish_jobs(p_) > 0) small("parameter gradients", Kernel::finish, finish_jobs(p_));
+  }
+
+  Direction direction() const {
+    const int64_t maps = p_.spatial() ? p_.n * p_.pixels() : 0;
+    const int64_t vectors = p_.channel() ? p_.n * p_.c : 0;
+    const bool spatial_first = p_.order == Order::spatial_channel;
+    const bool channel_first = p_.order == Order::channel_spatial;
+    Allocator place;
+    Workspace w{};
+    w.pixel_sums = place(maps * t_.channel_tiles());
+    w.channel_sums = place(vectors * t_.pixel_tiles());
+    w.spatial_mask = place(maps);
+    w.channel_mask = place(vectors);
+    if (backward_) {
+      w.more_pixel_sums = place(spatial_first ? maps * t_.channel_tiles() : 0);
+      w.more_channel_sums = place(channel_first ? vectors * t_.pixel_tiles() : 0);
+      w.d_channel_mean = place(channel_first ? maps : 0);
+      w.d_logit = place(vectors);
+      w.spatial_blocks = p_.spatial() && tiles() > 0 ? grid(tiles()) : 0;
+      w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
+      w.gate_parts = place(p_.n * gate_parts(p_));
+    }
+    w.elements = place.used;
+    return {steps_, w};
+  }
+
+ private:
+  void fold(Stage stage, bool pixels, int64_t entries) {
+    const int64_t jobs = p_.n * (entries < 32 ? entries : ceil_div(entries, 32));
+    steps_.push_back({"fold", Kernel::fold, backward_, stage, pixels, !pixels, jobs, grid(jobs),
+                      small_bytes(), 0, 0});
+  }
+  void small(const char* name, Kernel kernel, int64_t jobs) {
+    steps_.push_back({name, kernel, backward_, Stage::last, false, false, jobs, grid(jobs),
+                      small_bytes(), 0, 0});
+  }
+  int64_t tiles() const { return p_.n * t_.tiles(); }
+  static size_t small_bytes() { return SmallMemory(nullptr).bytes; }
+
+  const Problem& p_;
+  const Tiling& t_;
+  const Staging& s_;
+  bool backward_;
+  std::vector<Step> steps_;
+};
+
+Direction plan_forward(const Problem& p, const Plan& plan) {
+  Planner planner(p, plan, false);
+  switch (p.order) {
+    case Order::spatial_channel:
+      planner.sums("channel mean", Stage::first, true, false);
+      planner.sums("pooling", Stage::second, false, true);
+      break;
+    case Order::channel_spatial:
+      planner.sums("pooling", Stage::first, false, true);
+      planner.sums("channel mean", Stage::second, true, false);
+      break;
+    case Order::parallel:
+      planner.sums("channel mean and pooling", Stage::first, true, true);
+      break;
+    case Order::spatial:
+      planner.sums("channel mean", Stage::first, true, false);
+      break;
+    case Order::channel:
+      planner.sums("pooling", Stage::first, false, true);
+      break;
+  }
+  planner.scale("scale");
+  return planner.direction();
+}
+
+Direction plan_backward(const Problem& p, const Plan& plan) {
+  Planner planner(p, plan, true);
+  planner.sums("mask gradients", Stage::first, p.spatial(), p.channel());
+  if (p.order == Order::spatial_channel)
+    planner.sums("through the pooling", Stage::second, true, false);
+  if (p.order == Order::channel_spatial)
+    planner.sums("through the channel mean", Stage::second, false, true);
+  planner.scale("combine");
+  planner.finish();
+  return planner.direction();
+}
+
+}  // namespace
+
+Plan plan(const Problem& problem, const Device& device, bool aligned) {
+  Plan plan{};
+  plan.tiling = tile(problem, device, aligned);
+  if (problem.spatial()) plan.staging = staging(problem, plan.tiling);
+  plan.forward = plan_forward(problem, plan);
+  plan.backward = plan_backward(problem, plan);
+  return plan;
+}
+
+int64_t gate_parts(const Problem& problem) {
+  if (!problem.channel()) return 0;
+  return problem.gate == Gate::scalar ? 2 : problem.gate == Gate::eca ? problem.kernel_size : 0;
+}
+
+Device typical_device(int sm) {
+  constexpr int64_t MiB = 1 << 20;
+  constexpr Device known[] = {
+      {120, 170, 96 * MiB},   // RTX 5090
+      {100, 148, 126 * MiB},  // B200
+      {90, 132, 50 * MiB},    // H100, H200
+      {89, 128, 72 * MiB},    // RTX 4090
+      {86, 82, 6 * MiB},      // RTX 3090
+      {80, 108, 40 * MiB},    // A100
+      {75, 40, 4 * MiB},      // T4
+  };
+  for (Device device : known)
+    if (device.sm <= sm) return device;
+  return known[std::size(known) - 1];
+}
+
+}  // namespace da::cuda

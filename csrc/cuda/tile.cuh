@@ -1,0 +1,162 @@
+// Which part of an image a block works on, how its threads lie over it, and how they touch memory.
+//
+// Rows of 49 half-precision pixels, say, begin at elements 0, 49, 98, ...: at places 0, 1, 2, ...
+// of an aligned vector of 8. The same places come again every 8 rows, so each of these 8 phases
+// has threads of its own, which read aligned vectors and keep what belongs to their row:
+//
+//   vectors  |........|........|........| ... |........|........|
+//   row 0    [------------------- 49 pixels ----]
+//   row 1                                       [-- 49 ...
+//
+// Where a vector and a row begin is then fixed for a thread, and so are the columns that it holds.
+#pragma once
+
+#include "cuda/plan.h"
+#include "cuda/simt.cuh"
+
+namespace da::cuda {
+
+template <class I>
+DA_HD I min(I a, I b) {
+  return b < a ? b : a;
+}
+template <class I>
+DA_HD I max(I a, I b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+using accumulate_t = std::conditional_t<sizeof(T) == 8, double, float>;
+
+struct Tile {
+  const Tiling& tiling;
+  int64_t image;
+  int row_tile, col_tile;
+  int rows, cols;
+
+  SIMT_FN Tile(const Tiling& t, int64_t index) : tiling(t), image(index / t.tiles()) {
+    const uint32_t in_image = static_cast<uint32_t>(index - image * t.tiles());
+    row_tile = in_image / static_cast<uint32_t>(t.col_tiles);
+    col_tile = in_image % static_cast<uint32_t>(t.col_tiles);
+    rows = min<int64_t>(t.height, t.rows - row());
+    cols = min<int64_t>(t.width, t.cols - col());
+  }
+
+  SIMT_FN int64_t row() const { return int64_t(row_tile) * tiling.height; }
+  SIMT_FN int64_t col() const { return int64_t(col_tile) * tiling.width; }
+  SIMT_FN int channel_tile() const { return tiling.channels_last ? col_tile : row_tile; }
+  SIMT_FN int pixel_tile() const { return tiling.channels_last ? row_tile : col_tile; }
+  SIMT_FN int64_t channel() const { return tiling.channels_last ? col() : row(); }
+  SIMT_FN int64_t pixel() const { return tiling.channels_last ? row() : col(); }
+  SIMT_FN int channels() const { return tiling.channels_last ? cols : rows; }
+  SIMT_FN int pixels() const { return tiling.channels_last ? rows : cols; }
+};
+
+// A thread's vector in a super-row.
+struct Lane {
+  bool active;
+  int group;       // which of the super-rows that the block reads at once
+  int segment;     // which of the rows that the block reads at once
+  int index;       // which vector of the row's
+  int row;         // in the super-row
+  int64_t offset;  // of the vector from the start of the super-row
+  int col;         // of the vector's first element, from the tile's first
+  int begin, end;  // the elements that are this thread's
+  int split;       // elements from here on are the next row's, from its column 0
+
+  // One row's part of every vector that it touches.
+  template <int E>
+  static SIMT_FN Lane of_row(const Tiling& t, const Tile& tile) {
+    Lane l;
+    l.segment = simt::thread() / t.lanes;
+    l.index = simt::thread() % t.lanes;
+    l.group = l.segment / t.period;
+    l.row = l.segment % t.period;
+    const int64_t start = l.row * t.cols + tile.col();
+    l.offset = start / E * E + l.index * E;
+    l.col = static_cast<int>(l.offset - start);
+    l.begin = max(0, -l.col);
+    l.end = min(E, tile.cols - l.col);
+    l.split = E;
+    l.active = l.group < t.groups && l.begin < l.end;
+    return l;
+  }
+
+  // Whole vectors, each once; the tile is as wide as the image.
+  template <int E>
+  static SIMT_FN Lane of_super_row(const Tiling& t) {
+    Lane l;
+    const int cols = static_cast<int>(t.cols), lanes = t.period * cols / E;
+    l.segment = 0;
+    l.group = simt::thread() / lanes;
+    l.index = simt::thread() % lanes;
+    l.offset = l.index * E;
+    l.row = l.index * E / cols;
+    l.col = l.index * E % cols;
+    l.begin = 0;
+    l.end = E;
+    l.split = min(E, cols - l.col);
+    l.active = l.group < t.groups;
+    return l;
+  }
+};
+
+// E elements of type T at once: an aligned vector, or (E = 1) one element.
+template <class T, int E>
+struct Access {
+  using A = accumulate_t<T>;
+  using Raw = simt::Vector;
+  static_assert(E * sizeof(T) == sizeof(Raw), "");
+
+  static SIMT_FN Raw zero() { return Raw{}; }
+  static SIMT_FN Raw load(const T* p) { return simt::load16(p); }
+  static SIMT_FN Raw load_once(const T* p) { return simt::load16_once(p); }
+  static SIMT_FN void unpack(const Raw& raw, A* out) { simt::unpack<T>(raw, out); }
+
+  // Bits of elements [begin, end).
+  static SIMT_FN Raw mask(int begin, int end) {
+    Raw m;
+    SIMT_UNROLL
+    for (int i = 0; i < 4; i++) {
+      const int first = max(begin * int(sizeof(T)) - 4 * i, 0);
+      const int last = min(end * int(sizeof(T)) - 4 * i, 4);
+      m.word[i] = first < last ? ~0u >> (32 - 8 * (last - first)) << (8 * first) : 0u;
+    }
+    return m;
+  }
+  static SIMT_FN Raw keep(Raw raw, const Raw& mask) {
+    SIMT_UNROLL
+    for (int i = 0; i < 4; i++) raw.word[i] &= mask.word[i];
+    return raw;
+  }
+
+  // `in` holds elements [begin, end); all that are stored is all that is written.
+  static SIMT_FN void store(T* p, const A* in, int begin, int end) {
+    const Raw raw = simt::pack<T>(in);
+    if (begin == 0 && end == E) {
+      simt::store16_once(p, raw);
+      return;
+    }
+    SIMT_UNROLL
+    for (int i = 0; i < E; i++)
+      if (begin <= i && i < end) p[i] = simt::to<T>(in[i]);
+  }
+};
+
+template <class T>
+struct Access<T, 1> {
+  using A = accumulate_t<T>;
+  using Raw = T;
+
+  static SIMT_FN Raw zero() { return simt::to<T>(A(0)); }
+  static SIMT_FN Raw load(const T* p) { return *p; }
+  static SIMT_FN Raw load_once(const T* p) { return simt::load_once(p); }
+  static SIMT_FN void unpack(const Raw& raw, A* out) { out[0] = simt::to<A>(raw); }
+  static SIMT_FN Raw mask(int, int) { return zero(); }
+  static SIMT_FN Raw keep(Raw raw, const Raw&) { return raw; }
+  static SIMT_FN void store(T* p, const A* in, int, int) {
+    simt::store_once(p, simt::to<T>(in[0]));
+  }
+};
+
+}  // namespace da::cuda
