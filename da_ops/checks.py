@@ -68,18 +68,20 @@ def check_arguments(
             _refuse_unused(name, order, gate)
         if not isinstance(p, Tensor) or p.shape != shape or p.device != device:
             _refuse(name, p, shape, x)
-        if p.dtype != dtype and not (dtype in _HALF and p.dtype == torch.float32):
+        own = p.dtype
+        if own is shared:
+            continue
+        if own is not dtype and not (dtype in _HALF and own is torch.float32):
             or_float32 = " or float32" if dtype in _HALF else ""
             raise TypeError(
-                f"da_attention: {name} must be {_name(dtype)} like x{or_float32}, "
-                f"got {_name(p.dtype)}"
+                f"da_attention: {name} must be {_name(dtype)} like x{or_float32}, got {_name(own)}"
             )
-        if shared is not None and p.dtype != shared:
+        if shared is not None:
             raise TypeError(
                 "da_attention: all parameters must share one dtype, got "
-                f"{_name(shared)} and, for {name}, {_name(p.dtype)}"
+                f"{_name(shared)} and, for {name}, {_name(own)}"
             )
-        shared = p.dtype
+        shared = own
 
 
 def _check_x(x: Tensor) -> None:

@@ -159,6 +159,26 @@ def clone_by_save(layer):
     return torch.load(file, weights_only=False)
 
 
+def test_parametrised_weights():
+    """Weights that are computed anew at each access, and not where nn.Module keeps parameters."""
+    layer = randomised(DAModule(12))
+    x = torch.randn(2, 12, 5, 6)
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        for p in (expected.dilated_conv.weight, expected.gate_weight):
+            p.mul_(2)
+
+    class Double(nn.Module):
+        def forward(self, p):
+            return 2 * p
+
+    nn.utils.parametrize.register_parametrization(layer.dilated_conv, "weight", Double())
+    nn.utils.parametrize.register_parametrization(layer, "gate_weight", Double())
+    assert torch.equal(layer(x), expected(x))
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, clone_by_pickle, clone_by_save])
 @pytest.mark.parametrize(("order", "gate"), CASES)
 def test_clones_are_equal_and_independent(backend, device, order, gate, clone):

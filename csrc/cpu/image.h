@@ -110,11 +110,11 @@ class Image {
       }
       return;
     }
-    pool_->each(plan_.slabs, [&](int64_t begin, int64_t end) {
+    each(plan_.slabs, p_.rows() * cols, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) slab(i, partial_ + i * stride_);
     });
     if (col_sums)
-      pool_->each(cols, [&](int64_t begin, int64_t end) {
+      each(cols, plan_.slabs * cols, [&](int64_t begin, int64_t end) {
         for (int64_t i = 0; i < plan_.slabs; i++) add(i, partial_ + i * stride_, begin, end);
       });
   }
@@ -145,7 +145,7 @@ class Image {
   // out = the stencil over a dense map [h, w], then its sigmoid if asked for.
   void stencil(const A* map, const Stencil<A>& taps, bool sigmoid, A* out) {
     border(map, plane_);
-    each(p_.h, [&](int64_t begin, int64_t end) {
+    each(p_.h, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
       kernels_.stencil(plane_, p_.w, begin, end, taps, out);
       if (sigmoid) kernels_.sigmoid(out + begin * p_.w, (end - begin) * p_.w);
     });
@@ -166,7 +166,7 @@ class Image {
   void tap_sums(const A* dz, const A* m, double* sums) {
     border(m, plane_);
     border(dz, second_plane_);
-    each(bands_, [&](int64_t begin, int64_t end) {
+    each(bands_, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         kernels_.tap_sums(second_plane_, plane_, p_.w, i * kBand, std::min(p_.h, (i + 1) * kBand),
                           band_sums_ + i * kSpatialSums);
@@ -186,13 +186,15 @@ class Image {
            kMaps * padded(p.pixels()) + kVectors * padded(p.c);
   }
 
+  // f(begin, end) over [0, count), shared out where that much `work` is worth waking threads for.
   template <class F>
-  void each(int64_t count, F f) const {
-    pool_ ? pool_->each(count, f) : f(0, count);
+  void each(int64_t count, int64_t work, F f) const {
+    if (!pool_ || work < kSharedWork) return f(0, count);
+    pool_->each(count, f);
   }
   template <class F>
   void each_slab(F f) const {
-    each(plan_.slabs, [&](int64_t begin, int64_t end) {
+    each(plan_.slabs, p_.rows() * p_.cols(), [&](int64_t begin, int64_t end) {
       const int64_t r = begin * plan_.slab_rows;
       f(r, std::min(end * plan_.slab_rows, p_.rows()) - r);
     });

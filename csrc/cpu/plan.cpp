@@ -10,9 +10,8 @@
 namespace da::cpu {
 namespace {
 
-constexpr int64_t kSerialElements = 32768;  // below this a second thread costs more than it brings
-constexpr int64_t kSlabs = 16;              // aimed at per image, for threads to share
-constexpr int64_t kBlockRows = 8;           // what the kernels sum in registers
+constexpr int64_t kSlabs = 16;     // aimed at per image, for threads to share
+constexpr int64_t kBlockRows = 8;  // what the kernels sum in registers
 constexpr int64_t kMaxSlabRows = 64;
 
 Isa widest() {
@@ -66,7 +65,7 @@ Machine this_machine(int64_t threads) {
 
 Plan plan(const Problem& problem, const Machine& machine) {
   Plan p{};
-  p.threads = problem.elements() < kSerialElements ? 1 : std::max<int64_t>(machine.threads, 1);
+  p.threads = problem.elements() < kSharedWork ? 1 : std::max<int64_t>(machine.threads, 1);
 
   // One image a thread keeps each image in that thread's cache. A last round that would leave most
   // threads idle is shared out instead.

@@ -22,6 +22,9 @@ struct Machine {
 
 Machine this_machine(int64_t threads);
 
+// Elements below which a second thread costs more than it brings.
+constexpr int64_t kSharedWork = 32768;
+
 struct Plan {
   int64_t threads;       // that have work
   int64_t whole_images;  // the first so many images go to one thread each, the rest to all together
