@@ -59,12 +59,15 @@ def test_accuracy(backend, device, order, gate, dtype, parameter_dtype, layout):
         eager = call.to(dtype).results(formula)
         plain.append({name: distance(eager[name], truth[name]) for name in truth})
 
+    # Triton's interpreter cuts bfloat16 off where every GPU rounds: twice the error of one rounding.
+    slack = 2 if interpreted(backend) and dtype == torch.bfloat16 else 1
     rounding = torch.finfo(dtype).eps / 2
     for name in ours[0]:
         errors = [draw[name] for draw in ours]
-        assert max(errors) <= PROMISED[dtype], name
+        assert max(errors) <= slack * PROMISED[dtype], name
         if dtype != torch.float64:
-            assert rms(errors) <= max(2 * rms([draw[name] for draw in plain]), rounding), name
+            bound = max(2 * rms([draw[name] for draw in plain]), rounding)
+            assert rms(errors) <= slack * bound, name
 
 
 def rms(values):
