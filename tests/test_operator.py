@@ -59,7 +59,7 @@ def test_accuracy(backend, device, order, gate, dtype, parameter_dtype, layout):
         eager = call.to(dtype).results(formula)
         plain.append({name: distance(eager[name], truth[name]) for name in truth})
 
-    # Triton's interpreter cuts bfloat16 off where every GPU rounds: twice the error of one rounding.
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds: twice the error of one rounding.
     slack = 2 if interpreted(backend) and dtype == torch.bfloat16 else 1
     rounding = torch.finfo(dtype).eps / 2
     for name in ours[0]:
