@@ -47,7 +47,7 @@ POISONED = hasattr(ctypes.CDLL(None), "mallopt") and ctypes.CDLL(None).mallopt(_
 
 # Of a test's variants on interpreted kernels, which take a fraction of a second a call, so many
 # run; with DA_OPS_TEST_FULL=1 all do.
-FEW = 6
+FEW = 4
 
 
 def interpreted(backend):
