@@ -49,7 +49,7 @@ build: $(STAMPS)/env-base $(BUILT)  ## compile the kernels, and say what was bui
 test: $(STAMPS)/env-test $(BUILT)  ## run all tests
 	OMP_NUM_THREADS=1 $(PYTEST) tests
 
-test-full: $(STAMPS)/env-test $(BUILT)  ## run all tests, with many more random cases
+test-full: $(STAMPS)/env-test $(BUILT)  ## run all tests, with many more random cases, all on Triton
 	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests
 
 bench: $(STAMPS)/env-bench $(BUILT)  ## compare with eager and torch.compile, in minutes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, NAMES, select, unserved
+from .backends import BACKENDS, NAMES, passed_over, select, unserved
 from .backends.base import Call, Direction, Plan
 from .checks import check_options
 
@@ -24,6 +24,7 @@ class Explanation:
     call: Call
     device: str
     backend: str
+    unusable: str | None  # why the backend asked for cannot serve x here
     passed_over: dict[str, str]
     plan: Plan
 
@@ -37,6 +38,7 @@ class Explanation:
             "gate": self.call.gate,
             "device": self.device,
             "backend": self.backend,
+            "unusable": self.unusable,
             "passed_over": self.passed_over,
             "forward": self._direction("forward", self.plan.forward),
             "backward": self._direction("backward", self.plan.backward),
@@ -62,7 +64,7 @@ class Explanation:
         lines = [
             f"x {shape} {d['dtype']} {d['layout']} on {d['device']}, {_mib(self.call.bytes)}; "
             f"order {d['order']}, gate {d['gate']}",
-            f"backend {d['backend']}",
+            f"backend {d['backend']}" + (f", not usable: {self.unusable}" if self.unusable else ""),
             *(f"  not {name}: {reason}" for name, reason in d["passed_over"].items()),
         ]
         for name in FLOOR:
@@ -88,8 +90,9 @@ def explain(
         x: ``[N, C, H, W]``; only its shape, dtype, layout and device are looked at.
         order, gate, backend: as for :func:`da_ops.da_attention`.
 
-    Nothing is computed. "Bytes moved" are bytes read from and written to memory: a pass over data
-    that is still in cache moves none.
+    A backend asked for by name is explained wherever its plan can be made, also where it could not
+    run. Nothing is computed. "Bytes moved" are bytes read from and written to memory: a pass over
+    data that is still in cache moves none.
     """
     if not isinstance(x, Tensor) or x.dim() != 4:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -98,10 +101,17 @@ def explain(
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     call = Call(tuple(x.shape), x.dtype, channels_last, order, gate)
     device = x.device.type
-    chosen = select(backend, device)
+    known = backend in BACKENDS
+    chosen = backend if known else select(backend, device)
     better = NAMES[: NAMES.index(chosen)] if backend == "auto" else ()
-    passed_over = {name: unserved(name, device) or "not asked for" for name in better}
-    return Explanation(call, device, chosen, passed_over, BACKENDS[chosen].plan(call))
+    return Explanation(
+        call,
+        device,
+        chosen,
+        unserved(chosen, device) if known else None,
+        {name: passed_over(name, device) or "not asked for" for name in better},
+        BACKENDS[chosen].plan(call),
+    )
 
 
 def _mib(n: int) -> str:

@@ -9,7 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import reference
-from .backends import BACKENDS, select
+from .backends import implementation, select
 from .checks import check_arguments
 from .layout import dense, like
 
@@ -55,8 +55,9 @@ class DAFunction(torch.autograd.Function):
         )
         check_arguments(x, *parameters, order, gate)
         chosen = select(backend, x.device.type)
-        y, channel_mean, pooled = BACKENDS[chosen].forward(dense(x), *parameters, order, gate)
-        ctx.options = order, gate, chosen
+        served = implementation(chosen, backend)
+        y, channel_mean, pooled = served.forward(dense(x), *parameters, order, gate)
+        ctx.options = order, gate, served
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *parameters, channel_mean, pooled)
         return y
@@ -66,7 +67,7 @@ class DAFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 10
         x, *parameters, channel_mean, pooled = ctx.saved_tensors
-        order, gate, backend = ctx.options
+        order, gate, served = ctx.options
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             conv, dilated, merge, bias, weight, gate_bias = parameters
             gradients = reference.da_attention_backward(
@@ -83,7 +84,7 @@ class DAFunction(torch.autograd.Function):
             )
         else:
             x = dense(x)
-            gradients = BACKENDS[backend].backward(
+            gradients = served.backward(
                 like(dy, x), x, *parameters, channel_mean, pooled, order, gate
             )
         return (*gradients, None, None, None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import random
+from collections import defaultdict
 
 # Compiled graphs are few and small here: compiling them in this process is quicker than a pool.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -13,13 +15,19 @@ import hypothesis
 import pytest
 import torch
 
-import da_ops
+# Without a GPU, Python runs the Triton kernels; Triton looks for this when it is imported.
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from .cases import FULL
-from .simt.build import build, unavailable
+import da_ops  # noqa: E402
+
+from .cases import FULL  # noqa: E402
+from .simt.build import build, unavailable  # noqa: E402
 
 # A new backend is one line: its name and the device to run it on.
 BACKENDS = [
+    ("triton", "cuda" if GPU else "cpu"),
     ("cpu", "cpu"),
     ("eager", "cpu"),
 ]
@@ -37,6 +45,32 @@ torch.set_num_threads(THREADS)
 # kernel forgets to write is seen, in its results as in its scratch memory.
 _M_PERTURB = -6
 POISONED = hasattr(ctypes.CDLL(None), "mallopt") and ctypes.CDLL(None).mallopt(_M_PERTURB, 0x01)
+
+
+# Of a test's variants on interpreted kernels, which take a fraction of a second a call, so many
+# run; with DA_OPS_TEST_FULL=1 all do.
+FEW = 4
+
+
+def interpreted(backend):
+    """Whether Python runs the backend's kernels, slowly."""
+    return backend == "triton" and not GPU
+
+
+def pytest_collection_modifyitems(config, items):
+    if FULL or GPU:
+        return
+    variants = defaultdict(list)
+    for item in items:
+        target = getattr(item, "callspec", None) and item.callspec.params.get("_target")
+        if target and interpreted(target[0]):
+            variants[item.nodeid.partition("[")[0]].append(item)
+    left_out = set()
+    for name, several in variants.items():
+        few = random.Random(name).sample(several, min(FEW, len(several)))  # the same ones each time
+        left_out.update(set(several) - set(few))
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 def need(name):

@@ -19,6 +19,7 @@ from .cases import (
     distance,
     make,
 )
+from .conftest import interpreted
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -36,6 +37,8 @@ def test_accuracy(backend, device, order, gate, dtype, parameter_dtype, layout):
     what rounding the exact result costs. In float64 plain PyTorch is the truth itself.
     """
     draws = (16 if dtype == torch.float32 else 6) * (4 if FULL else 1)
+    if interpreted(backend):
+        draws = 8 if FULL else 2
     ours, plain = [], []
     for seed in range(draws):
         call = make(
@@ -56,12 +59,15 @@ def test_accuracy(backend, device, order, gate, dtype, parameter_dtype, layout):
         eager = call.to(dtype).results(formula)
         plain.append({name: distance(eager[name], truth[name]) for name in truth})
 
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds: twice the error of one rounding.
+    slack = 2 if interpreted(backend) and dtype == torch.bfloat16 else 1
     rounding = torch.finfo(dtype).eps / 2
     for name in ours[0]:
         errors = [draw[name] for draw in ours]
-        assert max(errors) <= PROMISED[dtype], name
+        assert max(errors) <= slack * PROMISED[dtype], name
         if dtype != torch.float64:
-            assert rms(errors) <= max(2 * rms([draw[name] for draw in plain]), rounding), name
+            bound = max(2 * rms([draw[name] for draw in plain]), rounding)
+            assert rms(errors) <= slack * bound, name
 
 
 def rms(values):

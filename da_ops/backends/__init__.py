@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 
 import torch
 
-from . import cpu, eager
+from . import cpu, eager, triton
 from .base import Backend
 
 logger = logging.getLogger("da_ops")
 
 NAMES = ("cuda", "triton", "cpu", "eager")  # the best first
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, eager.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (triton.BACKEND, cpu.BACKEND, eager.BACKEND)
+}
 
 _chosen: dict[str, str] = {}  # by device type, for "auto"
+_warned: set[str] = set()  # of these reasons
 
 
 def backends() -> dict[str, str | None]:
@@ -26,7 +30,10 @@ def backends() -> dict[str, str | None]:
     >>> da_ops.backends()["eager"] is None
     True
     """
-    return {name: _reason(name) for name in NAMES}
+    return {
+        name: _reason(name) or (BACKENDS[name].missing() if name in BACKENDS else None)
+        for name in NAMES
+    }
 
 
 def unserved(name: str, device_type: str) -> str | None:
@@ -53,7 +60,8 @@ def select(backend: str, device_type: str) -> str:
             if torch.compiler.is_compiling():
                 return name  # a traced call cannot log: the next one that is not will
             _chosen[device_type] = name
-            logger.info("da_ops: backend %r for %s tensors (%s)", name, device_type, why)
+            level = logging.WARNING if _broken(name, device_type) else logging.INFO
+            logger.log(level, "da_ops: backend %r for %s tensors (%s)", name, device_type, why)
         return _chosen[device_type]
     if backend not in NAMES:
         raise ValueError(
@@ -69,6 +77,37 @@ def select(backend: str, device_type: str) -> str:
     return backend
 
 
+def implementation(name: str, asked: str) -> Backend:
+    """The backend ``name`` as it serves who asked for ``asked``, which may be "auto"."""
+    backend = BACKENDS[name]
+    return backend.forgiving or backend if asked == "auto" else backend
+
+
+def passed_over(name: str, device_type: str) -> str | None:
+    """Why "auto" does not take backend ``name`` for tensors on ``device_type``."""
+    return unserved(name, device_type) or BACKENDS[name].explicit_only
+
+
+def give_up(name: str, reason: str) -> None:
+    """Backend ``name`` turned out at run time not to work here: say so, never choose it again."""
+    BACKENDS[name] = replace(BACKENDS[name], reason=reason)
+    _chosen.clear()
+    if reason not in _warned:
+        _warned.add(reason)
+        logger.warning("da_ops: backend %r does not work here, not used again: %s", name, reason)
+
+
+def _broken(chosen: str, device_type: str) -> bool:
+    """Whether a better backend is for this device and cannot be had; told of each reason once."""
+    if os.environ.get("DA_OPS_BACKEND", "auto") != "auto":
+        return False
+    better = [BACKENDS[name] for name in NAMES[: NAMES.index(chosen)] if name in BACKENDS]
+    reasons = {b.reason for b in better if b.reason is not None and b.serves(device_type)}
+    new = bool(reasons - _warned)
+    _warned.update(reasons)
+    return new
+
+
 def _choose(device_type: str) -> tuple[str, str]:
     """What "auto" takes, and why."""
     wish = os.environ.get("DA_OPS_BACKEND", "auto")
@@ -79,7 +118,7 @@ def _choose(device_type: str) -> tuple[str, str]:
             raise type(error)(f"{error} (asked for by the environment's DA_OPS_BACKEND)") from None
     passed: list[str] = []
     for name in NAMES:
-        reason = unserved(name, device_type)
+        reason = passed_over(name, device_type)
         if reason is None:
             return name, "; ".join(passed) or "the best there is"
         passed.append(f"not {name!r}: {reason}")

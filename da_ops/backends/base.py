@@ -64,6 +64,10 @@ class Backend:
     channel_mean, pooled, order, gate)`` the gradients of ``x`` and of the six parameters. Both get
     checked arguments, ``x`` contiguous or channels_last and ``dy`` in the same layout.
     ``plan(call)`` says what they will do.
+
+    ``missing()`` says what it needs of this machine and does not find. What may fail as late as at
+    run time has a ``forgiving`` variant, for "auto", which then says so and computes with plain
+    PyTorch operations.
     """
 
     name: str
@@ -72,6 +76,9 @@ class Backend:
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Gradients]
     plan: Callable[[Call], Plan]
+    missing: Callable[[], str | None] = lambda: None
+    explicit_only: str | None = None  # why "auto" does not take it
+    forgiving: Backend | None = None
 
     def serves(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types

@@ -72,7 +72,7 @@ def backward(
     )
 
 
-def _fake_forward(
+def fake_forward(
     x: Tensor,
     conv_weight: Tensor | None,
     dilated_weight: Tensor | None,
@@ -90,7 +90,7 @@ def _fake_forward(
     return torch.empty_like(x), channel_mean, pooled
 
 
-def _fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     parameters = args[:6]
     return (
         torch.empty_like(x),
@@ -111,7 +111,7 @@ def _flops(
     return spatial + channel
 
 
-def _flops_forward(
+def flops_forward(
     x: torch.Size,
     conv_weight: torch.Size | None,
     dilated_weight: Any,
@@ -127,7 +127,7 @@ def _flops_forward(
     return _flops(x, conv_weight, gate_weight, gate)
 
 
-def _flops_backward(
+def flops_backward(
     dy: torch.Size,
     x: torch.Size,
     conv_weight: torch.Size | None,
@@ -156,7 +156,7 @@ def _describe() -> None:
     _described = True
     from torch.utils.flop_counter import register_flop_formula
 
-    torch.library.register_fake("da_ops::forward", _fake_forward)
-    torch.library.register_fake("da_ops::backward", _fake_backward)
-    register_flop_formula(torch.ops.da_ops.forward)(_flops_forward)
-    register_flop_formula(torch.ops.da_ops.backward)(_flops_backward)
+    torch.library.register_fake("da_ops::forward", fake_forward)
+    torch.library.register_fake("da_ops::backward", fake_backward)
+    register_flop_formula(torch.ops.da_ops.forward)(flops_forward)
+    register_flop_formula(torch.ops.da_ops.backward)(flops_backward)

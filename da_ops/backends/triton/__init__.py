@@ -1,0 +1,192 @@
+"""Triton kernels: the fused layer on every GPU that Triton knows, with no compiler at build time.
+
+The kernels are imported, and compiled, when a call first needs them; so that they cannot be had may
+turn up as late as then. `da_ops::triton_forward` and `triton_backward` are theirs: those of a
+library would be there only where that is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ...layout import like
+from .. import eager, native
+from ..base import Backend, Call, Direction, Gradients, Pass, Plan
+from . import tiles
+from .run import INTERPRETED, TritonFailed
+
+_failure: str | None = None
+
+
+def _reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return None
+
+
+def _missing() -> str | None:
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch finds no GPU (with TRITON_INTERPRET=1 Python runs the kernels, for tests)"
+    return None
+
+
+@cache
+def _check_capability(device: torch.device) -> None:
+    if device.type == "cuda" and torch.version.cuda and not INTERPRETED:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (7, 5):
+            raise TritonFailed(
+                f"Triton needs compute capability 7.5, {torch.cuda.get_device_name(device)} has "
+                f"{major}.{minor}"
+            )
+
+
+def _run(direction: str, x: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    _check_capability(x.device)
+    try:
+        from . import launch
+    except Exception as error:  # whatever a broken installation may raise
+        raise TritonFailed(f"{type(error).__name__}: {error}") from error
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        return tuple(getattr(launch, direction)(*arguments))
+
+
+def _refuse_or_tell(error: TritonFailed, forgiving: bool) -> None:
+    """Raise RuntimeError, or say once why plain PyTorch takes over."""
+    if not forgiving:
+        raise RuntimeError(
+            f"da_attention: backend 'triton' cannot serve: {error}; "
+            "use backend='auto' for the best that can"
+        ) from error
+    from .. import give_up
+
+    global _failure
+    _failure = str(error)
+    give_up("triton", _failure)
+
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments_of_all, forgiving = arguments
+    if not (forgiving and _failure):
+        try:
+            y, channel_mean, pooled = _run("forward", x, (x, *arguments_of_all))
+            return y, channel_mean, pooled
+        except TritonFailed as error:
+            _refuse_or_tell(error, forgiving)
+    y, _, _ = eager.BACKEND.forward(x, *arguments_of_all)
+    _, channel_mean, pooled = native.fake_forward(x, *arguments_of_all)
+    return like(y, x), channel_mean.zero_(), pooled.zero_()
+
+
+def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *arguments_of_all, forgiving = arguments
+    gradients: Gradients | None = None
+    if not (forgiving and _failure):
+        try:
+            gradients = _run("backward", x, (dy, x, *arguments_of_all))
+        except TritonFailed as error:
+            _refuse_or_tell(error, forgiving)
+    if gradients is None:  # forward may have left maps, which plain PyTorch does not look at
+        dx, *gradients_of_parameters = eager.BACKEND.backward(dy, x, *arguments_of_all)
+        gradients = (None if dx is None else like(dx, x), *gradients_of_parameters)
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+
+
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return native.fake_forward(x, *arguments[:-1])
+
+
+def _calls(forgiving: bool) -> dict[str, Any]:
+    """Of the Backend: through the dispatcher, so that compiled graphs hold them as one node."""
+
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.da_ops.triton_forward.default(*arguments, forgiving)
+
+    def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
+        out = torch.ops.da_ops.triton_backward.default(dy, x, *arguments, forgiving)
+        given = (x, *arguments[:6])
+        return tuple([None if p is None else g for g, p in zip(out, given, strict=True)])
+
+    return {"forward": forward, "backward": backward}
+
+
+_library = torch.library.Library("da_ops", "FRAGMENT")
+_PARAMETERS = (
+    "Tensor? conv_weight, Tensor? dilated_weight, Tensor? merge_weight, Tensor? spatial_bias, "
+    "Tensor? gate_weight, Tensor? gate_bias"
+)
+
+
+def _register() -> None:
+    _library.define(
+        f"triton_forward(Tensor x, {_PARAMETERS}, str order, str gate, bool forgiving) "
+        "-> (Tensor y, Tensor channel_mean, Tensor pooled)"
+    )
+    _library.define(
+        f"triton_backward(Tensor dy, Tensor x, {_PARAMETERS}, Tensor channel_mean, "
+        "Tensor pooled, str order, str gate, bool forgiving) -> (Tensor dx, Tensor d_conv_weight, "
+        "Tensor d_dilated_weight, Tensor d_merge_weight, Tensor d_spatial_bias, "
+        "Tensor d_gate_weight, Tensor d_gate_bias)"
+    )
+    for name, function, fake, flops in (
+        ("triton_forward", _forward, _fake_forward, native.flops_forward),
+        ("triton_backward", _backward, native.fake_backward, native.flops_backward),
+    ):
+        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            _library.impl(name, function, key)
+        torch.library.register_fake(f"da_ops::{name}", fake, lib=_library)
+        register_flop_formula(getattr(torch.ops.da_ops, name))(flops)
+
+
+def _plan(call: Call) -> Plan:
+    channel_mean, pooled = Pass("channel mean", 1, 0), Pass("pooled", 1, 0)
+    both, scale = Pass("channel mean, pooled", 1, 0), Pass("scale", 1, 1)
+    gradients = Pass("mask gradients", 2, 0)  # of dy and x
+    second = {
+        "spatial_channel": [Pass("spatial mask gradient", 1, 0)],
+        "channel_spatial": [Pass("channel mask gradient", 1, 0)],
+    }
+    forward = {
+        "spatial_channel": [channel_mean, pooled],
+        "channel_spatial": [pooled, channel_mean],
+        "parallel": [both],
+        "spatial": [channel_mean],
+        "channel": [pooled],
+    }[call.order]
+
+    def direction(*passes: Pass) -> Direction:
+        return Direction(passes, sum(p.reads + p.writes for p in passes))
+
+    m = tiles.matrix(call.shape, call.dtype.itemsize, call.channels_last)
+    t = tiles.sum_tiles(m, call.shape[0], tiles.DEVICE)
+    details = {
+        "vector_bytes": m.vector * m.itemsize,
+        "rows_a_group": m.group,
+        "tile": f"{t.br}x{t.bq}",
+        "tiles_an_image": t.blocks * t.windows * m.group,
+    }
+    return Plan(
+        direction(*forward, scale),
+        direction(gradients, *second.get(call.order, []), Pass("input gradient", 1, 1)),
+        details,
+    )
+
+
+_register()
+BACKEND = Backend(
+    "triton",
+    ("cuda", "cpu") if INTERPRETED else ("cuda",),
+    _reason(),
+    plan=_plan,
+    missing=_missing,
+    explicit_only="interpreted by Python (TRITON_INTERPRET)" if INTERPRETED else None,
+    **_calls(forgiving=False),
+)
+BACKEND = replace(BACKEND, forgiving=replace(BACKEND, **_calls(forgiving=True)))

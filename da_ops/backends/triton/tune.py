@@ -1,0 +1,81 @@
+"""The choice among tiles by measurement, where it cannot show in a result.
+
+Only the kernel that scales is tuned: it computes each element by itself. The tiles of a sum decide
+in which order it is added, so they follow from the call alone (tiles.py).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from . import passes
+from .run import INTERPRETED, run
+from .tiles import DEVICE, INTERPRETER, Matrix, scale_tiles
+
+# Bytes of a tile, of its longest row, warps; the first where nothing is measured.
+CANDIDATES = (
+    (8192, 512, 4),
+    (4096, 512, 4),
+    (8192, 2048, 4),
+    (16384, 512, 4),
+    (16384, 1024, 8),
+)
+_ROUNDS = 7
+
+_chosen: dict[Any, tuple[int, int, int]] = {}
+
+
+def scale(m: Matrix, images: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """``passes.scale`` with the tiles that are quickest for calls like this one."""
+    if INTERPRETED:
+        _scale(m, images, arguments, options, (INTERPRETER.tile_bytes, INTERPRETER.widest, 4))
+        return
+    x = arguments[0]
+    present = tuple(t is not None for t in arguments[2:6])
+    key = (x.device, x.dtype, m, images, options["ORDER"], present)
+    if key not in _chosen and _may_measure():
+        _chosen[key] = _quickest(m, images, arguments, options)
+    _scale(m, images, arguments, options, _chosen.get(key, CANDIDATES[0]))
+
+
+def _may_measure() -> bool:
+    """Not while a graph is captured: that would record the measurement."""
+    wanted = os.environ.get("DA_OPS_TRITON_AUTOTUNE", "1") != "0"
+    return wanted and not torch.cuda.is_current_stream_capturing()
+
+
+def _quickest(
+    m: Matrix, images: int, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[int, int, int]:
+    def seconds(candidate: tuple[int, int, int]) -> float:
+        _scale(m, images, arguments, options, candidate)  # compiles
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]
+        for event in events:
+            event.record()
+            _scale(m, images, arguments, options, candidate)
+        events[-1].synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+
+    return min(CANDIDATES, key=seconds)
+
+
+def _scale(
+    m: Matrix,
+    images: int,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    candidate: tuple[int, int, int],
+) -> None:
+    tile_bytes, widest, warps = candidate
+    limits = INTERPRETER if INTERPRETED else DEVICE
+    t = scale_tiles(m, replace(limits, tile_bytes=tile_bytes, widest=widest))
+    run(
+        passes.scale, images * t.blocks * t.windows, *arguments, t.blocks, t.windows,
+        BR=t.br, BQ=t.bq, num_warps=warps, **options,
+    )  # fmt: skip
