@@ -34,7 +34,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would collide
 MAKEFLAGS += --no-builtin-rules
-.PHONY: help env build test test-full bench bench-full lint format clean FORCE
+.PHONY: help env build test test-full simt bench bench-full gpu lint format cuda-report \
+  clean FORCE
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +53,9 @@ test: $(STAMPS)/env-test $(BUILT)  ## run all tests
 test-full: $(STAMPS)/env-test $(BUILT)  ## run all tests, with many more random cases, all on Triton
 	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests
 
+simt: $(STAMPS)/env-test $(BUILT)  ## run the CUDA sources on the CPU, under sanitizers
+	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests/test_simt.py tests/test_cuda_kernels.py
+
 bench: $(STAMPS)/env-bench $(BUILT)  ## compare with eager and torch.compile, in minutes
 	$(PY) -m benchmarks.op --preset quick
 	$(PY) -m benchmarks.network --preset quick
@@ -61,6 +65,9 @@ bench-full: $(STAMPS)/env-bench $(BUILT)  ## the same over all shapes, dtypes an
 	$(PY) -m benchmarks.op --preset full
 	$(PY) -m benchmarks.network --preset full
 	$(PY) -m benchmarks.report
+
+gpu: $(STAMPS)/env-test $(STAMPS)/env-bench  ## on a machine with a GPU: build, test, measure
+	$(PY) -m benchmarks.gpu
 
 lint: $(STAMPS)/env-dev  ## check style and types
 	$(PY) -m ruff check
@@ -72,6 +79,9 @@ format: $(STAMPS)/env-dev  ## put Python and C++ into the house style
 	$(PY) -m ruff check --fix-only
 	$(PY) -m ruff format
 	$(CLANG_FORMAT) -i $(CSRC)
+
+cuda-report: $(STAMPS)/env-base  ## print what each CUDA kernel takes, fail on spills; needs nvcc
+	$(PY) -m build_tools.cuda_report
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist *.egg-info da_ops/*.so $(RECORD) $(BUILT)

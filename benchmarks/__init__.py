@@ -2,5 +2,6 @@
 
 `python -m benchmarks.op`        one layer: time, memory and correctness, over shapes and layouts
 `python -m benchmarks.network`   training steps of a ResNet-50 on photographs
+`python -m benchmarks.gpu`       on a machine with a GPU: build, test and measure in one go
 `python -m benchmarks.report`    tables, charts and the README block, from results files alone
 """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from benchmarks.environment import BenchmarkError
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 REGIMES = ("warm", "cold")
+LAUNCHES = ("stream", "graph")  # how kernels are started on a GPU
 
 Shape = tuple[int, int, int, int]
 STAGES: tuple[Shape, ...] = (  # ResNet-50: the stem's map, then the four stages
@@ -35,14 +37,16 @@ SSD: tuple[Shape, ...] = (  # SSD300 on a ResNet cut after layer3, and its first
 )
 SINGLE: tuple[Shape, ...] = ((1, 256, 56, 56), (1, 1024, 14, 14))
 OVERHEAD: Shape = (1, 8, 4, 4)
+GPU_BATCH, GPU_BATCHES = 64, (1, 8, 32, 256)  # the main batch size, and the others
 
 
 @dataclass(frozen=True)
 class Case:
     """One shape and type, in every layout named; `role` says what it is measured for.
 
-    Roles: "stage" (those that targets are set for), "ssd", "single" (one image), "half",
-    "overhead" (so small that only Python and dispatch are left), "asked" (by --shapes).
+    Roles: "stage" (those that means are taken over), "ssd", "single" (one image), "half",
+    "batch" and "dtype" (a stage at another batch size or in another type), "overhead" (so small
+    that only Python and dispatch are left), "asked" (by --shapes).
     """
 
     shape: Shape
@@ -52,6 +56,7 @@ class Case:
     regimes: tuple[str, ...] = ("warm",)
     threads: int | None = None  # None: as the process has it
     compile: bool = True
+    launches: tuple[str, ...] = ("stream",)
 
     def __str__(self) -> str:
         suffix = f" {self.threads} thread(s)" if self.threads else ""
@@ -75,6 +80,27 @@ def preset(name: str) -> list[Case]:
             for shape, dtype in product((STAGES[1], STAGES[3]), ("float16", "bfloat16"))
         ),
         Case(OVERHEAD, "overhead", layouts=("contiguous",)),
+    ]
+
+
+def gpu_preset(name: str) -> list[Case]:
+    """The same for a GPU, what matters most first: a run out of time leaves out the last ones.
+
+    "quick" has torch.compile take part at the stages only: compiling takes longer than measuring.
+    """
+    both: dict[str, Any] = {"regimes": REGIMES, "launches": LAUNCHES}
+    full = name == "full"
+    stages = [(GPU_BATCH, *shape[1:]) for shape in STAGES]
+    few = stages if full else [stages[1], stages[3]]
+    kinds = ("float16", "bfloat16", "float32")
+    batches = [(n, *shape[1:]) for n, shape in product(GPU_BATCHES, few)]
+    return [
+        *(Case(shape, "stage", "float16", **both) for shape in stages),
+        Case(OVERHEAD, "overhead", layouts=("contiguous",), compile=full),
+        *(Case(shape, "dtype", k, compile=full, **both) for k, shape in product(kinds[1:], few)),
+        *(Case(shape, "batch", "float16", compile=full, **both) for shape in batches),
+        *(Case(shape, "ssd", "float16", compile=full, launches=LAUNCHES) for shape in SSD),
+        *(Case(s, "batch", k, **both) for k, s in product(kinds[1:] if full else (), batches)),
     ]
 
 
@@ -106,18 +132,19 @@ def from_options(options: argparse.Namespace) -> list[Case]:
     layouts = choose("--layouts", options.layouts or ",".join(LAYOUTS), list(LAYOUTS))
     dtypes = choose("--dtypes", options.dtypes, list(DTYPES)) if options.dtypes else None
     regimes = choose("--regimes", options.regimes, list(REGIMES)) if options.regimes else None
+    launches = LAUNCHES if options.device == "cuda" else LAUNCHES[:1]
     if options.shapes:
         return [
-            Case(shape, "asked", dtype, layouts, regimes or ("warm",))
+            Case(shape, "asked", dtype, layouts, regimes or ("warm",), launches=launches)
             for shape, dtype in product(parse_shapes(options.shapes), dtypes or ("float32",))
         ]
     cases = []
-    for case in preset(options.preset):
+    found = gpu_preset(options.preset) if options.device == "cuda" else preset(options.preset)
+    for case in found:
         kept = tuple(layout for layout in case.layouts if layout in layouts)
         held = tuple(regime for regime in case.regimes if regime in (regimes or REGIMES))
         if kept and held and (dtypes is None or case.dtype in dtypes):
-            parts = (case.shape, case.role, case.dtype, kept, held, case.threads, case.compile)
-            cases.append(Case(*parts))
+            cases.append(replace(case, layouts=kept, regimes=held))
     if not cases:
         raise BenchmarkError(
             "nothing to measure: the options leave no case of this preset; name shapes with"

@@ -20,7 +20,7 @@ from benchmarks.summary import FUSED, geomean, select
 
 INK, QUIET, GRID = "#1f2933", "#6b7785", "#e4e8ed"
 FUSED_COLOURS = {"contiguous": "#0f6f8c", "channels_last": "#6fb7c9"}
-RIVAL_COLOURS = {"eager": "#b8c0ca", "compile": "#e58a2b"}
+RIVAL_COLOURS = {"eager": "#b8c0ca", "compile": "#e58a2b", "whole": "#b5651d"}
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -163,8 +163,11 @@ def finding(results: Results, fused: str, records: list[Results]) -> tuple[str, 
 
 def stages(results: Results) -> tuple[str, list[Results]]:
     """The first fused contender and the cases to show: the stages, else what was asked for."""
-    warm = [r for r in results["cases"] if r["regime"] == "warm" and r["dtype"] == "float32"]
-    chosen = select(warm, role="stage") or select(warm, role="asked") or results["cases"]
+    warm = [
+        r for r in select(results["cases"], regime="warm") if r.get("launch", "stream") == "stream"
+    ]
+    asked = select(warm, role="asked", dtype="float32")
+    chosen = select(warm, role="stage") or asked or results["cases"]
     for record in chosen:
         for ratio in record["speedups"]:
             name = str(ratio["fused"])

@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "benchmarks" / "results"  # full runs, which the README shows
 LOCAL = ROOT / "bench-results"  # quick runs, not under version control
 SCHEMA = 1
+GPU_PARTS = ("build", "cuda", "triton", "gpu", "sanitize", "op", "network")  # of `make gpu`
+# What decides the speed on one kind of device only, and so is in no digest of the other.
+FOREIGN = {
+    "cpu": ("csrc/cuda/", "da_ops/backends/cuda.py", "da_ops/backends/triton/"),
+    "cuda": ("csrc/cpu/", "da_ops/backends/cpu.py"),
+}
 GIB = 2**30
 
 
@@ -89,6 +95,7 @@ def device_record(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         record |= {
             "name": properties.name,
+            "sm": f"{properties.major}.{properties.minor}",
             "host": record["name"],
             "memory": properties.total_memory,
             "caches": {"L2": properties.L2_cache_size},
@@ -142,18 +149,24 @@ def versions() -> dict[str, str]:
     for name in ("torch", "torchvision", "triton", "da_ops"):
         if importlib.util.find_spec(name):
             found[name] = str(importlib.import_module(name).__version__)
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
     return found
 
 
-def digest(root: Path = ROOT) -> str:
-    """SHA-256 over the sources that decide the layer's speed: names and contents, in order."""
+def digest(device: str, root: Path = ROOT) -> str:
+    """SHA-256 over the sources that decide the layer's speed on this kind of device: names and
+    contents, in order."""
     kinds = {".cpp", ".h", ".cu", ".cuh", ".inl", ".py"}
     sources = [root / "da_ops" / name for name in ("functional.py", "function.py", "module.py")]
     for folder in (root / "csrc", root / "da_ops" / "backends"):
         sources += (path for path in folder.rglob("*") if path.suffix in kinds)
     total = hashlib.sha256()
     for path in sorted(path for path in sources if path.is_file()):
-        total.update(path.relative_to(root).as_posix().encode() + b"\0")
+        name = path.relative_to(root).as_posix()
+        if name.startswith(FOREIGN[device]):
+            continue
+        total.update(name.encode() + b"\0")
         total.update(path.read_bytes() + b"\0")
     return total.hexdigest()
 
@@ -164,13 +177,13 @@ def slug(name: str) -> str:
 
 
 def head(kind: str, device: str, preset: str) -> dict[str, Any]:
-    """The part that every results file has; `kind` is "op" or "network"."""
+    """The part that every results file has; `kind` is "op", "network" or "gpu"."""
     arguments = iter(sys.argv[1:])
     shown = []
     for argument in arguments:  # where the file was written is nobody's business but the user's
-        if argument == "--output":
+        if argument in ("--output", "--out"):
             next(arguments, None)
-        elif not argument.startswith("--output="):
+        elif not argument.startswith(("--output=", "--out=")):
             shown.append(argument)
     return {
         "schema": SCHEMA,
@@ -180,7 +193,7 @@ def head(kind: str, device: str, preset: str) -> dict[str, Any]:
         "command": " ".join(["python", "-m", f"benchmarks.{kind}", *shown]),
         "device": device_record(device),
         "versions": versions(),
-        "digest": digest(),
+        "digest": digest(device),
     }
 
 
@@ -193,7 +206,8 @@ def announcer(bar: Any) -> Callable[[str], None]:
 
 def results_file(kind: str, device: str, preset: str, output: str | None) -> Path:
     """Where this run's results go, proved writable now, before anything is measured."""
-    folder = COMMITTED if preset == "full" else LOCAL
+    # Of a GPU only what `make gpu` has also tested is committed.
+    folder = COMMITTED if preset == "full" and device == "cpu" else LOCAL
     path = folder / f"{slug(device_record(device)['name'])}-{kind}.json"
     if output is not None:
         path = Path(output)

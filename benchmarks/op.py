@@ -11,7 +11,9 @@ For each shape and type, contenders in every layout take turns (see measure.py):
   also given alone
 The input is random. Warm, the default, gives each call the same input, as a layer meets the
 output of the one before it; but all contenders take turns, so what is larger than the last cache
-comes from memory. Cold cycles through copies of the input, twice the last-level cache in all.
+comes from memory. Cold cycles through copies of the input, twice the last-level cache in all (four
+times that of a GPU). On a GPU, times are those of CUDA events around calls that are launched one by
+one, and again around replays of CUDA graphs that hold many.
 Outputs are allocated in every call, as in use, from memory that the allocator has kept, as
 jemalloc and tcmalloc do. glibc's default, --allocator system, returns some to the operating system,
 and whoever allocates next pays for new pages: with large tensors more than the layer costs, and by
@@ -25,7 +27,6 @@ or 3 (backward) times the bytes of x at the speed of a copy measured in the same
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import sys
 import time
@@ -33,212 +34,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from benchmarks import cases, environment, measure, report, rivals, summary, tables
-from benchmarks.cases import DTYPES, LAYOUTS, Case
-from benchmarks.environment import GIB, BenchmarkError
+from benchmarks import cases, environment, layer, measure, report, rivals, summary, tables
+from benchmarks.cases import DTYPES, LAYOUTS
+from benchmarks.environment import BenchmarkError
 
 FUSED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # backends worth timing on a device
 TIMING: dict[str, dict[str, Any]] = {
     "quick": {"rounds": 60, "least": 5, "budget": 2.5},
     "full": {"rounds": 100, "least": 20, "budget": 40.0},
+    "cuda": {"rounds": 100, "least": 20, "budget": 4.0, "sample_seconds": 3e-4},
 }
-# Relative L2 error against float64 above which a contender is wrong, not merely rounded: plain
-# PyTorch in half precision rounds at every step, and sums gradients of small size.
-WRONG = {"float64": 1e-11, "float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}
 
+SECONDS_HELP = "in all: what would take longer is left out, and named in the results"
 ALLOCATOR_HELP = "keep what is freed for the next allocation (keep), or glibc's default (system)"
-
-Key = tuple[str, str]  # rival, layout
-
-
-class Failed(Exception):
-    """A contender that cannot be timed, and why."""
-
-
-def reference(x: torch.Tensor, dy: torch.Tensor, plain: nn.Module) -> dict[str, torch.Tensor]:
-    """y and all gradients by the formula in float64, on the values that the contenders get."""
-    import da_ops
-
-    parameters = dict(plain.named_parameters())
-    names = ("conv.weight", "dilated_conv.weight", "merge.weight", "gate_weight", "gate_bias")
-    leaves = [
-        t.detach().double().requires_grad_() for t in (x, *(parameters[name] for name in names))
-    ]
-    y = da_ops.reference.da_attention(*leaves)
-    gradients = torch.autograd.grad(y, leaves, dy.double())
-    return {"y": y.detach(), **dict(zip(("x", *names), gradients, strict=True))}
-
-
-def check(
-    layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, truth: dict[str, torch.Tensor], dtype: str
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative L2 errors of y and each gradient, and the seconds of each first call."""
-    start = time.perf_counter()
-    with torch.no_grad():
-        inferred = layer(x)
-    middle = time.perf_counter()
-    y = layer(x)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(y, [x, *parameters], dy)
-    seconds = {"inference": middle - start, "training": time.perf_counter() - middle}
-    found = {
-        "inference": inferred,
-        "y": y.detach(),
-        **dict(zip(("x", *names), gradients, strict=True)),
-    }
-    errors = {}
-    for name, value in found.items():
-        true = truth["y" if name == "inference" else name]
-        error = (value.double() - true).norm() / true.norm().clamp_min(1e-300)
-        errors[name] = error.item()
-        if not errors[name] <= WRONG[dtype]:  # NaN is wrong too
-            raise Failed(
-                f"wrong {name}: relative L2 error {errors[name]:.1e}, expected at most"
-                f" {WRONG[dtype]:.0e}"
-            )
-    return errors, seconds
-
-
-def build(rival: str, plain: nn.Module, channels: int, x: torch.Tensor) -> nn.Module:
-    """The contender of this name with the plain layer's weights."""
-    if rival == "eager":
-        return plain
-    if rival.startswith("compile"):
-        return rivals.compiled(copy.deepcopy(plain), rival)
-    import da_ops
-
-    backend = rival.removeprefix(summary.FUSED)
-    layer = da_ops.DAModule(channels, backend=backend, device=x.device, dtype=x.dtype)
-    layer.load_state_dict(plain.state_dict())
-    return layer
-
-
-def buffers(case: Case, regime: str, device: str) -> int:
-    """How many inputs to cycle through: enough to fall out of the last-level cache, or one."""
-    if regime == "warm":
-        return 1
-    size = math.prod(case.shape) * DTYPES[case.dtype].itemsize
-    wanted = max(2, math.ceil(2 * environment.last_level_cache(device) / size))
-    return max(2, min(wanted, 4096, GIB // size))
-
-
-def measure_case(
-    case: Case,
-    device: str,
-    contenders: list[str],
-    timing: dict[str, Any],
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """All contenders over one shape and type; one record per regime."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    channels = case.shape[1]
-    dtype = DTYPES[case.dtype]
-    plain = rivals.PlainDA(channels, device, dtype)
-    with torch.no_grad():  # at its initial zero the gate's weight would hide errors in pooled
-        plain.gate_weight.normal_(0, 0.5)
-    data = torch.randn(case.shape, device=device, dtype=dtype)
-    data_dy = torch.randn(case.shape, device=device, dtype=dtype)
-    truth = reference(data, data_dy, plain)
-
-    layers: dict[Key, nn.Module] = {}
-    results: dict[Key, dict[str, Any]] = {}
-    inputs = {
-        layout: (
-            data.clone(memory_format=LAYOUTS[layout]).requires_grad_(),
-            data_dy.clone(memory_format=LAYOUTS[layout]),
-        )
-        for layout in case.layouts
-    }
-    for layout in case.layouts:
-        x, dy = inputs[layout]
-        for rival in contenders:
-            result: dict[str, Any] = {"rival": rival, "layout": layout, "status": "ok"}
-            results[rival, layout] = result
-            say(f"{case}: checking {rival}, {layout}")
-            try:
-                layer = build(rival, plain, channels, x)
-                result["errors"], result["first_call"] = check(layer, x, dy, truth, case.dtype)
-            except Exception as error:  # whatever a compiler or backend may raise
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
-                result |= {"status": "failed", "reason": reason[:300]}
-                continue
-            layers[rival, layout] = layer
-            result["memory"] = layer_memory(layer, x, dy)
-    del truth, data_dy
-
-    records = []
-    for regime in case.regimes:
-        count = buffers(case, regime, device)
-        xs, dys = {}, {}
-        for layout, (x, dy) in inputs.items():
-            spare = range(count - 1)
-            xs[layout] = [x, *(torch.randn_like(x).requires_grad_() for _ in spare)]
-            dys[layout] = [dy, *(torch.randn_like(dy) for _ in spare)]
-        say(f"{case}: inference, {regime}")
-        target = torch.empty_like(data)
-        copies = ("copy", "contiguous")
-        inference = measure.interleaved(
-            {
-                copies: measure.inference_sampler(
-                    target.copy_, [x.detach() for x in next(iter(xs.values()))]
-                ),
-                **{
-                    key: measure.inference_sampler(layer, xs[key[1]])
-                    for key, layer in layers.items()
-                },
-            },
-            **timing,
-        )
-        say(f"{case}: training, {regime}")
-        training = measure.interleaved(
-            {
-                key: measure.training_sampler(
-                    layer, list(layer.parameters()), xs[key[1]], dys[key[1]]
-                )
-                for key, layer in layers.items()
-            },
-            **timing,
-        )
-        copied = inference.pop(copies)[:, 0]
-        times = {
-            key: {
-                "inference": inference[key][:, 0],
-                **{part: training[key][:, i] for i, part in enumerate(summary.TRAINING)},
-            }
-            for key in layers
-        }
-        records.append(
-            {
-                "shape": list(case.shape),
-                "dtype": case.dtype,
-                "role": case.role,
-                "regime": regime,
-                "buffers": count,
-                "threads": torch.get_num_threads() if device == "cpu" else None,
-                "bytes": data.nbytes,
-                "copy": measure.spread(copied),
-                "results": [
-                    summary.timed(result, times[key], measure.spread(copied)["median"])
-                    if key in times
-                    else result
-                    for key, result in results.items()
-                ],
-                "speedups": summary.speedups(times),
-            }
-        )
-    return records
-
-
-def layer_memory(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, int]:
-    """Bytes that a forward and backward takes beyond x, dy and the parameters."""
-    leaves = [x, *layer.parameters()]
-    return measure.memory(
-        lambda: layer(x), lambda y: torch.autograd.grad(y, leaves, dy), x.device.type
-    )
 
 
 def contenders_for(options: argparse.Namespace) -> tuple[list[str], dict[str, str | None]]:
@@ -284,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="CPU threads (as torch has them)")
     add("--allocator", choices=("keep", "system"), default="keep", help=ALLOCATOR_HELP)
     add("--budget", type=float, help="seconds at most per measurement, beyond a few rounds")
+    add("--seconds", type=float, default=math.inf, help=SECONDS_HELP)
     add("--output", metavar="FILE", help="results, JSON; the chart lies beside it")
     return result
 
@@ -293,30 +104,38 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     start, others = time.perf_counter(), environment.Others()
     todo = cases.from_options(options)
     contenders, reasons = contenders_for(options)
-    timing = dict(TIMING[options.preset])
+    timing = dict(TIMING["cuda" if options.device == "cuda" else options.preset])
     if options.budget is not None:
         timing["budget"] = options.budget
     records: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    longest: dict[bool, float] = {}  # seconds of a case, with and without torch.compile
     threads = torch.get_num_threads()
     with tqdm(todo, unit="case", leave=False, disable=None) as bar:
         say = environment.announcer(bar)
         for case in bar:
+            begun = time.perf_counter()
+            if begun - start + longest.get(case.compile, 0.0) > options.seconds:
+                left_out.append(str(case))
+                continue
             names = [c for c in contenders if case.compile or not c.startswith("compile")]
             torch.set_num_threads(case.threads or threads)
             try:
-                new = measure_case(case, options.device, names, timing, say)
+                new = layer.measure_case(case, options.device, names, timing, say)
             finally:
                 torch.set_num_threads(threads)
+            longest[case.compile] = max(longest.get(case.compile, 0.0), time.perf_counter() - begun)
             records += new
             for record in new:
                 bar.write(tables.case_line(record))
-    summarised = summary.summarise(records)
+    summarised = summary.summarise(records, options.device)
     summarised["checks"].append(summary.quiet(others.percent(), others.LIMIT))
     return {
         **environment.head("op", options.device, options.preset),
         "seconds": time.perf_counter() - start,
         "timing": timing,
         "backends": reasons,
+        "left_out": left_out,
         "cases": records,
         "summary": summarised,
     }

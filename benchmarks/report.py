@@ -3,6 +3,8 @@
 python -m benchmarks.report                      tables and charts of the newest results
 python -m benchmarks.report --readme README.md   and the block of the committed ones
 python -m benchmarks.report --check              exit 1 if the block is not what they generate
+python -m benchmarks.report --check --device H200
+                                 exit 1 unless `make gpu` passed there, with today's kernel sources
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from benchmarks.tables import Results
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 KINDS = ("op", "network")
+NO_GPU = "No GPU results are committed yet: `make gpu` tests and measures on a machine with a GPU."
+PART_HEADER = ["part", "result", "passed", "failed", "skipped", "seconds"]
 CHECK_HEADER = ["target", "what", "found", "expected"]
 
 
@@ -29,7 +33,7 @@ def load(path: Path) -> Results:
         schema, kind = results["schema"], results["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{path}: expected a results file, got {error!r}") from error
-    if schema != environment.SCHEMA or kind not in KINDS:
+    if schema != environment.SCHEMA or kind not in (*KINDS, "gpu"):
         raise BenchmarkError(
             f"{path}: expected schema {environment.SCHEMA} of {' or '.join(KINDS)}, got {schema}"
             f" of {kind!r}; measure again or remove the file"
@@ -38,12 +42,43 @@ def load(path: Path) -> Results:
 
 
 def load_folder(folder: Path) -> dict[str, dict[str, Results]]:
-    """All results of a folder by device: {"amd-epyc": {"op": ..., "network": ...}}."""
+    """All results of a folder by device: {"amd-epyc": {"op": ..., "network": ...}}. Those of `make
+    gpu` are {"nvidia-h200": {"gpu": ..., "op": ..., "network": ...}}."""
     found: dict[str, dict[str, Results]] = {}
     for kind in KINDS:
         for path in sorted(folder.glob(f"*-{kind}.json")):
             found.setdefault(path.name.removesuffix(f"-{kind}.json"), {})[kind] = load(path)
+    for path in sorted(folder.glob("*.json")):
+        if not path.stem.endswith(tuple(f"-{kind}" for kind in KINDS)):
+            gpu = load(path)
+            found[path.stem] = {"gpu": gpu, **{kind: gpu[kind] for kind in KINDS if kind in gpu}}
     return dict(sorted(found.items()))
+
+
+def faults(gpu: Results) -> list[str]:
+    """Why the results of a GPU do not count, if they do not."""
+    checks, words = gpu.get("checks", {}), {None: "was skipped", False: "failed"}
+    found = [
+        f"part {part!r} {words.get(checks[part], 'failed') if part in checks else 'was not run'}"
+        for part in environment.GPU_PARTS
+        if checks.get(part) is not True
+    ]
+    found += [f"no results of {kind!r}" for kind in KINDS if kind not in gpu]
+    return found + ([doubt] if (doubt := tables.stale(gpu)) else [])
+
+
+def check_device(folder: Path, wanted: str) -> int:
+    """0 if there are results of a GPU of this name that count; else print why not."""
+    why = []
+    for name, together in load_folder(folder).items():
+        if "gpu" in together and environment.slug(wanted) in name:
+            if not (found := faults(together["gpu"])):
+                return 0
+            why.append(f"{name}: {'; '.join(found)}")
+    why = why or [f"{shown(folder)} has no results of a GPU named {wanted!r}; run make gpu there"]
+    for line in why:
+        print(f"benchmarks.report: {line}", file=sys.stderr)
+    return 1
 
 
 def doubts(results: Results) -> list[str]:
@@ -55,6 +90,9 @@ def text(results: Results) -> str:
     """What the terminal shows of one results file."""
     lines = ["", tables.device_line(results)]
     lines += [f"NOTE: {doubt}" for doubt in doubts(results)]
+    if results["kind"] == "gpu":
+        lines += [f"NOTE: {fault}" for fault in faults(results)]
+        return "\n".join([*lines, tables.plain_table(PART_HEADER, part_rows(results))])
     if results["kind"] == "op":
         sections = tables.sections(results)
         if not sections:
@@ -67,6 +105,8 @@ def text(results: Results) -> str:
         lost = tables.loss_lines(results)
         lines += ["", "Slower than a rival: " + ("nowhere" if not lost else f"{len(lost)} case(s)")]
         lines += [f"  {line}" for line in lost]
+        if left_out := results.get("left_out"):
+            lines += ["", "Not measured, for want of time: " + ", ".join(left_out)]
     else:
         lines += [
             "",
@@ -75,6 +115,17 @@ def text(results: Results) -> str:
         ]
     lines += ["", tables.plain_table(CHECK_HEADER, tables.check_lines(results), left=4)]
     return "\n".join(lines)
+
+
+def part_rows(gpu: Results) -> list[list[str]]:
+    return [
+        [
+            *(part["name"], part["status"]),
+            *(str(part[key]) for key in ("passed", "failed", "skipped")),
+            f"{part['seconds']:.0f}",
+        ]
+        for part in gpu["parts"]
+    ]
 
 
 def show(path: Path) -> None:
@@ -115,8 +166,19 @@ def block(folder: Path, readme: Path) -> str:
     devices = load_folder(folder)
     if not devices:
         lines += ["", "No results yet: `make bench-full` measures them."]
+    gpus = [together["gpu"] for together in devices.values() if "gpu" in together]
     for device, together in devices.items():
+        # Times of a GPU count if its results were also tested, and all went well.
+        on_gpu = any(r["device"]["kind"] == "cuda" for r in together.values())
+        if on_gpu and ("gpu" not in together or faults(together["gpu"])):
+            continue
         lines += device_block(together, os.path.relpath(folder / f"{device}.png", readme.parent))
+    lines += [
+        f"\nResults of {gpu['device']['name']} are left out: {'; '.join(found)}."
+        for gpu in gpus
+        if (found := faults(gpu))
+    ]
+    lines += [] if gpus else ["", NO_GPU]
     return "\n".join([*lines, END])
 
 
@@ -150,7 +212,11 @@ def device_block(together: dict[str, Results], chart: str) -> list[str]:
         lines += ["", f"{tables.network_title(results)}. {source}"]
         lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
         lines += ["", tables.markdown_table(tables.NETWORK_HEADER, tables.network_rows(results))]
-    checks = [line for results in together.values() for line in tables.check_lines(results)]
+    if "gpu" in together:
+        rows = part_rows(together["gpu"])
+        lines += ["", "`make gpu`:", "", tables.markdown_table(PART_HEADER, rows)]
+    measured = [together[kind] for kind in KINDS if kind in together]
+    checks = [line for results in measured for line in tables.check_lines(results)]
     return [*lines, "", tables.markdown_table(CHECK_HEADER, checks, left=4)]
 
 
@@ -176,6 +242,14 @@ def newest(folders: list[Path]) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.device:
+        if not options.check:
+            raise BenchmarkError("--device: expected together with --check, got it alone")
+        try:
+            return check_device(Path(options.results or environment.COMMITTED), options.device)
+        except BenchmarkError as error:
+            print(f"benchmarks.report: {error}", file=sys.stderr)
+            return 1
     readme = Path(options.readme or environment.ROOT / "README.md")
     if options.check or options.readme:
         folder = Path(options.results or environment.COMMITTED)
@@ -215,6 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", help="folder of results files")
     parser.add_argument("--readme", help="file whose block is to be written (or checked)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is old")
+    parser.add_argument("--device", metavar="NAME", help="of a GPU, or part of it; with --check")
     try:
         return run(parser.parse_args(arguments))
     except BenchmarkError as error:

@@ -14,6 +14,7 @@ from benchmarks.cases import STAGES
 from benchmarks.measure import spread
 
 FUSED = "da_ops:"  # what the names of the fused contenders begin with
+WHOLE = "whole:"  # and those of networks compiled as a whole
 TRAINING = ("training", "forward", "backward")  # phases of a training sample
 PASSES = {"inference": 2, "training": 5, "forward": 2, "backward": 3}  # least traffic, in x
 TARGETS = {  # geometric mean over the stages in both layouts, against the same layout
@@ -84,16 +85,18 @@ def select(records: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]
 
 
 def means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means over the stages (float32), per regime, fused contender, rival and phase."""
-    stages = [r for r in records if r["role"] == "stage" and r["dtype"] == "float32"]
+    """Geometric means over the stages, per regime, launch, fused contender, rival and phase."""
+    stages = select(records, role="stage")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in stages:
         for ratio in record["speedups"]:
-            key = (record["regime"], ratio["fused"], ratio["rival"], ratio["part"])
+            launch = record.get("launch", "stream")
+            key = (record["regime"], launch, ratio["fused"], ratio["rival"], ratio["part"])
             groups.setdefault(key, []).append(ratio)
     return [
         {
             "regime": regime,
+            "launch": launch,
             "fused": fused,
             "rival": rival,
             "part": part,
@@ -102,7 +105,7 @@ def means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "same": geomean(r["same"]["median"] for r in ratios if "same" in r),
             "better": geomean(r["better"]["median"] for r in ratios),
         }
-        for (regime, fused, rival, part), ratios in groups.items()
+        for (regime, launch, fused, rival, part), ratios in groups.items()
     ]
 
 
@@ -116,6 +119,7 @@ def losses(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for basis in ("same", "better"):
                 if basis in ratio and ratio[basis]["median"] < 1:
                     case = {k: record[k] for k in ("shape", "dtype", "regime", "threads")}
+                    case["launch"] = record.get("launch", "stream")
                     who = {k: ratio[k] for k in ("fused", "layout", "rival", "part")}
                     lost.append({**case, **who, "basis": basis, "ratio": ratio[basis]["median"]})
     return lost
@@ -136,8 +140,8 @@ def quiet(percent: float, limit: float) -> dict[str, Any]:
     )
 
 
-def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means, losses and checks of a whole run."""
+def summarise(records: list[dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
+    """Means, losses and checks of a whole run; the speed-ups aimed at are those of a CPU."""
     average = means(records)
     results = [(record, result) for record in records for result in record["results"]]
     failed = [
@@ -157,7 +161,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
         )
     ]
     for mean in average:
-        target = TARGETS.get((mean["part"], mean["rival"]))
+        target = TARGETS.get((mean["part"], mean["rival"])) if device == "cpu" else None
         if target is None or mean["regime"] != "warm" or mean["same"] is None:
             continue
         covered = "" if mean["cases"] == mean["of"] else f" ({mean['cases']} of {mean['of']} cases)"

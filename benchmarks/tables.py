@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.summary import FUSED, QUIET, geomean, select
+from benchmarks.cases import LAUNCHES, REGIMES
+from benchmarks.summary import FUSED, QUIET, WHOLE, geomean, select
 
 VARIANTS = {"plain": "no attention", "eager": "eager", "compile": "torch.compile"}
 
@@ -18,6 +20,8 @@ def shape_name(shape: list[int]) -> str:
 
 def name_of(variant: str) -> str:
     """A contender as a reader knows it: "fused (cpu)", "torch.compile", "eager"."""
+    if variant.startswith(WHOLE):
+        return f"whole network compiled, {name_of(variant.removeprefix(WHOLE))}"
     if variant.startswith(FUSED):
         return f"fused ({variant.removeprefix(FUSED)})"
     return VARIANTS.get(variant) or variant.replace("compile:", "torch.compile ")
@@ -46,21 +50,21 @@ def device_line(results: Results) -> str:
     libraries = [f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions]
     where = f"{device['name']} ({cores}, {device['vector']})"
     if device["kind"] == "cuda":
-        where = device["name"]
+        where = f"{device['name']} (sm {device['sm']}, CUDA {versions.get('cuda')})"
     libraries += [f"da_ops {versions['da_ops']}"] if "da_ops" in versions else []
     return ", ".join([where, *libraries, f"Python {versions['python']}", results["date"][:10]])
 
 
 def stale(results: Results) -> str | None:
     """That these results do not speak for the sources as they are, or None."""
-    if results["digest"] == environment.digest():
+    if results["digest"] == environment.digest(results["device"]["kind"]):
         return None
     return f"measured with other kernel sources than today's ({results['digest'][:12]})"
 
 
 def disturbed(results: Results) -> str | None:
     """That other programs ran beside this measurement, or None."""
-    for check in select(results["summary"]["checks"], name=QUIET):
+    for check in select(results.get("summary", {}).get("checks", []), name=QUIET):
         if not check["passed"]:
             return f"other programs took {check['got']} of the cores meanwhile: measure again"
     return None
@@ -81,6 +85,7 @@ def rows(results: Results) -> list[Results]:
     return [
         {
             **{k: record[k] for k in ("shape", "dtype", "role", "regime", "threads")},
+            "launch": record.get("launch", "stream"),
             "fused": result["rival"],
             "layout": result["layout"],
             "parts": {
@@ -110,6 +115,16 @@ def pair(part: Results, rival: str) -> str:
     return times(same) if better is None else f"{times(same)} ({times(better)})"
 
 
+ROLES = {
+    "stage": "ResNet-50 stages",
+    "ssd": "SSD300 maps",
+    "single": "one image",
+    "half": "half precision",
+    "dtype": "other types",
+    "batch": "other batch sizes",
+    "overhead": "call overhead",
+    "asked": "as asked",
+}
 HEADER = ["shape", "layout"] + [
     f"{part} {column}"
     for part in ("inference", "training")
@@ -151,21 +166,14 @@ def sections(results: Results) -> list[tuple[str, list[list[str]]]]:
     every = rows(results)
     for fused in dict.fromkeys(row["fused"] for row in every):
         mine = select(every, fused=fused)
-        for title, regime, roles in (
-            ("ResNet-50 stages", "warm", ("stage",)),
-            ("ResNet-50 stages, cold", "cold", ("stage",)),
-            ("SSD300 maps", None, ("ssd",)),
-            ("one image", None, ("single",)),
-            ("half precision", None, ("half",)),
-            ("call overhead", None, ("overhead",)),
-            ("as asked", None, ("asked",)),
-        ):
-            part = [r for r in mine if r["role"] in roles and regime in (None, r["regime"])]
+        for (role, title), launch, regime in product(ROLES.items(), LAUNCHES, REGIMES):
+            part = select(mine, role=role, launch=launch, regime=regime)
             if part:
                 table = [cells(row) for row in part]
-                if "stage" in roles or len(part) > 4:
+                if role == "stage" or len(part) > 4:
                     table.append(mean_cells(part, "geometric mean"))
-                found.append((f"{name_of(fused)}: {title}", table))
+                notes = [title, *["cold"][: regime == "cold"], *["CUDA graph"][: launch == "graph"]]
+                found.append((f"{name_of(fused)}: {', '.join(notes)}", table))
     return found
 
 
@@ -193,6 +201,7 @@ def markdown_table(header: list[str], table: list[list[str]], left: int = 2) -> 
 def case_line(record: Results) -> str:
     """One case in a line, for the run's progress."""
     regime = "" if record["regime"] == "warm" else f" {record['regime']}"
+    regime += " graph" if record.get("launch") == "graph" else ""
     parts = [f"{shape_name(record['shape'])} {record['dtype']}{regime}"]
     for row in rows({"cases": [record]}):
         shown = []
@@ -252,7 +261,7 @@ def network_rows(results: Results) -> list[list[str]]:
     for part in results["layouts"]:
         for r in part["results"]:
             if r["status"] != "ok":
-                found.append([f"{name_of(r['variant'])} failed", part["layout"], *["-"] * 5])
+                found.append([f"{name_of(r['variant'])} {r['status']}", part["layout"], *["-"] * 5])
                 continue
             cost = r.get("cost")
             found.append(
@@ -273,7 +282,8 @@ def network_title(results: Results) -> str:
     network = results["network"]
     return (
         f"{network['name']}, {network['layers']} attention layers, batch {network['batch']} of"
-        f" {network['size']}x{network['size']} crops of photographs, float32"
+        f" {network['size']}x{network['size']} crops of photographs,"
+        f" {network.get('amp') or 'float32'}"
     )
 
 
@@ -283,9 +293,11 @@ def loss_lines(results: Results) -> list[str]:
     for lost in results["summary"]["losses"]:
         where = " in its better layout" if lost["basis"] == "better" else ""
         threads = f" {lost['threads']} thread(s)" if lost["threads"] else ""
+        graph = " CUDA graph" if lost.get("launch") == "graph" else ""
         lines.append(
             f"{lost['part']}, {shape_name(lost['shape'])} {lost['dtype']} {lost['layout']}"
-            f" {lost['regime']}{threads}: {times(lost['ratio'])} of {name_of(lost['rival'])}{where}"
+            f" {lost['regime']}{threads}{graph}: {times(lost['ratio'])}"
+            f" of {name_of(lost['rival'])}{where}"
         )
     return lines
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,43 @@ def arch_list(home: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
     return [*archs[:-1], f"{archs[-1]}+PTX"] if archs else []
 
 
+def gencode(archs: Iterable[str]) -> list[str]:
+    """nvcc's flags for architectures such as "9.0", "9.0a" and "12.0+PTX"."""
+    flags = []
+    for arch in archs:
+        number, _, ptx = arch.replace(".", "").partition("+")
+        kinds = ("sm", "compute") if ptx else ("sm",)
+        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return flags
+
+
+def unknown_archs(archs: Iterable[str]) -> list[str]:
+    return [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]
+
+
+def include_folders(home: Path) -> list[str]:
+    return _folders(home, "include")
+
+
+def library_folders(home: Path) -> list[str]:
+    return _folders(home, "lib64", "lib")
+
+
+def runtime_flag(home: Path) -> str:
+    """What links the CUDA runtime: pip's toolkit has it under its full name only."""
+    for name in ("libcudart.so", "libcudart.so.*"):
+        for folder in library_folders(home):
+            for library in sorted(Path(folder).glob(name)):
+                return f"-l:{library.name}"
+    return "-lcudart"  # the linker may know where
+
+
+def _folders(home: Path, *names: str) -> list[str]:
+    found = [home / name for name in names]
+    found += [folder for name in names for folder in home.glob(f"targets/*/{name}")]
+    return [str(folder) for folder in found if folder.is_dir()]
+
+
 def _candidates(
     torch_cuda: str, environ: Mapping[str, str], site_packages: Iterable[str | Path]
 ) -> Iterator[tuple[str, Path]]:
@@ -89,8 +127,7 @@ def _nvcc_version(home: Path) -> str | None:
 
 
 def _has_runtime_header(home: Path) -> bool:
-    folders = [home / "include", *home.glob("targets/*/include")]
-    return any((folder / "cuda_runtime.h").exists() for folder in folders)
+    return any(Path(folder, "cuda_runtime.h").exists() for folder in include_folders(home))
 
 
 def _run(*command: str | Path) -> str | None:

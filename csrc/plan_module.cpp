@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/plan.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -45,6 +46,37 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   return d;
 }
 
+py::list steps(const std::vector<da::cuda::Step>& steps) {
+  py::list list;
+  for (const auto& step : steps)
+    list.append(py::dict(py::arg("name") = step.name, py::arg("reads") = step.reads,
+                         py::arg("writes") = step.writes, py::arg("grid") = step.grid,
+                         py::arg("threads") = da::cuda::kThreads,
+                         py::arg("shared_bytes") = step.shared_bytes));
+  return list;
+}
+
+py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dtype,
+              const std::string& order, const std::string& gate, int sm, int multiprocessors) {
+  da::Problem p = problem(shape, channels_last, dtype, order);
+  if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
+  if (p.gate == da::Gate::eca) p.kernel_size = 3;  // larger ones are planned alike
+  da::cuda::Device device = da::cuda::typical_device(sm);
+  if (multiprocessors > 0) device.multiprocessors = multiprocessors;
+  const da::cuda::Plan plan = da::cuda::plan(p, device, true);
+  const da::cuda::Tiling& t = plan.tiling;
+  py::dict d;
+  d["multiprocessors"] = device.multiprocessors;
+  d["vector_bytes"] = t.vector * p.element_size();
+  d["rows_a_super_row"] = t.period;
+  d["tile"] = py::str(std::to_string(t.tile_channels()) + " channels x " +
+                      std::to_string(t.tile_pixels()) + " pixels");
+  d["tiles_an_image"] = t.tiles();
+  d["forward"] = steps(plan.forward.steps);
+  d["backward"] = steps(plan.backward.steps);
+  return d;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_plan, m) {
@@ -52,4 +84,8 @@ PYBIND11_MODULE(_plan, m) {
   m.def("cpu", &cpu, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"), py::arg("order"),
         py::arg("threads"),
         "How the CPU backend splits a problem: threads, slabs, and its passes over x.");
+  m.def("cuda", &cuda, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
+        py::arg("order"), py::arg("gate"), py::arg("sm"), py::arg("multiprocessors"),
+        "The CUDA backend's launches on a GPU of this compute capability, with so many "
+        "multiprocessors (0: as many as a typical one).");
 }

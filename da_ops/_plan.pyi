@@ -3,3 +3,12 @@ from typing import Any
 def cpu(
     shape: tuple[int, ...], channels_last: bool, dtype: str, order: str, threads: int
 ) -> dict[str, Any]: ...
+def cuda(
+    shape: tuple[int, ...],
+    channels_last: bool,
+    dtype: str,
+    order: str,
+    gate: str,
+    sm: int,
+    multiprocessors: int,
+) -> dict[str, Any]: ...

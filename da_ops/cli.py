@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_argument("shape", type=_shape, help="NxCxHxW, for example 64x256x56x56")
     plan.add_argument("--dtype", choices=_DTYPES, default="float32")
     plan.add_argument("--layout", choices=tuple(_LAYOUTS), default="contiguous")
-    plan.add_argument("--device", default="cpu", help="a torch device type (default: cpu)")
+    plan.add_argument("--device", default="cpu", help="a torch device type, or sm_90 and the like")
     plan.add_argument("--order", choices=ORDERS, default="spatial_channel")
     plan.add_argument("--gate", choices=GATES, default="affine")
     plan.add_argument("--backend", default="auto")
@@ -87,13 +87,14 @@ def _info(args: argparse.Namespace) -> int:
 def _explain(args: argparse.Namespace) -> int:
     check_options(args.order, args.gate)
     # Never touched, and so never really allocated.
+    architecture = args.device if args.device.startswith("sm_") else None
     x = torch.empty(
         args.shape,
         dtype=getattr(torch, args.dtype),
-        device=args.device,
+        device="meta" if architecture else args.device,
         memory_format=_LAYOUTS[args.layout],
     )
-    answer = explain(x, order=args.order, gate=args.gate, backend=args.backend)
+    answer = explain(x, order=args.order, gate=args.gate, backend=args.backend, device=architecture)
     print(answer.to_json() if args.json else answer)
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backends import BACKENDS, NAMES, passed_over, select, unserved
 from .backends.base import Call, Direction, Plan
+from .backends.cuda import OLDEST
 from .checks import check_options
 
 # Nothing can do with less: read x and write y; read dy and x and write dx.
@@ -73,22 +74,35 @@ class Explanation:
                 f"{name}: {_mib(way['bytes_moved'])} moved, floor {_mib(way['floor_bytes'])} "
                 f"({way['percent_of_floor']:.0f}% of the floor's speed if memory-bound)"
             )
-            lines += [
-                f"  {p['name']:24s} reads {p['reads']}, writes {p['writes']}" for p in way["passes"]
-            ]
+            lines += map(_line, way["passes"])
         if d["details"]:
             lines.append("plan: " + ", ".join(f"{k} {v}" for k, v in d["details"].items()))
         return "\n".join(lines)
 
 
+def _line(p: dict[str, Any]) -> str:
+    line = f"  {p['name']:24s} reads {p['reads']}, writes {p['writes']}"
+    if launch := p["launch"]:
+        line += f", {launch['grid']} blocks of {launch['threads']} threads"
+        line += f" with {launch['shared_bytes'] / 1024:.1f} KiB shared memory"
+    return line
+
+
 def explain(
-    x: Tensor, *, order: str = "spatial_channel", gate: str = "affine", backend: str = "auto"
+    x: Tensor,
+    *,
+    order: str = "spatial_channel",
+    gate: str = "affine",
+    backend: str = "auto",
+    device: str | None = None,
 ) -> Explanation:
     """Which backend serves ``x`` and why no better one, its passes over memory, and the floor.
 
     Args:
         x: ``[N, C, H, W]``; only its shape, dtype, layout and device are looked at.
         order, gate, backend: as for :func:`da_ops.da_attention`.
+        device: an NVIDIA architecture such as ``"sm_90"``: what the ``cuda`` backend does on a
+            typical GPU of it, whatever device ``x`` is on; also where there is none.
 
     A backend asked for by name is explained wherever its plan can be made, also where it could not
     run. Nothing is computed. "Bytes moved" are bytes read from and written to memory: a pass over
@@ -100,6 +114,13 @@ def explain(
     check_options(order, gate)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     call = Call(tuple(x.shape), x.dtype, channels_last, order, gate)
+    if device is not None:
+        call = replace(call, sm=_capability(device))
+        if backend not in ("auto", "cuda"):
+            raise ValueError(
+                f"da_attention: device {device!r} goes with backend 'cuda'; got {backend!r}"
+            )
+        return Explanation(call, device, "cuda", None, {}, BACKENDS["cuda"].plan(call))
     device = x.device.type
     known = backend in BACKENDS
     chosen = backend if known else select(backend, device)
@@ -112,6 +133,16 @@ def explain(
         {name: passed_over(name, device) or "not asked for" for name in better},
         BACKENDS[chosen].plan(call),
     )
+
+
+def _capability(device: str) -> int:
+    digits = device.removeprefix("sm_")
+    if digits == device or not digits.isdecimal() or int(digits) < OLDEST:
+        raise ValueError(
+            "da_attention: device must be an NVIDIA architecture from 'sm_75' on, such as 'sm_90'; "
+            f"got {device!r}"
+        )
+    return int(digits)
 
 
 def _mib(n: int) -> str:

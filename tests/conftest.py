@@ -27,6 +27,7 @@ from .simt.build import build, unavailable  # noqa: E402
 
 # A new backend is one line: its name and the device to run it on.
 BACKENDS = [
+    ("cuda", "cuda"),
     ("triton", "cuda" if GPU else "cpu"),
     ("cpu", "cpu"),
     ("eager", "cpu"),

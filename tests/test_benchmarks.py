@@ -13,7 +13,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
-from benchmarks import cases, environment, measure, network, op, report, rivals, summary
+from benchmarks import cases, environment, layer, measure, network, op, report, rivals, summary
 from benchmarks.environment import BenchmarkError
 
 FAST = ["--rivals", "eager", "--budget", "0.01"]
@@ -53,7 +53,7 @@ def test_op_results(op_file):
     results = json.loads(op_file.read_text())
     assert results["schema"] == environment.SCHEMA
     assert results["kind"] == "op"
-    assert results["digest"] == environment.digest()
+    assert results["digest"] == environment.digest("cpu")
     assert {"torch", "python", "da_ops"} <= set(results["versions"])
     assert {"name", "cores", "threads", "caches"} <= set(results["device"])
     assert "--output" not in results["command"]
@@ -146,9 +146,9 @@ def test_a_failing_rival_is_told_and_not_timed(kind, tmp_path, monkeypatch, caps
 
 
 def test_a_wrong_fused_layer_fails_the_run(tmp_path, monkeypatch):
-    build = op.build
+    build = layer.build
     monkeypatch.setattr(
-        op, "build", lambda rival, *rest: build(rival, *rest)
+        layer, "build", lambda rival, *rest: build(rival, *rest)
         if rival == "eager" else Negated(build(rival, *rest)),
     )  # fmt: skip
     path = tmp_path / "x-op.json"
@@ -178,7 +178,7 @@ def test_readme_block(op_file, network_file, tmp_path, monkeypatch, capsys):
     assert readme.read_text() == once
 
     assert "other kernel sources" not in once
-    monkeypatch.setattr(environment, "digest", lambda: "0" * 64)
+    monkeypatch.setattr(environment, "digest", lambda device: "0" * 64)
     assert report.main([*where, "--check"]) == 1
     assert report.main(where) == 0
     assert "other kernel sources than today's" in readme.read_text()
@@ -199,6 +199,7 @@ def test_a_results_file_that_is_none(content, tmp_path, capsys):
 
 def test_no_results(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path)]) == 2
+    assert report.NO_GPU in report.block(tmp_path, tmp_path / "README.md")
     assert "make bench" in capsys.readouterr().err
 
 
@@ -307,16 +308,29 @@ def test_losses_are_listed():
 
 
 def test_digest_follows_the_kernel_sources(tmp_path):
-    for name in ("csrc/cpu/forward.cpp", "da_ops/backends/cpu.py", "da_ops/function.py"):
+    names = ["csrc/ops.cpp", "csrc/cpu/forward.cpp", "csrc/cuda/masks.cuh", "da_ops/function.py"]
+    backends = ("__init__.py", "base.py", "cpu.py", "cuda.py", "triton/passes.py")
+    names += [f"da_ops/backends/{name}" for name in backends]
+    for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
-    first = environment.digest(tmp_path)
+
+    def digests():
+        return {device: environment.digest(device, tmp_path) for device in ("cpu", "cuda")}
+
+    first = digests()
     (tmp_path / "da_ops/backends/__pycache__").mkdir()
     (tmp_path / "da_ops/backends/__pycache__/cpu.pyc").write_text("cache")
     (tmp_path / "da_ops/models.py").write_text("not a kernel")
-    assert environment.digest(tmp_path) == first
-    (tmp_path / "csrc/cpu/forward.cpp").write_text("two")
-    assert environment.digest(tmp_path) != first
+    assert digests() == first
+    moved = {}
+    for name in names:
+        (tmp_path / name).write_text("two")
+        moved[name] = {device for device, value in digests().items() if value != first[device]}
+        (tmp_path / name).write_text("one")
+    for name, devices in moved.items():
+        only = "cpu" if "cpu" in name else "cuda" if "cuda" in name or "triton" in name else None
+        assert devices == ({only} if only else {"cpu", "cuda"}), name
 
 
 def test_names():

@@ -17,11 +17,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from setuptools.errors import SetupError
 
 from build_tools import requirements
-from build_tools.cuda import ARCHITECTURES, arch_list, find_cuda
-from build_tools.extension import find_cxx, part
+from build_tools.cuda import (
+    ARCHITECTURES,
+    CudaCompiler,
+    arch_list,
+    find_cuda,
+    gencode,
+    include_folders,
+    runtime_flag,
+)
+from build_tools.extension import find_cxx, part, survey
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.xdist_group("install")
@@ -99,7 +108,8 @@ def sdist(tmp_path_factory):
 @pytest.fixture(scope="session")
 def wheels(sdist, tmp_path_factory):
     out = tmp_path_factory.mktemp("wheels")
-    pip_wheel(sdist, out, env={"DA_OPS_CPU": "1"})
+    # One architecture of CUDA, where there is nvcc: all of them take minutes.
+    pip_wheel(sdist, out, env={"DA_OPS_CPU": "1", "TORCH_CUDA_ARCH_LIST": "9.0"})
     return out
 
 
@@ -141,6 +151,8 @@ def test_wheel_holds_the_binaries_and_their_record(package):
     record = record_of(package)
     for name in ("cpu", "plan"):
         assert record[name] == {"built": True, "reason": None}
+    assert ("_cuda.abi3.so" in inside) == record["cuda"]["built"]
+    assert record["cuda"]["arch_list"] == (["9.0"] if record["cuda"]["built"] else [])
     assert record["compiler"]
     assert not (package / "build_tools").exists()
 
@@ -196,6 +208,72 @@ def test_cuda_asked_for_and_impossible_fails(sdist, no_compiler, tmp_path):
     done = pip_wheel(sdist, tmp_path, env={**no_compiler, "DA_OPS_CUDA": "1"}, check=False)
     assert done.returncode != 0
     assert "DA_OPS_CUDA=1 asks for a part that cannot be built here" in done.stdout + done.stderr
+
+
+@pytest.fixture
+def broken_cuda(sdist, tmp_path):
+    """A source tree whose CUDA part does not compile, and all else in no time."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    (source,) = tmp_path.glob("da_ops-*")
+    for path in [*source.glob("csrc/*/*.cpp"), *source.glob("csrc/cuda/*.cu")]:
+        path.unlink()
+    for name in ("ops.cpp", "plan_module.cpp"):
+        (source / "csrc" / name).write_text("int nothing;\n")
+    (source / "csrc" / "cuda" / "broken.cu").write_text("#error broken on purpose\n")
+    return source
+
+
+needs_nvcc = pytest.mark.skipif(
+    find_cuda(torch.version.cuda).home is None, reason="needs nvcc of torch's CUDA version"
+)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_cuda_that_does_not_compile_is_left_out_with_the_reason(broken_cuda, tmp_path):
+    done = pip_wheel(broken_cuda, tmp_path / "out")
+    assert "broken on purpose" in done.stdout + done.stderr
+    site = unpack(tmp_path / "out", tmp_path / "site")
+    assert not (site / "da_ops" / "_cuda.abi3.so").exists()
+    record = record_of(site)
+    assert record["cpu"]["built"] and not record["cuda"]["built"]
+    assert record["cuda"]["arch_list"] == []
+    assert "did not compile" in record["cuda"]["reason"]
+    assert f"cuda   not built: {record['cuda']['reason']}" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_cuda_asked_for_that_does_not_compile_fails_the_install(broken_cuda, tmp_path):
+    done = pip_wheel(broken_cuda, tmp_path / "out", env={"DA_OPS_CUDA": "1"}, check=False)
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stdout + done.stderr
+    assert "DA_OPS_CUDA=0 installs without it" in done.stdout + done.stderr
+
+
+def cuda_in(environ, tmp_path):
+    """What becomes of the CUDA part in an environment that has nvcc."""
+    toolkit = CudaCompiler(make_toolkit(tmp_path / "cuda"), "13.0", "PATH")
+    environ = {"PATH": os.environ["PATH"], **environ}
+    return survey({"da_ops._cpu", "da_ops._plan", "da_ops._cuda"}, toolkit, environ)["cuda"]
+
+
+@pytest.mark.skipif(find_cxx() is None, reason="needs a C++ compiler")
+def test_cuda_needs_the_cpu_part_for_its_schema(tmp_path):
+    state = cuda_in({"DA_OPS_CPU": "0"}, tmp_path / "unset")
+    assert not state["built"] and "schema" in state["reason"] and "DA_OPS_CPU=0" in state["reason"]
+    with pytest.raises(SetupError, match=r"DA_OPS_CUDA=1 asks for .* schema"):
+        cuda_in({"DA_OPS_CPU": "0", "DA_OPS_CUDA": "1"}, tmp_path / "asked")
+
+
+@pytest.mark.skipif(find_cxx() is None, reason="needs a C++ compiler")
+def test_cuda_is_built_where_nvcc_is_unless_told_otherwise(tmp_path):
+    state = cuda_in({}, tmp_path / "unset")
+    assert state["built"] and len(state["arch_list"]) == len(ARCHITECTURES)
+    assert cuda_in({"DA_OPS_CUDA": "0"}, tmp_path / "off")["reason"] == "DA_OPS_CUDA=0"
+    odd = cuda_in({"TORCH_CUDA_ARCH_LIST": "Hopper"}, tmp_path / "odd")
+    assert "TORCH_CUDA_ARCH_LIST: expected" in odd["reason"] and "'Hopper'" in odd["reason"]
 
 
 def test_a_switch_takes_0_or_1():
@@ -342,6 +420,27 @@ def test_arch_list_is_what_this_nvcc_knows_with_ptx_for_the_newest(tmp_path):
 @pytest.mark.parametrize("text", ["9.0;10.0+PTX", "9.0 10.0+PTX", " 9.0, 10.0+PTX "])
 def test_arch_list_obeys_the_environment(tmp_path, text):
     assert arch_list(tmp_path, {"TORCH_CUDA_ARCH_LIST": text}) == ["9.0", "10.0+PTX"]
+
+
+def test_gencode_has_code_for_every_arch_and_ptx_where_asked():
+    assert gencode(["7.5", "9.0a", "12.0+PTX"]) == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_the_runtime_is_linked_by_the_name_that_the_toolkit_has(tmp_path):
+    home = make_toolkit(tmp_path / "cuda")
+    assert include_folders(home) == [str(home / "include")]
+    assert runtime_flag(home) == "-lcudart"
+    (home / "lib").mkdir()
+    (home / "lib" / "libcudart.so.13").touch()
+    assert runtime_flag(home) == "-l:libcudart.so.13"
+    (home / "targets" / "x86_64-linux" / "lib").mkdir(parents=True)
+    (home / "targets" / "x86_64-linux" / "lib" / "libcudart.so").touch()
+    assert runtime_flag(home) == "-l:libcudart.so"
 
 
 # What the Makefile installs

@@ -1,6 +1,8 @@
 // What a launch is given: plain data, the same for every kernel.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/plan.h"
 #include "formula.h"
 

@@ -82,40 +82,51 @@ int run(const Direction& direction, Args<accumulate_t<T>> a, void* stream) {
 
 }  // namespace detail
 
-template <class T, class A>
-int forward(const Problem& problem, const Plan& plan, const Parameters& parameters, const void* x,
-            void* y, A* channel_mean, A* pooled, A* workspace, void* stream) {
-  Args<A> a =
-      detail::common(problem, plan, plan.forward, parameters, channel_mean, pooled, workspace);
+template <Dtype D>
+using storage_t =
+    std::conditional_t<D == Dtype::float16, simt::float16,
+                       std::conditional_t<D == Dtype::bfloat16, simt::bfloat16,
+                                          std::conditional_t<D == Dtype::float32, float, double>>>;
+
+template <Dtype D>
+int forward_as(const Problem& problem, const Plan& plan, const Parameters& parameters,
+               const void* x, void* y, void* channel_mean, void* pooled, void* workspace,
+               void* stream) {
+  using A = accumulate_t<storage_t<D>>;
+  Args<A> a = detail::common(problem, plan, plan.forward, parameters, static_cast<A*>(channel_mean),
+                             static_cast<A*>(pooled), static_cast<A*>(workspace));
   a.x = x, a.out = y;
-  return detail::run<T>(plan.forward, a, stream);
+  return detail::run<storage_t<D>>(plan.forward, a, stream);
 }
 
-template <class T, class A>
-int backward(const Problem& problem, const Plan& plan, const Parameters& parameters, const void* dy,
-             const void* x, const A* channel_mean, const A* pooled, void* dx,
-             const Gradients& gradients, A* workspace, void* stream) {
+template <Dtype D>
+int backward_as(const Problem& problem, const Plan& plan, const Parameters& parameters,
+                const void* dy, const void* x, const void* channel_mean, const void* pooled,
+                void* dx, const Gradients& gradients, void* workspace, void* stream) {
+  using A = accumulate_t<storage_t<D>>;
   const Workspace& w = plan.backward.workspace;
-  // Backward writes to neither map.
-  Args<A> a = detail::common(problem, plan, plan.backward, parameters, const_cast<A*>(channel_mean),
-                             const_cast<A*>(pooled), workspace);
+  A* const work = static_cast<A*>(workspace);
+  // Backward writes to neither of forward's maps.
+  Args<A> a = detail::common(problem, plan, plan.backward, parameters,
+                             static_cast<A*>(const_cast<void*>(channel_mean)),
+                             static_cast<A*>(const_cast<void*>(pooled)), work);
   a.dy = dy, a.x = x, a.out = dx;
   a.gradients = gradients;
   if (problem.order == Order::spatial_channel) {
     a.more_pixel_sums = a.pixel_sums;
-    a.more_pixel_sums.data = workspace + w.more_pixel_sums;
+    a.more_pixel_sums.data = work + w.more_pixel_sums;
   }
   if (problem.order == Order::channel_spatial) {
     a.more_channel_sums = a.channel_sums;
-    a.more_channel_sums.data = workspace + w.more_channel_sums;
+    a.more_channel_sums.data = work + w.more_channel_sums;
   }
-  a.d_channel_mean = workspace + w.d_channel_mean;
-  a.d_logit = workspace + w.d_logit;
-  a.spatial_parts = workspace + w.spatial_parts;
+  a.d_channel_mean = work + w.d_channel_mean;
+  a.d_logit = work + w.d_logit;
+  a.spatial_parts = work + w.spatial_parts;
   a.spatial_blocks = w.spatial_blocks;
-  a.gate_parts = workspace + w.gate_parts;
+  a.gate_parts = work + w.gate_parts;
   a.parts = gate_parts(problem);
-  return detail::run<T>(plan.backward, a, stream);
+  return detail::run<storage_t<D>>(plan.backward, a, stream);
 }
 
 }  // namespace da::cuda

@@ -12,7 +12,7 @@ namespace da::cuda {
 // A thread keeps its columns' sums in registers over all rows. Its sum over a row's elements goes
 // to shared memory, kDepth rows at a time; then four threads a row add up the row's lanes.
 template <class T, int E, Sums Kind>
-SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
+SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)) - (Kind == Sums::through && sizeof(T) == 4))
 sums(SIMT_PARAM Args<accumulate_t<T>> a) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
@@ -46,8 +46,8 @@ sums(SIMT_PARAM Args<accumulate_t<T>> a) {
   const T* x = static_cast<const T*>(a.x) + start;
   const T* dy = static_cast<const T*>(a.dy) + start;
   const int pitch = t.lanes | 1;
-  const int slot = lane.segment * pitch + lane.index;
   int half = 0;
+  SIMT_ROLLED
   for (int row0 = 0; row0 < tile.rows; row0 += depth * at_once) {
     typename V::Raw raw[depth], other[depth];
     SIMT_UNROLL
@@ -78,12 +78,13 @@ sums(SIMT_PARAM Args<accumulate_t<T>> a) {
         A dot = 0;
         SIMT_UNROLL
         for (int j = 0; j < E; j++) dot += weight[j] * value[j];
-        memory.scratch[half + d * kPitch + slot] = dot;
+        memory.scratch[half + d * kPitch + lane.segment * pitch + lane.index] = dot;
       }
     }
     if (new_row_sums) {
       simt::sync();  // one a round suffices: the next round writes the other half
       const int jobs = min(depth * at_once, tile.rows - row0), part = simt::thread() % 4;
+      SIMT_ROLLED
       for (int job0 = 0; job0 < jobs; job0 += kThreads / 4) {
         const int job = job0 + simt::thread() / 4;  // its row, from row0
         const A* of_row = memory.scratch + half + job / at_once * kPitch + job % at_once * pitch;
@@ -109,6 +110,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> a) {
           memory.scratch[lane.segment * t.width + lane.col + j] = sum[j];
     }
     simt::sync();
+    SIMT_ROLLED
     for (int i = simt::thread(); i < tile.cols; i += kThreads) {
       A total = 0;
       for (int s = 0; s < at_once; s++) total += memory.scratch[s * t.width + i];
@@ -162,6 +164,7 @@ scale(SIMT_PARAM Args<accumulate_t<T>> a) {
       (tile.image * t.rows + tile.row() + lane.group * t.period) * t.cols + lane.offset;
   const T* in = static_cast<const T*>(Backward ? a.dy : a.x) + start;
   T* out = static_cast<T*>(a.out) + start;
+  SIMT_ROLLED
   for (int row0 = first_row; row0 < rows; row0 += kDepth * at_once) {
     typename V::Raw raw[kDepth];
     SIMT_UNROLL

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from . import cpu, eager, triton
+from . import cpu, cuda, eager, triton
 from .base import Backend
 
 logger = logging.getLogger("da_ops")
@@ -16,7 +16,7 @@ logger = logging.getLogger("da_ops")
 NAMES = ("cuda", "triton", "cpu", "eager")  # the best first
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (triton.BACKEND, cpu.BACKEND, eager.BACKEND)
+    backend.name: backend for backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, eager.BACKEND)
 }
 
 _chosen: dict[str, str] = {}  # by device type, for "auto"
@@ -30,18 +30,17 @@ def backends() -> dict[str, str | None]:
     >>> da_ops.backends()["eager"] is None
     True
     """
-    return {
-        name: _reason(name) or (BACKENDS[name].missing() if name in BACKENDS else None)
-        for name in NAMES
-    }
+    return {name: BACKENDS[name].reason or BACKENDS[name].missing() for name in NAMES}
 
 
 def unserved(name: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot serve tensors on ``device_type``; None if it can."""
-    reason = _reason(name)
-    if reason is None and not BACKENDS[name].serves(device_type):
-        reason = f"it does not serve tensors on {device_type!r}"
-    return reason
+    backend = BACKENDS[name]
+    if backend.reason is not None:
+        return backend.reason
+    if not backend.serves(device_type):
+        return f"it does not serve tensors on {device_type!r}"
+    return None if torch.compiler.is_compiling() else backend.unfit()
 
 
 def select(backend: str, device_type: str) -> str:
@@ -101,8 +100,9 @@ def _broken(chosen: str, device_type: str) -> bool:
     """Whether a better backend is for this device and cannot be had; told of each reason once."""
     if os.environ.get("DA_OPS_BACKEND", "auto") != "auto":
         return False
-    better = [BACKENDS[name] for name in NAMES[: NAMES.index(chosen)] if name in BACKENDS]
-    reasons = {b.reason for b in better if b.reason is not None and b.serves(device_type)}
+    better = NAMES[: NAMES.index(chosen)]
+    found = (unserved(name, device_type) for name in better if BACKENDS[name].serves(device_type))
+    reasons = {reason for reason in found if reason is not None}
     new = bool(reasons - _warned)
     _warned.update(reasons)
     return new
@@ -123,9 +123,3 @@ def _choose(device_type: str) -> tuple[str, str]:
             return name, "; ".join(passed) or "the best there is"
         passed.append(f"not {name!r}: {reason}")
     raise AssertionError("the eager backend serves everything")
-
-
-def _reason(name: str) -> str | None:
-    if name not in BACKENDS:
-        return "this version of da_ops does not have it"
-    return BACKENDS[name].reason

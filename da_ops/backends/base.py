@@ -22,11 +22,21 @@ class Call:
     channels_last: bool
     order: str
     gate: str
+    sm: int | None = None  # plan for this NVIDIA compute capability, not for what is here
 
     @property
     def bytes(self) -> int:
         """Of x."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of a GPU kernel."""
+
+    grid: int
+    threads: int  # of a block
+    shared_bytes: int  # of a block
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Pass:
     name: str
     reads: int
     writes: int
+    launch: Launch | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,10 @@ class Backend:
     checked arguments, ``x`` contiguous or channels_last and ``dy`` in the same layout.
     ``plan(call)`` says what they will do.
 
-    ``missing()`` says what it needs of this machine and does not find. What may fail as late as at
-    run time has a ``forgiving`` variant, for "auto", which then says so and computes with plain
-    PyTorch operations.
+    ``missing()`` says what it needs of this machine and does not find, ``unfit()``, which is asked
+    once there is a tensor on a device, why it cannot run there. What may fail as late as at run
+    time has a ``forgiving`` variant, for "auto", which then says so and computes with plain PyTorch
+    operations.
     """
 
     name: str
@@ -77,6 +89,7 @@ class Backend:
     backward: Callable[..., Gradients]
     plan: Callable[[Call], Plan]
     missing: Callable[[], str | None] = lambda: None
+    unfit: Callable[[], str | None] = lambda: None
     explicit_only: str | None = None  # why "auto" does not take it
     forgiving: Backend | None = None
 

@@ -9,17 +9,10 @@ from .base import Backend, Call, Direction, Pass, Plan
 
 
 def _plan(call: Call) -> Plan:
-    try:
-        from .._plan import cpu as plan
-    except ImportError as error:
-        reason = native.build_record().get("plan", {}).get("reason") or error
-        raise RuntimeError(
-            f"explain needs the compiled planner da_ops._plan, which does not load: {reason}; "
-            "reinstall da-ops with a C++ compiler and Python's headers"
-        ) from None
-
     dtype = str(call.dtype).removeprefix("torch.")
-    details = plan(call.shape, call.channels_last, dtype, call.order, torch.get_num_threads())
+    details = native.planner().cpu(
+        call.shape, call.channels_last, dtype, call.order, torch.get_num_threads()
+    )
 
     def direction(name: str, tensors: int) -> Direction:
         passes = tuple(Pass(**p) for p in details.pop(name))

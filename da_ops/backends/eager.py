@@ -78,12 +78,12 @@ class _Passes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.is_view:
             return out
-        full = [
+        reads, writes = (
             sum(isinstance(t, Tensor) and t.numel() == self.numel for t in ts)
             for ts in (args, (out,))
-        ]
-        if any(full):
-            self.passes.append(Pass(func._schema.name.removeprefix("aten::"), *full))
+        )
+        if reads or writes:
+            self.passes.append(Pass(func._schema.name.removeprefix("aten::"), reads, writes))
         return out
 
     def direction(self) -> Direction:

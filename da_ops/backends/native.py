@@ -44,6 +44,23 @@ def load(library: str) -> str | None:
     return None
 
 
+def planner() -> Any:
+    """The module da_ops._plan.
+
+    Raises:
+        RuntimeError: it is not there, or does not load.
+    """
+    try:
+        from .. import _plan
+    except ImportError as error:
+        reason = build_record().get("plan", {}).get("reason") or error
+        raise RuntimeError(
+            f"explain needs the compiled planner da_ops._plan, which does not load: {reason}; "
+            "reinstall da-ops with a C++ compiler and Python's headers"
+        ) from None
+    return _plan
+
+
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.da_ops.forward.default(*args)
 

@@ -8,6 +8,13 @@
 #include "cuda/launch.cuh"
 #include "cuda/plan.cpp"
 
+namespace da::cuda {
+DA_LAUNCHERS(template, Dtype::float16)
+DA_LAUNCHERS(template, Dtype::bfloat16)
+DA_LAUNCHERS(template, Dtype::float32)
+DA_LAUNCHERS(template, Dtype::float64)
+}  // namespace da::cuda
+
 namespace {
 
 using namespace da;
@@ -75,15 +82,14 @@ void call(const Header& header, const Problem& p) {
   Buffer<A> channel_mean(p.spatial() ? p.n * p.pixels() : 0), pooled(p.channel() ? p.n * p.c : 0);
   {
     Buffer<A> workspace(plan.forward.workspace.elements);
-    require(forward<T>(p, plan, parameters, x.data(), y.data(), channel_mean.data(), pooled.data(),
-                       workspace.data(), nullptr));
+    require(forward(p, plan, parameters, x.data(), y.data(), channel_mean.data(), pooled.data(),
+                    workspace.data(), nullptr));
   }
   {
     Buffer<A> workspace(plan.backward.workspace.elements);
-    require(backward<T, A>(p, plan, parameters, dy.data(), x.data(), channel_mean.data(),
-                           pooled.data(), dx.data(),
-                           {slopes[0], slopes[1], slopes[2], slopes[3], slopes[4], slopes[5]},
-                           workspace.data(), nullptr));
+    require(backward(p, plan, parameters, dy.data(), x.data(), channel_mean.data(), pooled.data(),
+                     dx.data(), {slopes[0], slopes[1], slopes[2], slopes[3], slopes[4], slopes[5]},
+                     workspace.data(), nullptr));
   }
   y.write();
   dx.write();

@@ -1,0 +1,96 @@
+"""CUDA graphs: calls recorded once and replayed, so that launching them costs next to nothing.
+
+One graph holds a call on each input, or many calls on the only one. In training all forward passes
+are one graph and all backward passes another: each is then timed alone, and the training step is
+their sum.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks.measure import Sampler, Stopwatch
+
+Work = Callable[[], object]
+Record = Callable[[Sequence[Work]], list[Work]]
+MOST = 20  # calls of one input in a graph
+
+
+def record(works: Sequence[Work]) -> list[Work]:
+    """What replays each of these, which may use the tensors of those before it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # graphs need what a first call sets up
+        for work in works:
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    gc.collect()
+    torch.cuda.empty_cache()
+    pool = torch.cuda.graph_pool_handle()
+    replays: list[Work] = []
+    for work in works:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+        replays.append(graph.replay)
+    return replays
+
+
+def repeats(size: int, total: int) -> int:
+    """Calls of one input of so many bytes in a graph, on a GPU of so much memory: training keeps
+    the outputs of all, and every contender has graphs of its own."""
+    return max(1, min(MOST, total // 128 // size))
+
+
+def sampler(replays: Sequence[Work], calls_each: int, watch: Stopwatch) -> Sampler:
+    """A sample is whole graphs, so that it may hold more or fewer calls than asked for."""
+
+    def sample(calls: int) -> Sequence[float]:
+        times = max(1, round(calls / calls_each))
+        marks = [watch.mark()]
+        for _ in range(times):
+            for replay in replays:
+                replay()
+                marks.append(watch.mark())
+        scale = calls / (times * calls_each)
+        spans = [scale * span for span in watch.seconds(marks)]
+        phases = [sum(spans[i :: len(replays)]) for i in range(len(replays))]
+        return phases if len(phases) == 1 else [sum(phases), *phases]
+
+    return sample
+
+
+def inference_sampler(
+    call: Callable[[torch.Tensor], object], xs: list[torch.Tensor], record: Record = record
+) -> Sampler:
+    """As measure.inference_sampler."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            for x in xs:
+                call(x)
+
+    return sampler(record([forward]), len(xs), Stopwatch(xs[0].device.type))
+
+
+def training_sampler(
+    call: Callable[[torch.Tensor], torch.Tensor],
+    parameters: list[torch.Tensor],
+    xs: list[torch.Tensor],
+    dys: list[torch.Tensor],
+    record: Record = record,
+) -> Sampler:
+    """As measure.training_sampler."""
+    ys: list[torch.Tensor] = []
+
+    def forward() -> None:
+        ys[:] = [call(x) for x in xs]
+
+    def backward() -> None:
+        for y, x, dy in zip(ys, xs, dys, strict=True):
+            torch.autograd.grad(y, [x, *parameters], dy)
+
+    return sampler(record([forward, backward]), len(xs), Stopwatch(xs[0].device.type))

@@ -1,0 +1,245 @@
+"""All contenders over one shape and type: built alike, checked against float64, timed in turns."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import environment, graphs, measure, rivals, summary
+from benchmarks.cases import DTYPES, LAYOUTS, Case
+from benchmarks.environment import GIB
+
+# Cold: as many inputs as fill the last-level cache so many times.
+CACHES = {"cpu": 2, "cuda": 4}
+# Relative L2 error against float64 above which a contender is wrong, not merely rounded: plain
+# PyTorch in half precision rounds at every step, and sums gradients of small size.
+WRONG = {"float64": 1e-11, "float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}
+
+
+Key = tuple[str, str]  # rival, layout
+
+
+class Failed(Exception):
+    """A contender that cannot be timed, and why."""
+
+
+def reference(x: torch.Tensor, dy: torch.Tensor, plain: nn.Module) -> dict[str, torch.Tensor]:
+    """y and all gradients by the formula in float64, on the values that the contenders get."""
+    import da_ops
+
+    parameters = dict(plain.named_parameters())
+    names = ("conv.weight", "dilated_conv.weight", "merge.weight", "gate_weight", "gate_bias")
+    leaves = [
+        t.detach().double().requires_grad_() for t in (x, *(parameters[name] for name in names))
+    ]
+    y = da_ops.reference.da_attention(*leaves)
+    gradients = torch.autograd.grad(y, leaves, dy.double())
+    return {"y": y.detach(), **dict(zip(("x", *names), gradients, strict=True))}
+
+
+def check(
+    layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, truth: dict[str, torch.Tensor], dtype: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative L2 errors of y and each gradient, and the seconds of each first call."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        inferred = layer(x).clone()  # a graph's output lasts until its next replay
+    middle = time.perf_counter()
+    y = layer(x)
+    kept = y.detach().clone()
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(y, [x, *parameters], dy)
+    seconds = {"inference": middle - start, "training": time.perf_counter() - middle}
+    found = {
+        "inference": inferred,
+        "y": kept,
+        **dict(zip(("x", *names), gradients, strict=True)),
+    }
+    errors = {}
+    for name, value in found.items():
+        true = truth["y" if name == "inference" else name]
+        error = (value.double() - true).norm() / true.norm().clamp_min(1e-300)
+        errors[name] = error.item()
+        if not errors[name] <= WRONG[dtype]:  # NaN is wrong too
+            raise Failed(
+                f"wrong {name}: relative L2 error {errors[name]:.1e}, expected at most"
+                f" {WRONG[dtype]:.0e}"
+            )
+    return errors, seconds
+
+
+def build(rival: str, plain: nn.Module, channels: int, x: torch.Tensor) -> nn.Module:
+    """The contender of this name with the plain layer's weights."""
+    if rival == "eager":
+        return plain
+    if rival.startswith("compile"):
+        return rivals.compiled(copy.deepcopy(plain), rival)
+    import da_ops
+
+    backend = rival.removeprefix(summary.FUSED)
+    layer = da_ops.DAModule(channels, backend=backend, device=x.device, dtype=x.dtype)
+    layer.load_state_dict(plain.state_dict())
+    return layer
+
+
+def buffers(case: Case, regime: str, device: str) -> int:
+    """How many inputs to cycle through: enough to fall out of the last-level cache, or one."""
+    if regime == "warm":
+        return 1
+    size = math.prod(case.shape) * DTYPES[case.dtype].itemsize
+    wanted = max(2, math.ceil(CACHES[device] * environment.last_level_cache(device) / size))
+    return max(2, min(wanted, 1024 if device == "cuda" else 4096, GIB // size))
+
+
+def measure_case(
+    case: Case,
+    device: str,
+    contenders: list[str],
+    timing: dict[str, Any],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """All contenders over one shape and type; one record per regime."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    channels = case.shape[1]
+    dtype = DTYPES[case.dtype]
+    plain = rivals.PlainDA(channels, device, dtype)
+    with torch.no_grad():  # at its initial zero the gate's weight would hide errors in pooled
+        plain.gate_weight.normal_(0, 0.5)
+    data = torch.randn(case.shape, device=device, dtype=dtype)
+    data_dy = torch.randn(case.shape, device=device, dtype=dtype)
+    truth = reference(data, data_dy, plain)
+
+    layers: dict[Key, nn.Module] = {}
+    results: dict[Key, dict[str, Any]] = {}
+    inputs = {
+        layout: (
+            data.clone(memory_format=LAYOUTS[layout]).requires_grad_(),
+            data_dy.clone(memory_format=LAYOUTS[layout]),
+        )
+        for layout in case.layouts
+    }
+    for layout in case.layouts:
+        x, dy = inputs[layout]
+        for rival in contenders:
+            result: dict[str, Any] = {"rival": rival, "layout": layout, "status": "ok"}
+            results[rival, layout] = result
+            say(f"{case}: checking {rival}, {layout}")
+            try:
+                layer = build(rival, plain, channels, x)
+                result["errors"], result["first_call"] = check(layer, x, dy, truth, case.dtype)
+            except Exception as error:  # whatever a compiler or backend may raise
+                result |= {"status": "failed", "reason": reason(error)}
+                continue
+            layers[rival, layout] = layer
+            result["memory"] = layer_memory(layer, x, dy)
+    del truth, data_dy
+
+    records = []
+    for regime in case.regimes:
+        count = buffers(case, regime, device)
+        xs, dys = {}, {}
+        for layout, (x, dy) in inputs.items():
+            spare = range(count - 1)
+            xs[layout] = [x, *(torch.randn_like(x).requires_grad_() for _ in spare)]
+            dys[layout] = [dy, *(torch.randn_like(dy) for _ in spare)]
+        for launch in case.launches:
+            say(f"{case}: {regime}, {launch}")
+            took = dict(results)
+            if launch == "graph":  # some contenders are CUDA graphs already
+                took = {key: r for key, r in took.items() if key[0] != "compile:reduce-overhead"}
+            times, copied, failed = in_turns(
+                {key: layer for key, layer in layers.items() if key in took},
+                xs, dys, launch, timing,
+            )  # fmt: skip
+            took |= {key: took[key] | {"status": "failed", "reason": failed[key]} for key in failed}
+            records.append(
+                {
+                    "shape": list(case.shape),
+                    "dtype": case.dtype,
+                    "role": case.role,
+                    "regime": regime,
+                    "launch": launch,
+                    "buffers": count,
+                    "threads": torch.get_num_threads() if device == "cpu" else None,
+                    "bytes": data.nbytes,
+                    "copy": copied,
+                    "results": [
+                        summary.timed(result, times[key], copied["median"])
+                        if key in times
+                        else result
+                        for key, result in took.items()
+                    ],
+                    "speedups": summary.speedups(times),
+                }
+            )
+    return records
+
+
+Inputs = Mapping[str, list[torch.Tensor]]
+
+
+def in_turns(
+    layers: dict[Key, nn.Module], xs: Inputs, dys: Inputs, launch: str, timing: dict[str, Any]
+) -> tuple[dict[Key, dict[str, Any]], dict[str, Any], dict[Key, str]]:
+    """The times of each contender, those of a copy, and why some could not be recorded."""
+    how: Any = measure
+    if launch == "graph":
+        how = graphs
+        xs, dys = many(xs), many(dys)
+    some = next(iter(xs.values()))
+    # On a GPU a target for each input: cold, the copy's writes miss the cache too.
+    written = list(dict.fromkeys(some)) if some[0].is_cuda else some[:1]
+    targets = itertools.cycle([torch.empty_like(x) for x in written])
+    copies = ("copy", "contiguous")
+    failed: dict[Key, str] = {}
+    inference = {
+        copies: how.inference_sampler(lambda x: next(targets).copy_(x), [x.detach() for x in some])
+    }
+    training = {}
+    for key, layer in layers.items():
+        x, dy, parameters = xs[key[1]], dys[key[1]], list(layer.parameters())
+        try:
+            forward = how.inference_sampler(layer, x)
+            training[key] = how.training_sampler(layer, parameters, x, dy)
+            inference[key] = forward
+        except Exception as error:  # what cannot be recorded in a graph
+            failed[key] = f"CUDA graph: {reason(error)}"
+    first = measure.interleaved(inference, **timing)
+    both = measure.interleaved(training, **timing)
+    times = {
+        key: {
+            "inference": first[key][:, 0],
+            **{part: both[key][:, i] for i, part in enumerate(summary.TRAINING)},
+        }
+        for key in training
+    }
+    return times, measure.spread(first[copies][:, 0]), failed
+
+
+def many(inputs: Inputs) -> Inputs:
+    """The same inputs, or the only one as often as a graph is to hold it."""
+    (first, *others) = next(iter(inputs.values()))
+    total = torch.cuda.get_device_properties(0).total_memory
+    times = 1 if others else graphs.repeats(first.nbytes, total)
+    return {layout: tensors * times for layout, tensors in inputs.items()}
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a compiler, a backend or CUDA says."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+
+
+def layer_memory(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, int]:
+    """Bytes that a forward and backward takes beyond x, dy and the parameters."""
+    leaves = [x, *layer.parameters()]
+    return measure.memory(
+        lambda: layer(x), lambda y: torch.autograd.grad(y, leaves, dy), x.device.type
+    )

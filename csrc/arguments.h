@@ -1,0 +1,123 @@
+// What every backend's operators check, and allocate: the stable ABI of PyTorch, nothing else.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "problem.h"
+
+namespace da {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Parameter = std::optional<Tensor>;
+
+// On x's device.
+inline Tensor allocate(const Tensor& x, const int64_t* sizes, const int64_t* strides, int64_t dim,
+                       ScalarType dtype) {
+  AtenTensorHandle handle;
+  const bool cpu = x.is_cpu();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
+      cpu ? 0 : x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// Contiguous; of at most four dimensions.
+inline Tensor allocate(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       ScalarType dtype) {
+  int64_t strides[4] = {1, 1, 1, 1};
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return allocate(x, sizes.data(), strides, sizes.size(), dtype);
+}
+
+inline Tensor allocate_like(const Tensor& x) {
+  return allocate(x, x.sizes().data(), x.strides().data(), x.dim(), x.scalar_type());
+}
+
+// For the gradient of a parameter: in its shape and dtype, empty where there is none.
+inline Tensor allocate_gradient(const Parameter& parameter, const Tensor& x) {
+  return parameter ? allocate(x, parameter->sizes(), parameter->scalar_type())
+                   : allocate(x, {0}, x.scalar_type());
+}
+
+inline ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Dense in this order of dimensions, the outermost first; where a dimension is 1 its stride is
+// free.
+inline bool dense(const Tensor& t, std::initializer_list<int> order) {
+  int64_t expected = 1;
+  for (auto d = std::rbegin(order); d != std::rend(order); d++) {
+    if (t.size(*d) != 1 && t.stride(*d) != expected) return false;
+    expected *= t.size(*d);
+  }
+  return true;
+}
+
+struct Arguments {
+  const Parameter &conv, &dilated, &merge, &spatial_bias, &gate, &gate_bias;
+};
+
+inline Problem describe(const Tensor& x, const Arguments& given, const std::string& order,
+                        const std::string& gate) {
+  Problem p;
+  STD_TORCH_CHECK(x.dim() == 4, "da_ops: x must be a tensor [N, C, H, W]");
+  p.n = x.size(0), p.c = x.size(1), p.h = x.size(2), p.w = x.size(3);
+  STD_TORCH_CHECK(p.c > 0 && p.h > 0 && p.w > 0, "da_ops: C, H and W must be positive");
+  p.channels_last = !dense(x, {0, 1, 2, 3});
+  STD_TORCH_CHECK(!p.channels_last || dense(x, {0, 2, 3, 1}) || p.n == 0,
+                  "da_ops: x must be contiguous or channels_last");
+  STD_TORCH_CHECK(parse(order, p.order) && parse(gate, p.gate), "da_ops: unknown order or gate");
+  STD_TORCH_CHECK(!p.spatial() || (given.conv && given.dilated && given.merge),
+                  "da_ops: this order needs conv_weight, dilated_weight and merge_weight");
+  if (p.channel() && p.gate != Gate::sigmoid) {
+    STD_TORCH_CHECK(given.gate.has_value(), "da_ops: this gate needs gate_weight");
+    STD_TORCH_CHECK(p.gate == Gate::eca || given.gate_bias.has_value(),
+                    "da_ops: this gate needs gate_bias");
+    if (p.gate == Gate::eca) p.kernel_size = given.gate->numel();
+  }
+  switch (x.scalar_type()) {
+    case ScalarType::Half:
+      p.dtype = Dtype::float16;
+      break;
+    case ScalarType::BFloat16:
+      p.dtype = Dtype::bfloat16;
+      break;
+    case ScalarType::Float:
+      p.dtype = Dtype::float32;
+      break;
+    case ScalarType::Double:
+      p.dtype = Dtype::float64;
+      break;
+    default:
+      STD_TORCH_CHECK(false, "da_ops: x must be float16, bfloat16, float32 or float64");
+  }
+  return p;
+}
+
+inline void check_backward(const Problem& p, const Tensor& dy, const Tensor& x,
+                           const Tensor& channel_mean, const Tensor& pooled) {
+  STD_TORCH_CHECK(dy.is_cpu() == x.is_cpu() && dy.dim() == 4 && dy.numel() == x.numel() &&
+                      dy.scalar_type() == x.scalar_type(),
+                  "da_ops: dy must be like x");
+  STD_TORCH_CHECK(p.n == 0 || (p.channels_last ? dense(dy, {0, 2, 3, 1}) : dense(dy, {0, 1, 2, 3})),
+                  "da_ops: dy must have x's layout");
+  STD_TORCH_CHECK(channel_mean.numel() == (p.spatial() ? p.n * p.pixels() : 0) &&
+                      pooled.numel() == (p.channel() ? p.n * p.c : 0) &&
+                      channel_mean.is_contiguous() && pooled.is_contiguous(),
+                  "da_ops: channel_mean and pooled must be forward's");
+}
+
+}  // namespace da

@@ -1,0 +1,5 @@
+#include "cuda/launch.cuh"
+
+namespace da::cuda {
+DA_LAUNCHERS(template, Dtype::bfloat16)
+}

@@ -1,0 +1,155 @@
+// The CUDA kernels behind da_ops::forward and da_ops::backward: checks, device, stream, allocation.
+// The launchers get raw pointers.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "cuda/launch.h"
+
+namespace da::cuda {
+namespace {
+
+void require(int error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "da_ops: a CUDA launch failed: ",
+                  cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  require(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+const Device& device_of(const Tensor& x) {
+  constexpr int kMaxDevices = 64;
+  static std::array<std::once_flag, kMaxDevices> known;
+  static std::array<Device, kMaxDevices> devices;
+  const int index = x.get_device_index();
+  STD_TORCH_CHECK(index < kMaxDevices, "da_ops: more than 64 GPUs");
+  std::call_once(known[index], [&] {
+    devices[index] = {10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                          attribute(cudaDevAttrComputeCapabilityMinor, index),
+                      attribute(cudaDevAttrMultiProcessorCount, index),
+                      attribute(cudaDevAttrL2CacheSize, index)};
+  });
+  return devices[index];
+}
+
+void* stream_of(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+
+bool aligned(std::initializer_list<const Tensor*> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) {
+    return reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0;
+  });
+}
+
+// The given parameters' addresses. Copies that had to be made live as long as this.
+class Addresses {
+ public:
+  Addresses(const Problem& p, const Tensor& x, const Arguments& given) : x_(x) {
+    const int64_t gate = p.gate_weights();
+    parameters_.conv = address(given.conv, kTaps);
+    parameters_.dilated = address(given.dilated, kTaps);
+    parameters_.merge = address(given.merge, 2);
+    parameters_.spatial_bias = address(given.spatial_bias, 1);
+    parameters_.gate = address(given.gate, gate);
+    parameters_.gate_bias = address(given.gate_bias, gate);
+    parameters_.wide = dtype_.value_or(x.scalar_type()) != x.scalar_type();
+  }
+  const Parameters& operator*() const { return parameters_; }
+
+ private:
+  const void* address(const Parameter& parameter, int64_t elements) {
+    if (!parameter) return nullptr;
+    const ScalarType dtype = parameter->scalar_type();
+    STD_TORCH_CHECK(parameter->get_device_index() == x_.get_device_index() &&
+                        parameter->is_cuda() && parameter->numel() == elements,
+                    "da_ops: a parameter is not on x's device or has the wrong size");
+    const bool half =
+        x_.scalar_type() == ScalarType::Half || x_.scalar_type() == ScalarType::BFloat16;
+    STD_TORCH_CHECK(dtype == x_.scalar_type() || (half && dtype == ScalarType::Float),
+                    "da_ops: parameters must have x's dtype, or be float32 with a half x");
+    STD_TORCH_CHECK(dtype_.value_or(dtype) == dtype, "da_ops: parameters must share a dtype");
+    dtype_ = dtype;
+    copies_.push_back(parameter->is_contiguous() ? *parameter
+                                                 : torch::stable::contiguous(*parameter));
+    return copies_.back().const_data_ptr();
+  }
+
+  const Tensor& x_;
+  std::optional<ScalarType> dtype_;
+  std::vector<Tensor> copies_;
+  Parameters parameters_{};
+};
+
+std::tuple<Tensor, Tensor, Tensor> forward_cuda(
+    const Tensor& x, const Parameter& conv_weight, const Parameter& dilated_weight,
+    const Parameter& merge_weight, const Parameter& spatial_bias, const Parameter& gate_weight,
+    const Parameter& gate_bias, const std::string& order, const std::string& gate) {
+  const Arguments given{conv_weight,  dilated_weight, merge_weight,
+                        spatial_bias, gate_weight,    gate_bias};
+  const Problem p = describe(x, given, order, gate);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const ScalarType acc = accumulation_type(x);
+  const Addresses parameters(p, x, given);
+  Tensor y = allocate_like(x);
+  Tensor channel_mean = p.spatial() ? allocate(x, {p.n, p.h, p.w}, acc) : allocate(x, {0}, acc);
+  Tensor pooled = p.channel() ? allocate(x, {p.n, p.c}, acc) : allocate(x, {0}, acc);
+  if (p.n > 0) {
+    const Plan plan = cuda::plan(p, device_of(x), aligned({&x, &y}));
+    Tensor workspace = allocate(x, {plan.forward.workspace.elements}, acc);
+    require(forward(p, plan, *parameters, x.const_data_ptr(), y.mutable_data_ptr(),
+                    channel_mean.mutable_data_ptr(), pooled.mutable_data_ptr(),
+                    workspace.mutable_data_ptr(), stream_of(x)));
+  }
+  return {y, channel_mean, pooled};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
+    const Tensor& dy, const Tensor& x, const Parameter& conv_weight,
+    const Parameter& dilated_weight, const Parameter& merge_weight, const Parameter& spatial_bias,
+    const Parameter& gate_weight, const Parameter& gate_bias, const Tensor& channel_mean,
+    const Tensor& pooled, const std::string& order, const std::string& gate) {
+  const Arguments given{conv_weight,  dilated_weight, merge_weight,
+                        spatial_bias, gate_weight,    gate_bias};
+  const Problem p = describe(x, given, order, gate);
+  check_backward(p, dy, x, channel_mean, pooled);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Addresses parameters(p, x, given);
+  Tensor dx = allocate_like(x);
+  std::array<Tensor, 6> gradients = {
+      allocate_gradient(given.conv, x),  allocate_gradient(given.dilated, x),
+      allocate_gradient(given.merge, x), allocate_gradient(given.spatial_bias, x),
+      allocate_gradient(given.gate, x),  allocate_gradient(given.gate_bias, x)};
+  const auto address = [&](int i, const Parameter& parameter) {
+    return parameter ? gradients[i].mutable_data_ptr() : nullptr;
+  };
+  const Gradients addresses{address(0, given.conv),  address(1, given.dilated),
+                            address(2, given.merge), address(3, given.spatial_bias),
+                            address(4, given.gate),  address(5, given.gate_bias)};
+  const Plan plan = cuda::plan(p, device_of(x), aligned({&x, &dy, &dx}));
+  Tensor workspace = allocate(x, {plan.backward.workspace.elements}, accumulation_type(x));
+  require(backward(p, plan, *parameters, dy.const_data_ptr(), x.const_data_ptr(),
+                   channel_mean.const_data_ptr(), pooled.const_data_ptr(), dx.mutable_data_ptr(),
+                   addresses, workspace.mutable_data_ptr(), stream_of(x)));
+  return {dx, gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(da_ops, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward_cuda));
+  m.impl("backward", TORCH_BOX(&backward_cuda));
+}
+
+}  // namespace da::cuda

@@ -1,0 +1,235 @@
+"""What only a GPU can show: graphs, streams, no waiting for the device, very large tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import da_ops
+
+from .cases import CASES, FEW_CASES, LAYOUTS, PROMISED, assert_close, assert_equal, make
+from .conftest import GPU, need
+
+pytestmark = pytest.mark.skipif(not GPU, reason="torch finds no GPU")
+GIB = 2**30
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    need(request.param)
+    return request.param
+
+
+def gradients(call, leaves, backend):
+    y = call(backend=backend)
+    return y, torch.autograd.grad(y, leaves, call.dy)
+
+
+def static(*arguments, **options):
+    """A call whose tensors stay where they are, and its leaves."""
+    call = make(*arguments, device="cuda", **options).leaves()
+    return call, [call.x, *call.parameters.values()]
+
+
+def results(call, y, grads):
+    names = ("dx", *(f"d_{name}" for name in call.parameters))
+    return {"y": y.detach().clone(), **{n: g.clone() for n, g in zip(names, grads)}}
+
+
+def refill(call, other):
+    """New numbers in the same memory."""
+    with torch.no_grad():
+        call.x.copy_(other.x)
+        call.dy.copy_(other.dy)
+        for name, parameter in call.parameters.items():
+            parameter.copy_(other.parameters[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("order", "gate"), FEW_CASES)
+def test_graph_replays_with_new_data(backend, order, gate, dtype, layout):
+    """Forward and backward in one graph; a replay is bit for bit the call it stands for."""
+    shape = (3, 24, 14, 14)
+    call, leaves = static(shape, order, gate, dtype=dtype, layout=layout)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(call, leaves, backend)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, grads = gradients(call, leaves, backend)
+    for seed in (1, 2, 3):
+        other = make(shape, order, gate, dtype=dtype, layout=layout, device="cuda", seed=seed)
+        refill(call, other)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(results(call, y, grads), other.results(backend=backend))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_side_stream(backend, layout, recorded):
+    """Kernels run on the current stream, behind what is in it; who drops x before they are done,
+    and has said so to the allocator, may go on."""
+    shape = (8, 64, 56, 56)
+    call = make(shape, dtype=torch.float16, layout=layout, device="cuda")
+    want = call.results(backend=backend)
+    filled = torch.empty_like(call.x)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)  # what ignores the stream would be done long before
+        filled.copy_(call.x)
+        call.x = filled
+        got = call.results(backend=backend)
+    if recorded:
+        filled.record_stream(side)
+        del filled
+        call.x = None
+        for _ in range(4):  # would get x's memory if it were free
+            torch.empty(shape, dtype=torch.float16, device="cuda").fill_(float("nan"))
+    torch.cuda.current_stream().wait_stream(side)
+    assert_equal(got, want)
+
+
+def test_two_streams_at_once(backend):
+    calls = [make((8, 64, 28, 28), device="cuda", seed=seed) for seed in range(4)]
+    want = [call.results(backend=backend) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    got = []
+    for call, stream in zip(calls, streams):
+        with torch.cuda.stream(stream):
+            got.append(call.results(backend=backend))
+    torch.cuda.synchronize()
+    for a, b in zip(got, want):
+        assert_equal(a, b)
+
+
+@pytest.mark.skipif(GPU and torch.cuda.device_count() < 2, reason="one GPU")
+def test_second_device(backend):
+    """Tensors that are not on the current device."""
+    first, second = (make((2, 24, 14, 14), device=f"cuda:{i}") for i in range(2))
+    want = first.results(backend=backend)
+    got = second.results(backend=backend)
+    assert torch.cuda.current_device() == 0
+    assert all(t.device.index == 1 for t in got.values())
+    assert_close({k: v.cpu() for k, v in got.items()}, {k: v.cpu() for k, v in want.items()}, 1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), CASES)
+def test_no_waiting_for_the_device(backend, order, gate, layout):
+    call, leaves = static((2, 24, 14, 14), order, gate, layout=layout)
+    gradients(call, leaves, backend)  # compiles and tunes
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            call(backend=backend)
+        gradients(call, leaves, backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 64, 56, 56), (5, 96, 7, 7), (2, 64, 75, 75), (8, 256, 1, 1)])
+def test_accuracy(backend, shape, dtype, layout):
+    """Sizes that fill the device."""
+    call = make(shape, dtype=dtype, layout=layout, device="cuda")
+    got, want = call.results(backend=backend), call.truth()
+    merge = {"d_merge_weight": 10}  # two sums that may cancel
+    for name in want:
+        one = {name: got[name]}, {name: want[name]}
+        assert_close(*one, merge.get(name, 1) * PROMISED[dtype])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_in_one_graph(backend, layout):
+    torch._dynamo.reset()
+
+    def f(x, **arguments):
+        return da_ops.da_attention(x.relu() + 0.5, **arguments, backend=backend) + x
+
+    call = make((4, 24, 14, 14), layout=layout, device="cuda")
+    assert_close(call.results(torch.compile(f, fullgraph=True)), call.results(f), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(backend, dtype):
+    """Half-precision maps with float32 parameters, in training."""
+    torch.manual_seed(0)
+    layer = da_ops.DAModule(32, bias=True, backend=backend)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), layer).cuda()
+    x = torch.randn(4, 3, 30, 30, device="cuda")
+
+    def run(name):
+        layer.backend = name
+        network.zero_grad()
+        with torch.autocast("cuda", dtype):
+            y = network(x)
+        assert y.dtype == dtype
+        y.float().square().mean().backward()
+        return {k: p.grad.clone() for k, p in network.named_parameters()}
+
+    got, want = run(backend), run("eager")
+    assert all(grad.dtype == torch.float32 for grad in got.values())
+    assert_close(got, want, 5e-2)
+
+
+def big(shape, backend, layout="contiguous"):
+    """y and dx of a layer in float16 whose masks are 1/2 everywhere; x is 1, its last element 3."""
+    elements = math.prod(shape)
+    free, _ = torch.cuda.mem_get_info()
+    needed = 24 * elements + GIB  # five tensors, and maps that may be as long as they
+    if free < needed:
+        pytest.skip(f"{free / GIB:.0f} GiB are free, {needed / GIB:.0f} are needed")
+    x = torch.ones(shape, dtype=torch.float16, device="cuda")
+    x = x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    with torch.no_grad():
+        x[-1, -1, -1, -1] = 3
+    layer = da_ops.DAModule(shape[1], gate="scalar", backend=backend, device="cuda")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return y, dx
+
+
+def assert_big(y, dx):
+    assert y[-1, -1, -1, -1] == 0.75
+    assert int((y != 0.25).sum()) == 1  # every element was written
+    assert int((dx != 0.25).sum()) == 0
+
+
+@pytest.fixture
+def _room():
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.empty_cache()
+
+
+LARGE = [pytest.mark.slow, pytest.mark.xdist_group("large"), pytest.mark.usefixtures("_room")]
+
+
+class TestLarge:
+    pytestmark = LARGE
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("shape", [(33, 256, 512, 512), (1, 9, 2**14, 2**14), (9, 2**28, 1, 1)])
+    def test_more_than_2_31_elements(self, backend, shape, layout):
+        assert_big(*big(shape, backend, layout))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("axis", range(4))
+    def test_a_very_long_axis(self, backend, axis, layout):
+        shape = [1, 1, 1, 1]
+        shape[axis] = 2**27
+        assert_big(*big(tuple(shape), backend, layout))

@@ -1,0 +1,103 @@
+"""The CUDA backend's plans, for every architecture, on any machine."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+import da_ops
+from da_ops.cli import main
+from da_ops.reference import ORDERS
+
+from .cases import LAYOUTS
+
+plan = pytest.importorskip("da_ops._plan").cuda
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+STAGES = [(64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (256, 75, 75)]
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def launches(shape, layout="contiguous", dtype="float16", order="spatial_channel", sm=90):
+    return plan(shape, layout == "channels_last", dtype, order, "affine", sm, 0)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
+    for stage in STAGES:
+        for n in (1, 32, 256):
+            p = launches((n, *stage), layout, dtype, sm=sm)
+            folds = [step for step in p["forward"] + p["backward"] if step["name"] == "fold"]
+            if (stage[1:], dtype) != ((75, 75), "float64"):  # too many tiles to add up by the way
+                assert len(p["forward"]) == 3 and len(p["backward"]) == 4 and not folds
+            assert p["vector_bytes"] == 16
+            for step in p["forward"] + p["backward"]:
+                assert step["shared_bytes"] <= (64 if dtype == "float64" else 48) * 1024
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_passes_are_those_of_the_byte_model(order):
+    p = launches((64, 256, 56, 56), order=order)
+    both = order in ("spatial_channel", "channel_spatial")
+    moved = [sum(s["reads"] + s["writes"] for s in p[way]) for way in ("forward", "backward")]
+    assert moved == ([4, 5] if both else [3, 4])
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", range(4))
+def test_no_size_exceeds_a_launch(axis, layout, dtype, sm):
+    shape = [1, 1, 1, 1]
+    shape[axis] = 2**31
+    p = launches(tuple(shape), layout, dtype, sm=sm)
+    for step in p["forward"] + p["backward"]:
+        assert 1 <= step["grid"] < 2**31
+        assert step["shared_bytes"] <= 64 * 1024
+
+
+def test_rows_that_are_no_whole_vectors_are_read_in_super_rows():
+    for size, dtype, period in [(7, "float16", 8), (14, "float16", 2), (75, "float16", 8)] + [
+        (7, "float32", 4),
+        (14, "float32", 1),
+        (7, "float64", 2),
+    ]:
+        p = launches((8, 256, size, size), dtype=dtype)
+        assert p["rows_a_super_row"] == period
+        assert period * size * size * BYTES[dtype] % 16 == 0
+    assert launches((8, 3, 7, 7))["vector_bytes"] == 2  # images begin within a vector
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_the_gpu_is_filled(sm):
+    for stage in STAGES:
+        p = launches((64, *stage), sm=sm)
+        assert p["forward"][0]["grid"] >= p["multiprocessors"]
+
+
+def test_explain_prints_any_architecture(capsys):
+    command = "explain 64x256x56x56 --dtype float16 --layout channels_last --device sm_90"
+    assert main(command.split()) == 0
+    text = capsys.readouterr().out
+    assert "on sm_90" in text and "backend cuda" in text
+    for line in ("channel mean", "pooling", "scale", "combine", "parameter gradients"):
+        assert line in text
+    assert "blocks of 256 threads" in text and "KiB shared memory" in text
+    assert "50% of the floor" in text and "60% of the floor" in text
+
+    assert main([*command.split(), "--json"]) == 0
+    d = json.loads(capsys.readouterr().out)
+    moved = math.prod((64, 256, 56, 56)) * 2
+    assert d["forward"]["bytes_moved"] == 4 * moved and d["backward"]["bytes_moved"] == 5 * moved
+    assert d["forward"]["passes"][0]["launch"]["threads"] == 256
+
+
+@pytest.mark.parametrize("device", ["sm_70", "sm90", "sm_x", "cuda"])
+def test_an_architecture_that_is_none(device):
+    with pytest.raises(ValueError, match=r"^da_attention: device must be an NVIDIA architecture"):
+        da_ops.explain(torch.empty(1, 1, 1, 1), device=device)
