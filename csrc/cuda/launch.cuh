@@ -6,6 +6,7 @@
 #include "cuda/finish.cuh"
 #include "cuda/launch.h"
 #include "cuda/passes.cuh"
+#include "cuda/simt_launch.cuh"
 
 namespace da::cuda {
 namespace detail {

@@ -1,7 +1,9 @@
 // What a kernel may ask of the machine, in one vocabulary for two: under nvcc these names are CUDA,
-// and no other file writes an intrinsic or PTX; under a C++ compiler tests/simt/simt_host.h turns
-// each thread into a fiber, so that the same kernels run on a CPU, under sanitizers. The names are
-// written with their simt::, since several are also those of functions of C.
+// and no file but simt*.cuh writes an intrinsic or PTX; under a C++ compiler tests/simt/simt_host.h
+// turns each thread into a fiber, so that the same kernels run on a CPU, under sanitizers. The
+// names are written with their simt::, since several are also those of functions of C. Here
+// threads, memory and numbers; simt_group.cuh has what blocks do together, simt_launch.cuh the
+// launches.
 //
 // What keeps a kernel true to both:
 // - all shared memory is dynamic and carved by a Carver;
@@ -209,212 +211,8 @@ SIMT_FN void store_fresh(T* address, T value) {
   __stcg(reinterpret_cast<detail::Bits<T>*>(address), detail::bit_cast<detail::Bits<T>>(value));
 }
 
-// Atomic, and in both directions a fence for the whole device.
-SIMT_FN unsigned fetch_add(unsigned* address, unsigned value) {
-  unsigned before;
-  asm volatile("atom.global.add.acq_rel.gpu.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(detail::global_address(address)), "r"(value)
-               : "memory");
-  return before;
-}
-SIMT_FN unsigned load_acquire(const unsigned* address) {
-  unsigned value;
-  asm volatile("ld.global.acquire.gpu.u32 %0, [%1];"
-               : "=r"(value)
-               : "l"(detail::global_address(address))
-               : "memory");
-  return value;
-}
-
-// In a loop that waits for *address to be other than `seen`.
-SIMT_FN void relax(const unsigned* address, unsigned seen) {
-  static_cast<void>(address), static_cast<void>(seen);
-}
-
 SIMT_FN float exp(float x) { return ::expf(x); }
 SIMT_FN double exp(double x) { return ::exp(x); }
-
-// A barrier of the whole cluster; also due before a block returns whose shared memory others read.
-// Clusters exist from sm_90 on: below it, what follows is never run, and not compiled either.
-SIMT_FN void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __trap();
-#endif
-}
-
-// The same place in the shared memory of the cluster's block `rank`.
-template <class T>
-SIMT_FN T* peer(T* pointer, unsigned rank) {
-#if __CUDA_ARCH__ >= 900
-  return static_cast<T*>(__cluster_map_shared_rank(pointer, rank));
-#else
-  static_cast<void>(rank);
-  __trap();
-  return pointer;
-#endif
-}
-
-// One copy at a time from global to shared memory, behind the threads' back; lives in shared
-// memory. All threads of the block make each call. The source, the target and the size are
-// multiples of 16 bytes. The parity is that of the number of copies waited for before, so 0 for the
-// first.
-class Bulk {
- public:
-  // For each Bulk, before the sync_before_load() of its first load.
-  SIMT_FN void init() {
-#if __CUDA_ARCH__ >= 900
-    if (thread() != 0) return;
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier()) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#elif __CUDA_ARCH__ >= 800
-    if (thread() != 0) return;
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier()), "r"(threads()) : "memory");
-#endif
-  }
-
-  // The sync() between the last use of shared memory and a load into it.
-  SIMT_FN static void sync_before_load() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-    sync();
-  }
-
-  SIMT_FN void load(void* to, const void* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    if (thread() != 0) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier()), "r"(bytes)
-                 : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(detail::shared_address(to)),
-        "l"(detail::global_address(from)), "r"(bytes), "r"(barrier())
-        : "memory");
-#elif __CUDA_ARCH__ >= 800
-    const unsigned target = detail::shared_address(to);
-    const size_t source = detail::global_address(from);
-    for (uint32_t at = thread() * 16; at < bytes; at += threads() * 16)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + at), "l"(source + at)
-                   : "memory");
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier()) : "memory");
-#else
-    for (uint32_t at = thread() * 16; at < bytes; at += threads() * 16)
-      store16(static_cast<char*>(to) + at, load16_once(static_cast<const char*>(from) + at));
-#endif
-  }
-
-  SIMT_FN void wait(unsigned parity) {
-#if __CUDA_ARCH__ >= 800
-    unsigned done;
-    do {
-      asm volatile(
-          "{\n"
-          ".reg .pred done;\n"
-#if __CUDA_ARCH__ >= 900
-          "mbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
-#else
-          "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
-#endif
-          "selp.u32 %0, 1, 0, done;\n"
-          "}"
-          : "=r"(done)
-          : "r"(barrier()), "r"(parity)
-          : "memory");
-    } while (!done);
-#else
-    static_cast<void>(parity);
-    sync();
-#endif
-  }
-
- private:
-  SIMT_FN unsigned barrier() const { return detail::shared_address(&barrier_); }
-  uint64_t barrier_;
-};
-
-inline const char* error_string(int error) {
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
-
-namespace detail {
-
-// A call that fails is reported by its result, and not once more to whoever asks next.
-inline int settled(cudaError_t error) {
-  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
-  return error;
-}
-
-template <class... P>
-cudaError_t permit(const Launch& launch, void (*kernel)(P...)) {
-  constexpr size_t unasked = 48 << 10;
-  constexpr unsigned portable = 8;
-  cudaError_t error = cudaSuccess;
-  if (launch.shared_bytes > unasked)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(launch.shared_bytes));
-  if (error == cudaSuccess && launch.cluster && launch.group > portable)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  return error;
-}
-
-inline cudaLaunchConfig_t config(const Launch& launch, cudaLaunchAttribute& attribute) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = launch.grid;
-  config.blockDim = launch.block;
-  config.dynamicSmemBytes = launch.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(launch.stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  attribute = {};
-  if (launch.cluster) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {launch.group, 1, 1};
-  } else if (launch.group > 1) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    config.numAttrs = 0;
-  }
-  return config;
-}
-
-}  // namespace detail
-
-// 0, or CUDA's error code.
-template <class... P, class... A>
-int launch(const Launch& launch, void (*kernel)(P...), const A&... arguments) {
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = detail::config(launch, attribute);
-  cudaError_t error = detail::permit(launch, kernel);
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  return detail::settled(error);
-}
-
-// How many groups of this launch the current device can hold at once: 0 where it cannot run.
-template <class... P>
-int resident_groups(const Launch& launch, void (*kernel)(P...), int& groups) {
-  groups = 0;
-  cudaError_t error = detail::permit(launch, kernel);
-  if (error != cudaSuccess) return detail::settled(error);
-  if (launch.cluster) {
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = detail::config(launch, attribute);
-    return detail::settled(cudaOccupancyMaxActiveClusters(&groups, kernel, &config));
-  }
-  int device = 0, processors = 0, blocks = 0;
-  error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &blocks, kernel, static_cast<int>(launch.block), launch.shared_bytes);
-  groups = blocks * processors / static_cast<int>(launch.group);
-  return detail::settled(error);
-}
 
 }  // namespace simt
 
@@ -471,23 +269,6 @@ SIMT_FN Vector pack(const Accumulator<T>* from) {
     memcpy(&to, from, sizeof to);
   }
   return to;
-}
-
-// A barrier of `size` blocks that run at once, block `rank` among them. The counter lies in global
-// memory and starts at zero; only its top bit changes from one barrier to the next, so it can be
-// used again, also by the next launch.
-SIMT_FN void group_sync(unsigned* counter, unsigned rank, unsigned size) {
-  constexpr unsigned phase = 0x80000000u;
-  sync();
-  if (thread() == 0) {
-    const unsigned before = fetch_add(counter, rank == 0 ? phase - (size - 1) : 1u);
-    unsigned now = load_acquire(counter);
-    while (((before ^ now) & phase) == 0) {
-      relax(counter, now);
-      now = load_acquire(counter);
-    }
-  }
-  sync();
 }
 
 }  // namespace simt

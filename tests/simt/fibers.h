@@ -1,9 +1,7 @@
 // Runs the threads of a launch as fibers of one OS thread: a lane runs until it has to wait, then
 // the next one does. The results are the same in every run, a switch costs nanoseconds, and a
-// barrier that not all threads reach is seen as one. In the environment, read at every launch:
-// - SIMT_ORDER: ascending (default), descending or random, the order in which lanes take turns
-// - SIMT_SEED: of the random order, 1 by default
-// - SIMT_LIVE: how many groups of blocks take turns at once; 1, one after another, by default
+// barrier that not all threads reach is seen as one. Here a fiber and what it waits for; blocks.h
+// makes a launch of them.
 //
 // The sanitizers are told of every switch. ThreadSanitizer takes each fiber for a thread, and it is
 // only told of orderings that the device would give: what is written here without instrumentation
@@ -13,17 +11,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdarg>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <deque>
-#include <new>
-#include <random>
-#include <string>
-#include <vector>
 
 #if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
 #define SIMT_UCONTEXT  // the portable switch, a system call each
@@ -265,182 +257,5 @@ class Barrier {
   unsigned expected_ = 0, arrived_ = 0, generation_ = 0;
   char tag_[2] = {};
 };
-
-struct Warp {
-  Barrier barrier;
-  uint64_t slot[2][kWarp];  // in turn: a lane may be one shuffle ahead of another
-};
-
-struct Group {
-  Barrier barrier;
-  std::vector<Block*> blocks;
-};
-
-// Shared memory is exactly as large as asked for, begins as NaN and ends with its block:
-// AddressSanitizer reports a peer that reads it after that.
-struct Block {
-  unsigned index = 0, size = 0, grid = 0, running = 0;
-  Group* group = nullptr;
-  Barrier barrier;
-  std::vector<Warp> warps;
-  unsigned char* shared = nullptr;
-  size_t shared_bytes = 0;
-
-  Block() = default;
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-  ~Block() { ::operator delete(shared, std::align_val_t(128)); }
-
-  void prepare(const Launch& launch, Group& in) {
-    size = launch.block;
-    grid = launch.grid;
-    group = &in;
-    group->blocks.push_back(this);
-    warps = std::vector<Warp>(size / kWarp);
-    shared_bytes = launch.shared_bytes;
-    shared = static_cast<unsigned char*>(::operator new(shared_bytes, std::align_val_t(128)));
-  }
-
-  void begin(unsigned at) {
-    index = at;
-    running = size;
-    barrier.expect(size);
-    group->barrier.expect(size * static_cast<unsigned>(group->blocks.size()));
-    for (Warp& warp : warps) warp.barrier.expect(kWarp);
-    unpoison(shared, shared_bytes);
-    std::memset(shared, 0xFF, shared_bytes);
-  }
-
-  void lane_returned() {
-    if (--running == 0) poison(shared, shared_bytes);
-  }
-};
-
-inline void Lane::begin(Block& in, unsigned at) {
-  block = &in;
-  index = at;
-  returned = false;
-  awaited = nullptr;
-  place = "the start";
-  context.prepare(stack.begin(), run_lane);
-}
-
-// ---- A launch.
-
-SIMT_MACHINE inline void run_lane() {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_bytes);
-#endif
-  // The first switch to a lane and the last one from it order the launch among others. They are
-  // kept apart from its body, or they would order the bodies of lanes that run one after the other.
-  if (kThreadSanitizer) suspend(false, false);
-  scheduler.body(scheduler.kernel);
-  current->returned = true;
-  if (kThreadSanitizer) suspend(false, false);
-  suspend(true, true);
-  __builtin_unreachable();
-}
-
-inline unsigned setting(const char* name, unsigned otherwise) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? otherwise : static_cast<unsigned>(std::strtoul(text, nullptr, 10));
-}
-
-class Turns {
- public:
-  Turns() {
-    const char* order = std::getenv("SIMT_ORDER");
-    if (order != nullptr) order_ = order;
-    if (order_ != "ascending" && order_ != "descending" && order_ != "random")
-      fail("SIMT_ORDER is ascending, descending or random");
-    generator_.seed(setting("SIMT_SEED", 1));
-  }
-
-  // Until all lanes have returned.
-  void run(const std::vector<Lane*>& lanes) {
-    std::vector<Lane*> turns = lanes;
-    if (order_ == "descending") std::reverse(turns.begin(), turns.end());
-    for (size_t returned = 0; returned < turns.size();) {
-      if (order_ == "random") std::shuffle(turns.begin(), turns.end(), generator_);
-      bool stuck = true;
-      for (Lane* lane : turns) {
-        if (!runnable(lane)) continue;
-        stuck = false;
-        resume(lane, false);
-        if (!lane->returned) continue;
-        returned++;
-        lane->block->lane_returned();
-      }
-      if (stuck) report_deadlock(lanes);
-    }
-  }
-
- private:
-  SIMT_MACHINE static bool runnable(const Lane* lane) {
-    return !lane->returned && (lane->awaited == nullptr || *lane->awaited != lane->seen);
-  }
-
-  [[noreturn]] static void report_deadlock(const std::vector<Lane*>& lanes) {
-    std::string report;
-    for (size_t i = 0, next; i < lanes.size(); i = next) {
-      const Lane& lane = *lanes[i];
-      const auto alike = [&](const Lane& other) {
-        return other.block == lane.block && other.returned == lane.returned &&
-               (lane.returned || std::strcmp(other.place, lane.place) == 0);
-      };
-      for (next = i + 1; next < lanes.size() && alike(*lanes[next]);) next++;
-      report += "\n  block " + std::to_string(lane.block->index) + " threads " +
-                std::to_string(lane.index) + ".." + std::to_string(lanes[next - 1]->index) +
-                (lane.returned ? " returned" : std::string(" wait at ") + lane.place);
-    }
-    fail("deadlock: a barrier that not all of its threads reach%s", report.c_str());
-  }
-
-  std::string order_ = "ascending";
-  std::minstd_rand generator_;
-};
-
-inline std::deque<Lane> lanes;  // of this launch or a larger one before: stacks and fibers are dear
-
-// Calls body(kernel) once for every thread of the launch.
-inline void run(const Launch& launch, void (*body)(const void*), const void* kernel) {
-  const unsigned size = launch.block, group = launch.group;
-  if (launch.grid == 0 || size == 0 || size > 1024 || size % kWarp != 0)
-    fail("a launch of %u blocks of %u threads", launch.grid, size);
-  if (group == 0 || launch.grid % group != 0)
-    fail("%u blocks are not groups of %u", launch.grid, group);
-
-  Turns turns;
-  const unsigned live = std::min(launch.grid, group * std::max(1u, setting("SIMT_LIVE", 1)));
-  if (kThreadSanitizer && live * size > 2048)
-    fail("%u live threads: ThreadSanitizer has memory for 2048", live * size);
-  while (lanes.size() < live * size) lanes.emplace_back(lanes.size());
-
-  std::vector<Group> groups(live / group);
-  std::vector<Block> blocks(live);
-  for (unsigned b = 0; b < live; b++) blocks[b].prepare(launch, groups[b / group]);
-
-  scheduler.body = body;
-  scheduler.kernel = kernel;
-#ifdef __SANITIZE_THREAD__
-  scheduler.tsan_fiber = __tsan_get_current_fiber();
-#endif
-  for (unsigned first = 0; first < launch.grid; first += live) {
-    const unsigned now = std::min(live, launch.grid - first);
-    std::vector<Lane*> running;
-    for (unsigned b = 0; b < now; b++) {
-      blocks[b].begin(first + b);
-      for (unsigned t = 0; t < size; t++) {
-        running.push_back(&lanes[b * size + t]);
-        running.back()->begin(blocks[b], t);
-      }
-    }
-    if (kThreadSanitizer)
-      for (Lane* lane : running) resume(lane, true);
-    turns.run(running);
-    if (kThreadSanitizer)
-      for (Lane* lane : running) resume(lane, false);
-  }
-}
 
 }  // namespace simt::host

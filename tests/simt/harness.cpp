@@ -5,7 +5,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/simt.cuh"
+#include "cuda/simt_group.cuh"
+#include "cuda/simt_launch.cuh"
 
 namespace {
 

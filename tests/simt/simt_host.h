@@ -1,10 +1,11 @@
-// The host's half of simt.cuh, which includes it and says what each name means. Here each call also
-// checks what the device would not forgive, and where a thread has to wait another gets its turn.
+// The host's half of simt.cuh and its continuations, which say what each name means. Here each call
+// also checks what the device would not forgive, and where a thread has to wait another gets its
+// turn.
 #pragma once
 
 #include <cmath>
 
-#include "fibers.h"
+#include "blocks.h"
 
 #define SIMT_KERNEL(threads, blocks_per_sm) void
 #define SIMT_PARAM const

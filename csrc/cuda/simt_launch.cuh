@@ -1,0 +1,92 @@
+// Launches, and how many of their blocks run at once. simt.cuh's vocabulary, continued.
+#pragma once
+
+#include "cuda/simt.cuh"
+
+#ifdef __CUDACC__
+
+namespace simt {
+
+inline const char* error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+namespace detail {
+
+// A call that fails is reported by its result, and not once more to whoever asks next.
+inline int settled(cudaError_t error) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
+}
+
+template <class... P>
+cudaError_t permit(const Launch& launch, void (*kernel)(P...)) {
+  constexpr size_t unasked = 48 << 10;
+  constexpr unsigned portable = 8;
+  cudaError_t error = cudaSuccess;
+  if (launch.shared_bytes > unasked)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(launch.shared_bytes));
+  if (error == cudaSuccess && launch.cluster && launch.group > portable)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error;
+}
+
+inline cudaLaunchConfig_t config(const Launch& launch, cudaLaunchAttribute& attribute) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = launch.grid;
+  config.blockDim = launch.block;
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(launch.stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  attribute = {};
+  if (launch.cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {launch.group, 1, 1};
+  } else if (launch.group > 1) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    config.numAttrs = 0;
+  }
+  return config;
+}
+
+}  // namespace detail
+
+// 0, or CUDA's error code.
+template <class... P, class... A>
+int launch(const Launch& launch, void (*kernel)(P...), const A&... arguments) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = detail::config(launch, attribute);
+  cudaError_t error = detail::permit(launch, kernel);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  return detail::settled(error);
+}
+
+// How many groups of this launch the current device can hold at once: 0 where it cannot run.
+template <class... P>
+int resident_groups(const Launch& launch, void (*kernel)(P...), int& groups) {
+  groups = 0;
+  cudaError_t error = detail::permit(launch, kernel);
+  if (error != cudaSuccess) return detail::settled(error);
+  if (launch.cluster) {
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = detail::config(launch, attribute);
+    return detail::settled(cudaOccupancyMaxActiveClusters(&groups, kernel, &config));
+  }
+  int device = 0, processors = 0, blocks = 0;
+  error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &blocks, kernel, static_cast<int>(launch.block), launch.shared_bytes);
+  groups = blocks * processors / static_cast<int>(launch.group);
+  return detail::settled(error);
+}
+
+}  // namespace simt
+
+#endif
