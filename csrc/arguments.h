@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "problem.h"
 
@@ -118,6 +119,49 @@ inline void check_backward(const Problem& p, const Tensor& dy, const Tensor& x,
                       pooled.numel() == (p.channel() ? p.n * p.c : 0) &&
                       channel_mean.is_contiguous() && pooled.is_contiguous(),
                   "da_ops: channel_mean and pooled must be forward's");
+}
+
+// What forward gives besides y, kept for backward; empty where the order has no such half.
+inline Tensor allocate_channel_mean(const Problem& p, const Tensor& x) {
+  return p.spatial() ? allocate(x, {p.n, p.h, p.w}, accumulation_type(x))
+                     : allocate(x, {0}, accumulation_type(x));
+}
+inline Tensor allocate_pooled(const Problem& p, const Tensor& x) {
+  return p.channel() ? allocate(x, {p.n, p.c}, accumulation_type(x))
+                     : allocate(x, {0}, accumulation_type(x));
+}
+
+// y, channel_mean, pooled.
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+// dx, then the parameters' in the order of Arguments.
+using InputGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The operators, by a backend's function of the checked call.
+template <Outputs (*kForward)(const Problem&, const Tensor& x, const Arguments&)>
+Outputs forward_operator(const Tensor& x, const Parameter& conv_weight,
+                         const Parameter& dilated_weight, const Parameter& merge_weight,
+                         const Parameter& spatial_bias, const Parameter& gate_weight,
+                         const Parameter& gate_bias, const std::string& order,
+                         const std::string& gate) {
+  const Arguments given{conv_weight,  dilated_weight, merge_weight,
+                        spatial_bias, gate_weight,    gate_bias};
+  return kForward(describe(x, given, order, gate), x, given);
+}
+
+template <InputGradients (*kBackward)(const Problem&, const Tensor& dy, const Tensor& x,
+                                      const Arguments&, const Tensor& channel_mean,
+                                      const Tensor& pooled)>
+InputGradients backward_operator(const Tensor& dy, const Tensor& x, const Parameter& conv_weight,
+                                 const Parameter& dilated_weight, const Parameter& merge_weight,
+                                 const Parameter& spatial_bias, const Parameter& gate_weight,
+                                 const Parameter& gate_bias, const Tensor& channel_mean,
+                                 const Tensor& pooled, const std::string& order,
+                                 const std::string& gate) {
+  const Arguments given{conv_weight,  dilated_weight, merge_weight,
+                        spatial_bias, gate_weight,    gate_bias};
+  const Problem p = describe(x, given, order, gate);
+  check_backward(p, dy, x, channel_mean, pooled);
+  return kBackward(p, dy, x, given, channel_mean, pooled);
 }
 
 }  // namespace da

@@ -7,8 +7,6 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -107,21 +105,13 @@ const Pool kPool = {[](int64_t count, void* context, void (*body)(void*, int64_t
   });
 }};
 
-std::tuple<Tensor, Tensor, Tensor> forward_cpu(
-    const Tensor& x, const Parameter& conv_weight, const Parameter& dilated_weight,
-    const Parameter& merge_weight, const Parameter& spatial_bias, const Parameter& gate_weight,
-    const Parameter& gate_bias, const std::string& order, const std::string& gate) {
-  const Arguments given{conv_weight,  dilated_weight, merge_weight,
-                        spatial_bias, gate_weight,    gate_bias};
-  const Problem p = describe(x, given, order, gate);
+Outputs forward_cpu(const Problem& p, const Tensor& x, const Arguments& given) {
   return with_storage(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
-    const ScalarType acc = accumulation_type(x);
     const Converted<A> converted(p, given);
     Tensor y = allocate_like(x);
-    Tensor channel_mean = p.spatial() ? allocate(x, {p.n, p.h, p.w}, acc) : allocate(x, {0}, acc);
-    Tensor pooled = p.channel() ? allocate(x, {p.n, p.c}, acc) : allocate(x, {0}, acc);
+    Tensor channel_mean = allocate_channel_mean(p, x), pooled = allocate_pooled(p, x);
     forward<T>(p, plan_here(p), kPool, converted.weights, static_cast<const T*>(x.const_data_ptr()),
                static_cast<T*>(y.mutable_data_ptr()),
                static_cast<A*>(channel_mean.mutable_data_ptr()),
@@ -130,15 +120,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    const Tensor& dy, const Tensor& x, const Parameter& conv_weight,
-    const Parameter& dilated_weight, const Parameter& merge_weight, const Parameter& spatial_bias,
-    const Parameter& gate_weight, const Parameter& gate_bias, const Tensor& channel_mean,
-    const Tensor& pooled, const std::string& order, const std::string& gate) {
-  const Arguments given{conv_weight,  dilated_weight, merge_weight,
-                        spatial_bias, gate_weight,    gate_bias};
-  const Problem p = describe(x, given, order, gate);
-  check_backward(p, dy, x, channel_mean, pooled);
+InputGradients backward_cpu(const Problem& p, const Tensor& dy, const Tensor& x,
+                            const Arguments& given, const Tensor& channel_mean,
+                            const Tensor& pooled) {
   return with_storage(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
@@ -162,8 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward_cpu));
-  m.impl("backward", TORCH_BOX(&backward_cpu));
+  m.impl("forward", TORCH_BOX(&forward_operator<forward_cpu>));
+  m.impl("backward", TORCH_BOX(&backward_operator<backward_cpu>));
 }
 
 }  // namespace da::cpu

@@ -92,22 +92,14 @@ class Addresses {
   Parameters parameters_{};
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward_cuda(
-    const Tensor& x, const Parameter& conv_weight, const Parameter& dilated_weight,
-    const Parameter& merge_weight, const Parameter& spatial_bias, const Parameter& gate_weight,
-    const Parameter& gate_bias, const std::string& order, const std::string& gate) {
-  const Arguments given{conv_weight,  dilated_weight, merge_weight,
-                        spatial_bias, gate_weight,    gate_bias};
-  const Problem p = describe(x, given, order, gate);
+Outputs forward_cuda(const Problem& p, const Tensor& x, const Arguments& given) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const ScalarType acc = accumulation_type(x);
   const Addresses parameters(p, x, given);
   Tensor y = allocate_like(x);
-  Tensor channel_mean = p.spatial() ? allocate(x, {p.n, p.h, p.w}, acc) : allocate(x, {0}, acc);
-  Tensor pooled = p.channel() ? allocate(x, {p.n, p.c}, acc) : allocate(x, {0}, acc);
+  Tensor channel_mean = allocate_channel_mean(p, x), pooled = allocate_pooled(p, x);
   if (p.n > 0) {
     const Plan plan = cuda::plan(p, device_of(x), aligned({&x, &y}));
-    Tensor workspace = allocate(x, {plan.forward.workspace.elements}, acc);
+    Tensor workspace = allocate(x, {plan.forward.workspace.elements}, accumulation_type(x));
     require(forward(p, plan, *parameters, x.const_data_ptr(), y.mutable_data_ptr(),
                     channel_mean.mutable_data_ptr(), pooled.mutable_data_ptr(),
                     workspace.mutable_data_ptr(), stream_of(x)));
@@ -115,15 +107,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(
   return {y, channel_mean, pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor& dy, const Tensor& x, const Parameter& conv_weight,
-    const Parameter& dilated_weight, const Parameter& merge_weight, const Parameter& spatial_bias,
-    const Parameter& gate_weight, const Parameter& gate_bias, const Tensor& channel_mean,
-    const Tensor& pooled, const std::string& order, const std::string& gate) {
-  const Arguments given{conv_weight,  dilated_weight, merge_weight,
-                        spatial_bias, gate_weight,    gate_bias};
-  const Problem p = describe(x, given, order, gate);
-  check_backward(p, dy, x, channel_mean, pooled);
+InputGradients backward_cuda(const Problem& p, const Tensor& dy, const Tensor& x,
+                             const Arguments& given, const Tensor& channel_mean,
+                             const Tensor& pooled) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Addresses parameters(p, x, given);
   Tensor dx = allocate_like(x);
@@ -148,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward_cuda));
-  m.impl("backward", TORCH_BOX(&backward_cuda));
+  m.impl("forward", TORCH_BOX(&forward_operator<forward_cuda>));
+  m.impl("backward", TORCH_BOX(&backward_operator<backward_cuda>));
 }
 
 }  // namespace da::cuda
