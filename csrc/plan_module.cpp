@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/plan.h"
+#include "cuda/choose.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -56,14 +57,44 @@ py::list steps(const std::vector<da::cuda::Step>& steps) {
   return list;
 }
 
+// One launch as chosen, or {"refused": why there is none}.
+py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p) {
+  py::dict d;
+  if (plan.refused) {
+    d["refused"] = plan.refused;
+    return d;
+  }
+  constexpr const char* names[] = {"block", "cluster", "group"};
+  d["barrier"] = names[static_cast<int>(plan.barrier)];
+  d["blocks_an_image"] = plan.blocks;
+  d["images_at_once"] = plan.images_at_once;
+  d["waves"] = (p.n + plan.images_at_once - 1) / plan.images_at_once;
+  d["threads"] = plan.threads;
+  d["shared_bytes"] = plan.shared_bytes;
+  d["kept"] = double(plan.kept) / plan.chunks;
+  if (plan.backward) d["kept_dy"] = double(plan.kept_dy) / plan.chunks;
+  return d;
+}
+
 py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dtype,
-              const std::string& order, const std::string& gate, int sm, int multiprocessors) {
+              const std::string& order, const std::string& gate, int sm, int multiprocessors,
+              const std::string& wish) {
   da::Problem p = problem(shape, channels_last, dtype, order);
   if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
   if (p.gate == da::Gate::eca) p.kernel_size = 3;  // larger ones are planned alike
   da::cuda::Device device = da::cuda::typical_device(sm);
   if (multiprocessors > 0) device.multiprocessors = multiprocessors;
+  da::cuda::Wish wished;
+  if (!da::cuda::parse(wish, wished))
+    throw py::value_error(
+        "DA_OPS_PLAN: expected portable, onchip, block, cluster[:BLOCKS] or group[:BLOCKS], got " +
+        wish);
   const da::cuda::Plan plan = da::cuda::plan(p, device, true);
+  const auto choose = [&](bool backward) {
+    return one_launch(
+        da::cuda::choose(p, backward, device, true, wished, da::cuda::typical_residents(device)),
+        p);
+  };
   const da::cuda::Tiling& t = plan.tiling;
   py::dict d;
   d["multiprocessors"] = device.multiprocessors;
@@ -74,6 +105,8 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   d["tiles_an_image"] = t.tiles();
   d["forward"] = steps(plan.forward.steps);
   d["backward"] = steps(plan.backward.steps);
+  d["one_launch_forward"] = choose(false);
+  d["one_launch_backward"] = choose(true);
   return d;
 }
 
@@ -86,6 +119,7 @@ PYBIND11_MODULE(_plan, m) {
         "How the CPU backend splits a problem: threads, slabs, and its passes over x.");
   m.def("cuda", &cuda, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
         py::arg("order"), py::arg("gate"), py::arg("sm"), py::arg("multiprocessors"),
+        py::arg("wish") = "",
         "The CUDA backend's launches on a GPU of this compute capability, with so many "
         "multiprocessors (0: as many as a typical one).");
 }

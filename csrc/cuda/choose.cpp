@@ -1,0 +1,118 @@
+#include "cuda/choose.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
+
+namespace da::cuda {
+namespace {
+
+// What a multiprocessor moves while a group waits for itself once, by the barrier; estimates.
+constexpr int64_t kWaiting[] = {8 << 10, 32 << 10, 64 << 10};
+// What reading from L2 costs of what reading from memory does; and the share of L2 to count on.
+constexpr double kFromL2 = 0.35, kUsableL2 = 0.7;
+
+constexpr const char* kBarriers[] = {"block", "cluster", "group"};
+
+// Full-size tensors that a block must read again for what it does not keep of x.
+int rereads(const Problem& p) {
+  return p.order == Order::spatial_channel || p.order == Order::channel_spatial ? 2 : 1;
+}
+
+// Bytes that a multiprocessor moves until the launch is done, with all waiting counted as bytes.
+double cost(const Problem& p, const Device& device, const OnChip& plan) {
+  const int64_t waves = (p.n + plan.images_at_once - 1) / plan.images_at_once;
+  const int64_t blocks = int64_t(plan.blocks) * plan.images_at_once;
+  const int64_t sharing = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+  const double image = double(p.rows() * p.cols()) * p.element_size();
+  const double again = rereads(p) * (1 - double(plan.kept) / plan.chunks) +
+                       (plan.backward ? 1 - double(plan.kept_dy) / plan.chunks : 0);
+  const bool in_l2 = plan.images_at_once * image * again < kUsableL2 * device.l2_bytes;
+  const double passes = (plan.backward ? 3 : 2) + again * (in_l2 ? kFromL2 : 1);
+  const double waiting = double(kWaiting[int(plan.barrier)]) / sharing;  // others' work hides it
+  return waves * (passes * sharing * image / plan.blocks + waiting);
+}
+
+// No other number of blocks differs enough to be worth a look.
+constexpr int kBlocks[] = {2, 4, 8, 16, 32, 64};
+
+}  // namespace
+
+bool parse(const std::string& text, Wish& wish) {
+  using Kind = Wish::Kind;
+  const auto is = [&](const char* name, Kind kind) {
+    if (text == name) wish = {kind};
+    return text == name;
+  };
+  if (is("", Kind::automatic) || is("portable", Kind::portable) || is("onchip", Kind::on_chip))
+    return true;
+  const size_t colon = text.find(':');
+  const std::string digits = colon == std::string::npos ? "" : text.substr(colon + 1);
+  const bool number = !digits.empty() && digits.size() <= 3 && digits[0] != '0' &&
+                      digits.find_first_not_of("0123456789") == std::string::npos;
+  if (colon != std::string::npos && !number) return false;
+  for (int i = 0; i < 3; i++)
+    if (text.substr(0, colon) == kBarriers[i]) {
+      wish = {Kind::exact, static_cast<Barrier>(i), number ? std::atoi(digits.c_str()) : 0};
+      return true;
+    }
+  return false;
+}
+
+bool has_clusters(int sm) { return sm >= 90 && sm < 120; }
+
+Residents typical_residents(const Device& device) {
+  return [device](const OnChip& plan) -> int {
+    const auto bytes = static_cast<int64_t>(plan.shared_bytes);
+    const int fitting = bytes <= shared_limit(device.sm, 2)   ? 2
+                        : bytes <= shared_limit(device.sm, 1) ? 1
+                                                              : 0;
+    if (plan.barrier != Barrier::cluster) return fitting * device.multiprocessors / plan.blocks;
+    constexpr int kProcessors = 16;  // of a part of the GPU; a cluster does not reach beyond one
+    return device.multiprocessors / kProcessors * (fitting * kProcessors / plan.blocks);
+  };
+}
+
+OnChip choose(const Problem& problem, bool backward, const Device& device, bool aligned,
+              const Wish& wish, const Residents& residents) {
+  OnChip best{};
+  constexpr const char* kNone = "the device holds no such group of blocks";
+  best.refused = kNone;
+  if (wish.kind == Wish::Kind::portable)
+    best.refused = "DA_OPS_PLAN=portable";
+  else if (wish.kind == Wish::Kind::automatic && !proven(device.sm))
+    best.refused = "no results show it faster on this architecture (DA_OPS_PLAN=onchip tries it)";
+  if (best.refused != kNone) return best;
+  double least = 0;
+  const auto consider = [&](Barrier barrier, int blocks, int blocks_per_sm) {
+    OnChip plan = on_chip(problem, backward, aligned, barrier, blocks,
+                          shared_limit(device.sm, blocks_per_sm));
+    if (plan.refused) {
+      if (best.refused == kNone) best.refused = plan.refused;
+      return;
+    }
+    const int groups = residents(plan);
+    if (groups < 1) return;
+    plan.images_at_once = std::clamp<int64_t>(problem.n, 1, groups);
+    const double c = cost(problem, device, plan);
+    if (best.refused || c < least) best = plan, least = c;
+  };
+  for (int b = 0; b < 3; b++) {
+    const Barrier barrier = static_cast<Barrier>(b);
+    if (wish.kind == Wish::Kind::exact && wish.barrier != barrier) continue;
+    if (barrier == Barrier::cluster && !has_clusters(device.sm)) {
+      if (best.refused == kNone) best.refused = "clusters need compute capability 9.0 or 10.0";
+      continue;
+    }
+    for (int per_sm = kChipBlocks; per_sm >= 1; per_sm--)
+      if (wish.blocks > 0 || barrier == Barrier::block)
+        consider(barrier, std::max(wish.blocks, 1), per_sm);
+      else
+        for (int blocks : kBlocks) consider(barrier, blocks, per_sm);
+  }
+  return best;
+}
+
+bool proven(int) { return false; }
+
+}  // namespace da::cuda

@@ -1,0 +1,44 @@
+// Which launches a problem gets: the portable passes, or one launch that keeps the image on the
+// chip, and with which group of blocks. Free of torch and of CUDA; the one thing that only a device
+// knows, how many groups it holds at once, is asked through a function.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "cuda/onchip.h"
+#include "cuda/plan.h"
+
+namespace da::cuda {
+
+// What the user wants, from the text of DA_OPS_PLAN:
+//   ""           what the results for this architecture show to be best
+//   "portable"   the portable passes
+//   "onchip"     one launch wherever it is possible
+//   "block", "cluster", "group", also with a number of blocks as in "cluster:8"
+//                this one; an error where it is impossible
+struct Wish {
+  enum class Kind { automatic, portable, on_chip, exact } kind = Kind::automatic;
+  Barrier barrier = Barrier::block;
+  int blocks = 0;  // 0: any
+};
+
+bool parse(const std::string& text, Wish& wish);
+
+bool has_clusters(int sm);
+
+// How many groups of this launch a device holds at once; 0: it cannot run it.
+using Residents = std::function<int(const OnChip&)>;
+
+// What a typical GPU of the architecture should hold, for showing plans without one.
+Residents typical_residents(const Device& device);
+
+// The launch that should take least time, with images_at_once set; or `refused` says why the
+// portable passes are to run. Where there is none as wished, that is what `refused` says.
+OnChip choose(const Problem& problem, bool backward, const Device& device, bool aligned,
+              const Wish& wish, const Residents& residents);
+
+// Whether committed results show the one launch right and faster on this architecture.
+bool proven(int sm);
+
+}  // namespace da::cuda
