@@ -1,8 +1,8 @@
 """The attention layers that the DA block is compared with, in plain PyTorch.
 
-Each is ``[N, C, H, W] -> [N, C, H, W]`` and keeps dtype and memory layout. Parameters are in ``x``'s
-dtype, or float32 with half-precision ``x``. Each takes ``(channels, device=, dtype=)`` and so serves
-as an ``attn_layer`` of timm.
+Each is ``[N, C, H, W] -> [N, C, H, W]`` and keeps dtype and memory layout. Parameters are in the
+dtype of ``x``, or float32 with half-precision ``x``. Each takes ``(channels, device=, dtype=)`` and
+so serves as an ``attn_layer`` of timm.
 """
 
 from __future__ import annotations

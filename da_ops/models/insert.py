@@ -55,8 +55,8 @@ def insert_attention(
 
     The layer comes after the last normalisation of the residual branch, before the addition, with
     the device and dtype of that block. State-dict keys of the network stay as they are. New ones
-    are ``layer1.0.attention.*`` in torchvision's blocks, ``layer1.0.se.*`` in timm's, whose slot for
-    attention it is. An optimizer made before does not know the new parameters.
+    are ``layer1.0.attention.*`` in torchvision's blocks, ``layer1.0.se.*`` in timm's, which have
+    that slot for attention. An optimizer made before does not know the new parameters.
 
     Args:
         model: any network with torchvision's or timm's ``BasicBlock`` or ``Bottleneck``: ResNet,
@@ -64,9 +64,9 @@ def insert_attention(
         attention: ``"da"``, ``"se"``, ``"sge"`` or ``"eca"``.
         preserve_function: start with constant masks and divide weight and bias of the normalisation
             before them by their product, so that the output of ``model`` stays what it was, in
-            training and evaluation, to rounding. For this DA starts with ``merge`` and an "eca" gate
-            at 0, SE with ``fc2``, ECA with ``conv``, SGE with ``weight``. What lies before a weight
-            at 0 gets its first gradient when one step has moved that weight.
+            training and evaluation, to rounding. DA then starts with ``merge`` and an "eca" gate at
+            0, SE with ``fc2``, ECA with ``conv``, SGE with ``weight``. What lies before a weight at
+            0 gets its first gradient when one step has moved that weight.
         options: keyword arguments of the layer, such as ``order``, ``gate`` and ``backend`` of
             :class:`da_ops.DAModule`.
 

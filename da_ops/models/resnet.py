@@ -35,13 +35,16 @@ _DOCUMENTATION = """torchvision's ``{name}`` with attention at the end of every 
     """
 
 
+_DEFAULTS = {"order": "spatial_channel", "gate": "affine", "backend": "auto"}
+
+
 def _constructor(name: str) -> Callable[..., ResNet]:
     def resnet(
         attention: str | None = "da",
         *,
-        order: str = "spatial_channel",
-        gate: str = "affine",
-        backend: str = "auto",
+        order: str = _DEFAULTS["order"],
+        gate: str = _DEFAULTS["gate"],
+        backend: str = _DEFAULTS["backend"],
         weights: Weights = None,
         num_classes: int = 1000,
         **kwargs: Any,
@@ -64,7 +67,7 @@ def _constructor(name: str) -> Callable[..., ResNet]:
 
 def _check_unused(options: dict[str, str], attention: str | None, name: str) -> None:
     for option, value in options.items():
-        if value != {"order": "spatial_channel", "gate": "affine", "backend": "auto"}[option]:
+        if value != _DEFAULTS[option]:
             raise ValueError(
                 f"{name}: {option} goes with attention='da', got {option}={value!r} with "
                 f"attention={attention!r}; leave it out"
