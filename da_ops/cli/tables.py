@@ -32,7 +32,7 @@ def _tables(args: argparse.Namespace) -> int:
 
 def _write(path: Path, text: str) -> None:
     """All of it or nothing."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.parent / f".{path.name}.{os.getpid()}"
     try:
         unfinished.write_text(text)
         os.replace(unfinished, path)
