@@ -66,7 +66,8 @@ def insert_attention(
             before them by their product, so that the output of ``model`` stays what it was, in
             training and evaluation, to rounding. DA then starts with ``merge`` and an "eca" gate at
             0, SE with ``fc2``, ECA with ``conv``, SGE with ``weight``. What lies before a weight at
-            0 gets its first gradient when one step has moved that weight.
+            0 gets its first gradient when one step has moved that weight, be it one of these or the
+            last norm's of a network that starts its branches at 0.
         options: keyword arguments of the layer, such as ``order``, ``gate`` and ``backend`` of
             :class:`da_ops.DAModule`.
 
