@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.transforms.v2.functional import resize
 
 from . import resnet
 from .weights import Weights, load_weights
@@ -92,9 +94,10 @@ def ssd(
         for module in net.layer3.modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
-    return SSD(
-        _Pyramid(net, taken, extras, widths), boxes, (size, size), num_classes, head=head, **kwargs
-    )
+    pyramid = _Pyramid(net, taken, extras, widths)
+    model = SSD(pyramid, boxes, (size, size), num_classes, head=head, **kwargs)
+    model.transform = _Transform(model.transform)
+    return model
 
 
 ssd300 = partial(ssd, size=300)
@@ -173,7 +176,7 @@ def _default_boxes(size: int, levels: int) -> DefaultBoxGenerator:
 
 
 class _DefaultBoxes(DefaultBoxGenerator):
-    """Not in the half precision that feature maps have under autocast: boxes would be pixels off."""
+    """Not in the half precision of feature maps under autocast: boxes would be pixels off."""
 
     def _grid_default_boxes(
         self, grid_sizes: list[list[int]], image_size: list[int], dtype: torch.dtype = torch.float32
@@ -190,3 +193,27 @@ class _Head(SSDHead):
             name: out.to(torch.promote_types(out.dtype, torch.float32))
             for name, out in super().forward(x).items()
         }
+
+
+class _Transform(GeneralizedRCNNTransform):
+    """Resizes with antialiasing, as training data are, where torchvision's takes single pixels."""
+
+    def __init__(self, plain: GeneralizedRCNNTransform) -> None:
+        super().__init__(
+            plain.min_size,
+            plain.max_size,
+            plain.image_mean,
+            plain.image_std,
+            plain.size_divisible,
+            plain.fixed_size,
+        )
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        size = list(self.fixed_size)
+        if target is not None:
+            target["boxes"] = resize_boxes(target["boxes"], image.shape[-2:], size)
+        if list(image.shape[-2:]) != size:
+            image = resize(image, size, antialias=True)
+        return image, target
