@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from .._version import __version__
-from . import explain, info
+from . import eval, explain, info, train
 
-_COMMANDS = (info, explain)
+_COMMANDS = (info, explain, train, eval)
 
 
 def main(argv: list[str] | None = None) -> int:
