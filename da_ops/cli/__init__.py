@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from .._version import __version__
-from . import explain, info
+from . import explain, info, make_data
 
-_COMMANDS = (info, explain)
+_COMMANDS = (info, explain, make_data)
 
 
 def main(argv: list[str] | None = None) -> int:
