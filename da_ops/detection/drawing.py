@@ -12,7 +12,6 @@ import colorsys
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -81,7 +80,10 @@ def _paint(
     if kind in _HUES:
         hue = rng.uniform(*_HUES[kind]) % 1
         return _plain(_unlike([ground], lambda: _saturated(hue, rng)), u)
-    any_colour = partial(rng.uniform, 0, 255, 3)
+
+    def any_colour() -> np.ndarray:
+        return rng.uniform(0, 255, 3)
+
     colour = _unlike([ground], any_colour)
     if kind not in PATTERNS:
         return _plain(colour, u)

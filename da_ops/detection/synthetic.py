@@ -103,6 +103,8 @@ class _Scene:
         sprite = draw(kind, side, behind.mean((0, 1)), rng)
 
         height, width = sprite.alpha.shape
+        if min(top + height, left + width) <= 0:
+            return False
         picture = np.s_[max(top, 0) : top + height, max(left, 0) : left + width]
         part = np.s_[max(-top, 0) : size - top, max(-left, 0) : size - left]
         colour, alpha = sprite.colour[part], sprite.alpha[part]
