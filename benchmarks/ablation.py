@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from torchvision.models.detection.ssd import SSD
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -134,11 +135,17 @@ def one_cycle(preset: Preset) -> Callable[[int], float]:
     return rate
 
 
+def network(name: str, seed: int, preset: Preset, classes: tuple[str, ...]) -> SSD:
+    """A variant before training: from one seed, what all have in common starts the same."""
+    settings = Settings(backbone=preset.backbone, size=preset.size, seed=seed, **VARIANTS[name])
+    return build_model(settings, classes)
+
+
 def run_one(name: str, seed: int, preset: Preset, data: Data, device: torch.device) -> Any:
     """Train and test one network."""
     started, world = time.perf_counter(), World(0, 1, device)
-    settings = Settings(backbone=preset.backbone, size=preset.size, seed=seed, **VARIANTS[name])
-    model = build_model(settings, data.classes).to(device)
+    model = network(name, seed, preset, data.classes)
+    model = model.to(device, memory_format=torch.channels_last)
     groups = parameter_groups(model, preset.weight_decay)
     optimizer = torch.optim.AdamW(groups, preset.lr)
     trainer = Trainer(model, optimizer, one_cycle(preset), world, amp=True, clip_norm=10.0)

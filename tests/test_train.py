@@ -205,7 +205,7 @@ def test_eval_of_a_folder_without_a_checkpoint_of_other_files_and_of_other_class
     torch.save({"conv": torch.zeros(1)}, torn)
     assert "got another file of torch.save" in error(torn, data)
     make_data(tmp_path / "other", train=1, test=1, size=64)
-    (tmp_path / "other" / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "other" / "VOCdevkit" / "classes.txt").write_text("cat\ndog\n")
     message = error(run, tmp_path / "other")
     assert "expected the classes that the checkpoint was trained on" in message
     assert "cat, dog" in message
@@ -284,7 +284,7 @@ def test_data_without_images_or_without_objects_is_refused(data, tmp_path, capsy
     assert "nowhere" in error(tmp_path / "nowhere")
     bare = tmp_path / "bare"
     make_data(bare, train=2, test=1, size=64)
-    for path in bare.glob("VOC2007/Annotations/*.xml"):
+    for path in bare.glob("VOCdevkit/VOC2007/Annotations/*.xml"):
         head, _, _ = path.read_text().partition("<object>")
         path.write_text(head + "</annotation>")
     assert "without a single box" in error(bare)
