@@ -55,12 +55,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One experiment. Sizes in pixels; `lr` is the highest of the one cycle; `light` keeps the
+    """One experiment. Sizes in pixels; `min_scale` is the least side of an object
+    as a share of the image's; `lr` is the highest of the one cycle; `light` keeps the
     decoded images in memory and mirrors them, without SSD's augmentation, which takes as long as
     a small network's step."""
 
     backbone: str
     size: int
+    min_scale: float
     train: int
     test: int
     batch_size: int
@@ -75,8 +77,8 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("resnet18", 64, 4000, 1000, 32, 600, 2e-3, 3, light=True, workers=0),
-    "gpu": Preset("resnet50", 300, 16_000, 2000, 32, 15_000, 1e-3, 5, light=False, workers=8),
+    "small": Preset("resnet18", 64, 0.15, 4000, 1000, 32, 600, 2e-3, 3, light=True, workers=0),
+    "gpu": Preset("resnet50", 300, 0.05, 16_000, 2000, 32, 15_000, 1e-3, 5, light=False, workers=8),
 }
 
 
@@ -106,7 +108,14 @@ class Data:
 def load(preset: Preset, folder: Path) -> Data:
     """Generated images, the same for every run of the preset."""
     root = folder / "data"
-    make_data(root, train=preset.train, test=preset.test, size=preset.size)
+    make_data(
+        root,
+        train=preset.train,
+        test=preset.test,
+        size=preset.size,
+        min_scale=preset.min_scale,
+        progress=True,
+    )
     classes = tuple(read_classes(root))
 
     def part(name: str, transforms: Callable[..., Any]) -> Any:

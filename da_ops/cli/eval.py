@@ -18,7 +18,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--plus-one",
         action="store_true",
-        help="count both edges' pixels in widths and heights, as VOC's own devkit does",
+        help="add 1 to widths and heights, as some evaluators do; boxes here end at the edges of"
+        " pixels, and have VOC's own overlaps without it",
     )
     command.add_argument("--batch-size", type=int, default=32)
     command.add_argument("--workers", type=int, default=2, help="processes that load images")

@@ -32,7 +32,7 @@ def evaluate(
     Args:
         dataset: items as of :class:`da_ops.detection.voc.VOCDetection`.
         classes: names without the background, in the order of the labels.
-        plus_one: count pixels of both edges in widths and heights, as VOC's own devkit does.
+        plus_one: see :class:`da_ops.detection.metric.VOCEvaluator`.
 
     Returns:
         what :meth:`VOCEvaluator.compute` does, in every process. The model's mode is as before.
