@@ -7,7 +7,9 @@ python -m benchmarks.ablation --readme README.md    measures nothing, writes the
                                  committed results; with --check exits 1 if it is another
 
 All networks of one seed start from the same weights, as far as they share them, and see the same
-images in the same order, augmented in the same way: what differs is the attention.
+images in the same order, augmented in the same way: what differs is the attention. Where time is
+short they all start from one plain network that was trained before, with layers that change nothing
+at first.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from da_ops.detection.loading import StepSampler, training_loader
 from da_ops.detection.optimisation import Trainer, parameter_groups
 from da_ops.detection.synthetic import make_data
 from da_ops.detection.voc import VOCDetection, read_classes
+from da_ops.models import insert_attention
 from da_ops.settings import Settings
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -66,6 +69,7 @@ class Preset:
     train: int
     test: int
     batch_size: int
+    pretraining: int  # steps of the plain network that all start from; 0: from random weights
     steps: int
     lr: float
     seeds: int
@@ -77,8 +81,8 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("resnet18", 64, 0.15, 4000, 1000, 32, 600, 2e-3, 3, light=True, workers=0),
-    "gpu": Preset("resnet50", 300, 0.05, 16_000, 2000, 32, 15_000, 1e-3, 5, light=False, workers=8),
+    "small": Preset("resnet18", 64, 0.15, 6000, 1000, 32, 2000, 250, 2e-3, 3, True, 0),
+    "gpu": Preset("resnet50", 300, 0.05, 16_000, 2000, 32, 0, 15_000, 1e-3, 5, False, 8),
 }
 
 
@@ -131,80 +135,136 @@ def load(preset: Preset, folder: Path) -> Data:
     return Data(classes, part("trainval", augment), part("test", plain))
 
 
-def one_cycle(preset: Preset) -> Callable[[int], float]:
+def one_cycle(preset: Preset, steps: int) -> Callable[[int], float]:
     """Linearly up to the preset's rate, then down to 0 along a cosine."""
-    rise = max(1, round(preset.warm * preset.steps))
+    rise = max(1, round(preset.warm * steps))
 
     def rate(step: int) -> float:
         if step < rise:
             return preset.lr * (step + 1) / rise
-        done = (step - rise) / max(1, preset.steps - rise)
+        done = (step - rise) / max(1, steps - rise)
         return preset.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     return rate
 
 
-def network(name: str, seed: int, preset: Preset, classes: tuple[str, ...]) -> SSD:
-    """A variant before training: from one seed, what all have in common starts the same."""
-    settings = Settings(backbone=preset.backbone, size=preset.size, seed=seed, **VARIANTS[name])
-    return build_model(settings, classes)
+State = dict[str, torch.Tensor]
 
 
-def run_one(name: str, seed: int, preset: Preset, data: Data, device: torch.device) -> Any:
+def network(
+    name: str, seed: int, preset: Preset, classes: tuple[str, ...], start: State | None
+) -> SSD:
+    """A variant before training: from one seed, what all have in common starts the same.
+
+    With `start`, the plain network's weights, all compute the same at first."""
+    options = VARIANTS[name] if start is None else VARIANTS[report.PLAIN]
+    settings = Settings(backbone=preset.backbone, size=preset.size, seed=seed, **options)
+    model = build_model(settings, classes)
+    if start is not None:
+        model.load_state_dict(start)
+        if name != report.PLAIN:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                insert_attention(model, preserve_function=True, **VARIANTS[name])
+    return model
+
+
+class Training:
+    """A network on its way: trained step by step, tested at any of them."""
+
+    def __init__(
+        self, model: SSD, seed: int, steps: int, preset: Preset, data: Data, device: torch.device
+    ) -> None:
+        self.world = World(0, 1, device)
+        self.data, self.workers = data, preset.workers
+        model = model.to(device, memory_format=torch.channels_last)
+        groups = parameter_groups(model, preset.weight_decay)
+        optimizer = torch.optim.AdamW(groups, preset.lr)
+        schedule = one_cycle(preset, steps)
+        self.trainer = Trainer(model, optimizer, schedule, self.world, amp=True, clip_norm=10.0)
+        sampler = StepSampler(len(data.train), preset.batch_size, 0, steps, seed=seed)
+        self.loader = training_loader(data.train, sampler, preset.workers, device.type == "cuda")
+
+    def steps(self, title: str) -> Iterator[int]:
+        """Train; yields the number of each step when it is done."""
+        self.losses: list[float] = []
+        for batch in tqdm(self.loader, desc=title, leave=False, disable=None):
+            self.losses.append(self.trainer.update(batch)["loss"])
+            yield self.trainer.step
+
+    def loss(self) -> float:
+        """Mean over the last twentieth of the steps."""
+        tail = self.losses[-max(1, len(self.losses) // 20) :]
+        return sum(tail) / len(tail)
+
+    def test(self) -> dict[str, float]:
+        """mAP of 11 points, the paper's, and of all."""
+        with self.trainer.autocast():
+            found = evaluate(
+                self.trainer.model,
+                self.data.test,
+                self.data.classes,
+                self.world,
+                workers=self.workers,
+            )
+        return {name: float(found[name]) for name in ("map_11", "map")}
+
+
+def pretrain(preset: Preset, data: Data, device: torch.device) -> tuple[State, dict[str, float]]:
+    """The plain network that all start from, and what is to be said of it."""
+    started = time.perf_counter()
+    seed = preset.seeds  # none of the variants'
+    model = network(report.PLAIN, seed, preset, data.classes, None)
+    training = Training(model, seed, preset.pretraining, preset, data, device)
+    for _ in training.steps("pretraining"):
+        pass
+    found = {**training.test(), "loss": training.loss()}
+    state = {key: value.cpu() for key, value in training.trainer.model.state_dict().items()}
+    return state, {**found, "seconds": time.perf_counter() - started}
+
+
+def run_one(
+    name: str, seed: int, preset: Preset, data: Data, start: State | None, device: torch.device
+) -> Any:
     """Train and test one network."""
-    started, world = time.perf_counter(), World(0, 1, device)
-    model = network(name, seed, preset, data.classes)
-    model = model.to(device, memory_format=torch.channels_last)
-    groups = parameter_groups(model, preset.weight_decay)
-    optimizer = torch.optim.AdamW(groups, preset.lr)
-    trainer = Trainer(model, optimizer, one_cycle(preset), world, amp=True, clip_norm=10.0)
-    sampler = StepSampler(len(data.train), preset.batch_size, 0, preset.steps, seed=seed)
-    loader = training_loader(data.train, sampler, preset.workers, device.type == "cuda")
-
-    def test() -> dict[str, Any]:
-        with trainer.autocast():
-            return evaluate(trainer.model, data.test, data.classes, world, workers=preset.workers)
-
+    started = time.perf_counter()
+    model = network(name, seed, preset, data.classes, start)
+    training = Training(model, seed, preset.steps, preset, data, device)
     stops = {round(part * preset.steps) for part in preset.curve if name == report.PLAIN}
-    losses, curve = [], []
-    for batch in tqdm(loader, desc=f"seed {seed}, {name}", leave=False, disable=None):
-        losses.append(trainer.update(batch)["loss"])
-        if trainer.step in stops:
-            curve.append({"step": trainer.step, **scores(test())})
-    found = scores(test())
-    tail = losses[-max(1, len(losses) // 20) :]
+    training_steps = training.steps(f"seed {seed}, {name}")
+    curve = [{"step": step, **training.test()} for step in training_steps if step in stops]
+    found = training.test()
     return {
         "variant": name,
         "seed": seed,
         **found,
-        "curve": [*curve, {"step": trainer.step, **found}],
-        "loss": sum(tail) / len(tail),
+        "curve": [*curve, {"step": preset.steps, **found}],
+        "loss": training.loss(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": time.perf_counter() - started,
     }
-
-
-def scores(found: dict[str, Any]) -> dict[str, float]:
-    """Of what an evaluation found, the means: mAP of 11 points, the paper's, and of all."""
-    return {name: float(found[name]) for name in ("map_11", "map")}
 
 
 def experiment(preset: Preset, options: argparse.Namespace, path: Path) -> None:
     """All networks of one seed, then of the next; the file is complete after each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = environment.head("ablation", device.type, options.preset)
-    results |= {"settings": settings_record(preset), "runs": [], "seconds": 0.0}
+    settings = settings_record(preset)
+    results |= {"settings": settings, "pretraining": None, "runs": [], "seconds": 0.0}
     if options.resume:
         results = resumed(path, results)
     done = {(run["variant"], run["seed"]) for run in results["runs"]}
     wanted = [(name, seed) for seed in range(preset.seeds) for name in VARIANTS]
     before, started = results["seconds"], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        data = load(preset, Path(folder))
+        data, start = load(preset, Path(folder)), None
+        if preset.pretraining:  # again on --resume, to the same weights
+            start, results["pretraining"] = pretrain(preset, data, device)
+            print(f"pretraining: mAP {100 * results['pretraining']['map_11']:.1f}", flush=True)
         for name, seed in wanted:
             if (name, seed) in done:
                 continue
-            run = run_one(name, seed, preset, data, device)
+            run = run_one(name, seed, preset, data, start, device)
             results["runs"].append(run)
             results["seconds"] = before + time.perf_counter() - started
             environment.write_results(path, results)

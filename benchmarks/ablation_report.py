@@ -119,8 +119,14 @@ def row(results: Results, variant: str, paper: dict[str, float]) -> list[str]:
 def description(results: Results) -> str:
     """What was run, in a sentence or three."""
     s, seeds = results["settings"], sorted({r["seed"] for r in results["runs"]})
+    start = "from random weights"
+    if before := results["pretraining"]:
+        start = (
+            f"all from one plain network (mAP {100 * before['map_11']:.1f} after"
+            f" {s['pretraining']} steps), with layers that change nothing at first"
+        )
     return (
-        f"SSD{s['size']} on {s['backbone']}, from random weights, {s['steps']} steps of"
+        f"SSD{s['size']} on {s['backbone']}, {start}, {s['steps']} steps of"
         f" {s['batch_size']} of {s['train']} generated images, tested on {s['test']} others; seeds"
         f" {', '.join(map(str, seeds))}, the same for every network; {results['seconds'] / 60:.0f}"
         " minutes. mAP of 11 points. Intervals are of the mean difference from plain over paired"

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("skimage")
@@ -25,6 +26,7 @@ TINY = dataclasses.replace(
     train=6,
     test=3,
     batch_size=2,
+    pretraining=2,
     steps=4,
     seeds=2,
 )
@@ -47,7 +49,7 @@ def results(**values):
     ]
     settings = {"backbone": "resnet18", "size": 64, "seeds": 3, "train": 9, "test": 9}
     settings |= {"steps": 5, "batch_size": 2}
-    return {"settings": settings, "runs": runs, "seconds": 60.0}
+    return {"settings": settings, "pretraining": None, "runs": runs, "seconds": 60.0}
 
 
 def test_the_interval_is_that_of_a_paired_t_test():
@@ -98,7 +100,7 @@ def test_networks_of_a_seed_start_alike_and_differ_between_seeds(tiny, tmp_path)
     data = ablation.load(TINY, tmp_path)
     assert (len(data.train), len(data.test)) == (6, 3)
     networks = {
-        (name, seed): ablation.network(name, seed, TINY, data.classes).state_dict()
+        (name, seed): ablation.network(name, seed, TINY, data.classes, None).state_dict()
         for name in ablation.VARIANTS
         for seed in (0, 1)
     }
@@ -109,6 +111,23 @@ def test_networks_of_a_seed_start_alike_and_differ_between_seeds(tiny, tmp_path)
         assert all((mine[key] == value).all() for key, value in plain.items())
     other = networks[ablation_report.PLAIN, 1]
     assert any((other[key] != value).any() for key, value in plain.items())
+
+
+def test_all_compute_what_the_pretrained_network_does(tmp_path):
+    data = ablation.load(TINY, tmp_path)
+    start, found = ablation.pretrain(TINY, data, torch.device("cpu"))
+    assert 0 <= found["map_11"] <= 1 and found["loss"] > 0
+    images = [data.test[i][0] for i in range(3)]
+
+    def heads(name):
+        model = ablation.network(name, 0, TINY, data.classes, start).eval()
+        with torch.no_grad():
+            features = model.backbone(torch.stack(images))
+            return torch.cat([level.flatten() for level in features.values()])
+
+    plain = heads(ablation_report.PLAIN)
+    for name in ablation.VARIANTS:
+        torch.testing.assert_close(heads(name), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_an_interrupted_ablation_goes_on_to_the_same_result(tiny, tmp_path, monkeypatch, capsys):
@@ -150,7 +169,8 @@ def test_results_of_another_experiment_are_not_resumed(tiny, tmp_path, monkeypat
     path = tmp_path / "x-ablation.json"
     record = environment.head("ablation", "cpu", "small")
     record |= {"settings": {**ablation.settings_record(TINY), "steps": 9}, "runs": []}
-    environment.write_results(path, {**record, "seconds": 0.0})
+    record |= {"pretraining": None, "seconds": 0.0}
+    environment.write_results(path, record)
     assert ablation.main(["--out", str(path), "--resume"]) == 2
     assert "settings" in capsys.readouterr().err
 
