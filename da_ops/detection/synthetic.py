@@ -34,9 +34,9 @@ _VALIDATION = 5  # one training picture of so many is for validation
 
 _LARGEST = 0.9  # of the image's side
 _LEAST_VISIBLE = 0.6  # of a thing, or it is not drawn
-_CLEARLY_VISIBLE = 0.75  # less is difficult
-_CLEAR_SIDE = 10  # pixels of the shorter side; less is difficult
-_CLEAR_PATTERN = 16  # the same for what only its pattern tells
+_CLEARLY_VISIBLE = 0.7  # less is difficult
+_CLEAR_SIDE = 8  # pixels of the shorter side; less is difficult
+_CLEAR_PATTERN = 12  # the same for what only its pattern tells
 
 
 @dataclass(frozen=True)
