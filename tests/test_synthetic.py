@@ -157,6 +157,12 @@ def test_min_scale_leaves_out_small_objects():
     assert len(sides) > 20 and min(sides) >= 0.4 * 64 - 2
 
 
+def test_there_is_an_object_even_where_one_thing_fills_the_picture():
+    """What comes first may be clutter, which then leaves no room."""
+    for index in range(40):
+        assert picture(0, index, size=32, min_scale=0.85)[1]
+
+
 @pytest.mark.parametrize("kind", CLASSES + CLUTTER)
 def test_a_drawing_fills_its_box_and_stands_out(kind):
     for seed in range(20):
