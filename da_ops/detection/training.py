@@ -59,9 +59,9 @@ def train(
     with join() as world:
         classes = read_classes(data)
         dataset = training_set(data, classes, settings)
-        tested_on = (
-            evaluation_set(data, classes, skip_bad=settings.skip_bad) if eval_every else None
-        )
+        tested_on = None
+        if eval_every:
+            tested_on = evaluation_set(data, classes, skip_bad=settings.skip_bad)
         run = Run(settings, tuple(classes), len(dataset))
         check_resumable(out, run) if resume else check_new(out)
         trainer = make_trainer(settings, classes, world)
