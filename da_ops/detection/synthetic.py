@@ -34,9 +34,9 @@ _VALIDATION = 5  # one training picture of so many is for validation
 
 _LARGEST = 0.9  # of the image's side
 _LEAST_VISIBLE = 0.6  # of a thing, or it is not drawn
-_CLEARLY_VISIBLE = 0.75  # less is difficult
-_CLEAR_SIDE = 10  # pixels of the shorter side; less is difficult
-_CLEAR_PATTERN = 16  # the same for what only its pattern tells
+_CLEARLY_VISIBLE = 0.7  # less is difficult
+_CLEAR_SIDE = 8  # pixels of the shorter side; less is difficult
+_CLEAR_PATTERN = 12  # the same for what only its pattern tells
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,27 @@ def picture(
         min_scale: least side of an object, as a share of the picture's; the largest is .9.
     """
     rng = np.random.default_rng((seed, index, list(_PHOTOGRAPHS).index(split)))
-    things = 1 + min(int(rng.poisson(1.6)), 6)
-    kinds = [*rng.choice(CLASSES, things), *rng.choice(CLUTTER, rng.integers(0, 6))]
-    # The large ones first, for they would hide the others.
-    scales = np.exp(rng.uniform(math.log(min_scale), math.log(_LARGEST), len(kinds)))
-    order = np.argsort(-scales * rng.uniform(0.7, 1.4, len(kinds)))
-    scene = _Scene(_background(split, size, rng))
-    while not scene.objects():
-        for k in order:
-            _place(scene, str(kinds[k]), float(scales[k]), min_scale, rng)
+    background = _background(split, size, rng)
+    scene = _compose(background, min_scale, rng)
+    while not scene.objects():  # clutter took all the room
+        scene = _compose(background, min_scale, rng)
     noise = rng.normal(0, rng.uniform(2, 10), scene.pixels.shape)
     return np.clip(scene.pixels + noise, 0, 255).astype(np.uint8), scene.objects()
 
 
-def _place(scene: _Scene, kind: str, scale: float, min_scale: float, rng: Rng) -> None:
-    """Draw a thing, smaller where it would hide too much; not at all where nothing helps."""
-    for smaller in scale * 0.8 ** np.arange(10):
-        if scene.add(kind, max(smaller, min_scale) * len(scene.pixels), rng):
-            return
+def _compose(background: np.ndarray, min_scale: float, rng: Rng) -> _Scene:
+    """Objects and clutter at random, though some may find no place."""
+    objects = 1 + min(int(rng.poisson(1.6)), 6)
+    kinds = [*rng.choice(CLASSES, objects), *rng.choice(CLUTTER, rng.integers(0, 6))]
+    scales = np.exp(rng.uniform(math.log(min_scale), math.log(_LARGEST), len(kinds)))
+    scene = _Scene(background.copy())
+    # The large ones first, more or less, for they would hide the others.
+    for k in np.argsort(-scales * rng.uniform(0.7, 1.4, len(kinds))):
+        # What would hide too much is tried elsewhere, and smaller.
+        for scale in scales[k] * 0.8 ** np.arange(10):
+            if scene.add(str(kinds[k]), max(scale, min_scale) * len(background), rng):
+                break
+    return scene
 
 
 class _Scene:
