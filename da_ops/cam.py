@@ -55,11 +55,7 @@ def grad_cam(
         )
     layer = deepest_block(model) if layer is None else layer
     with _untouched(model):
-        device = next(model.parameters()).device
-        inputs, scored = images.to(device), model
-        if isinstance(model, SSD):
-            inputs = model.transform(list(inputs))[0].tensors
-            scored = _BoxLogits(model)
+        scored, inputs = _scored(model, images)
         with torch.no_grad():
             scores = scored(inputs)
         # Frozen layers give gradients too, as long as something before them asks for one.
@@ -69,6 +65,13 @@ def grad_cam(
     if maps.shape[-2:] != images.shape[-2:]:
         maps = F.interpolate(maps[None], images.shape[-2:], mode="bilinear")[0]
     return maps
+
+
+def strongest(model: nn.Module, images: Tensor) -> list[int]:
+    """For each image the class, other than SSD's background, that the model is surest of."""
+    with _untouched(model), torch.no_grad():
+        scored, inputs = _scored(model, images)
+        return _strongest(scored(inputs))
 
 
 def deepest_block(model: nn.Module) -> nn.Module:
@@ -85,6 +88,20 @@ def deepest_block(model: nn.Module) -> nn.Module:
             " pass layer="
         )
     return stages[max(stages)][-1]
+
+
+def _scored(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """A network that maps a batch to scores, [N, classes] or [N, boxes, classes], and the batch."""
+    images = images.to(next(model.parameters()).device)
+    if isinstance(model, SSD):
+        return _BoxLogits(model), model.transform(list(images))[0].tensors
+    return model, images
+
+
+def _strongest(scores: Tensor) -> list[int]:
+    if scores.dim() == 3:  # boxes, of which each is background first of all
+        return [int(one) + 1 for one in scores.softmax(-1)[..., 1:].amax(1).argmax(-1)]
+    return [int(one) for one in scores.argmax(-1)]
 
 
 class _BoxLogits(nn.Module):
@@ -116,13 +133,11 @@ def _targets(scores: Tensor, labels: Sequence[int] | None) -> list[Callable[[Ten
     for label in labels or ():
         if not 0 <= label < classes:
             raise ValueError(f"grad_cam: expected targets from 0 to {classes - 1}, got {label}")
+    labels = _strongest(scores) if labels is None else labels
     if scores.dim() == 2:
-        chosen = scores.argmax(-1).tolist() if labels is None else labels
-        return [ClassifierOutputTarget(label) for label in chosen]
-    # Boxes are compared by probability: a logit says nothing without those of the other classes.
+        return [ClassifierOutputTarget(label) for label in labels]
+    # Boxes are compared by probability: a score says nothing without those of the other classes.
     sure = scores.softmax(-1)
-    if labels is None:
-        labels = (sure[..., 1:].amax(1).argmax(-1) + 1).tolist()
     boxes = [int(one[:, label].argmax()) for one, label in zip(sure, labels)]
     return [_BoxTarget(box, label) for box, label in zip(boxes, labels)]
 

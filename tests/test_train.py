@@ -222,6 +222,14 @@ def test_a_run_is_not_overwritten(run, data):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_a_run_that_was_killed_before_it_began_can_be_started_again(data, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.json.half").write_text("{")
+    training.train(data, run, dataclasses.replace(TINY, steps=1))
+    assert (run / "last.pt").exists()
+
+
 def test_resume_needs_the_run_and_its_settings(run, data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"leave out --resume to\s+start a run"):
         training.train(data, tmp_path / "none", TINY, resume=True)

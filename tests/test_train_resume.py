@@ -107,8 +107,10 @@ def test_killed_before_the_first_checkpoint_or_between_log_and_checkpoint(
                     data, run, SETTINGS, resume=times > 0, eval_every=5, checkpoint_every=3
                 )
         assert not (run / "last.pt").exists()
+    (run / ".last.pt.half").write_bytes(b"what a kill left of a checkpoint")
     training.train(data, run, SETTINGS, resume=True, eval_every=5, checkpoint_every=3)
     assert_same(run, whole)
+    assert not list(run.glob(".*"))
 
 
 def test_a_table_drops_what_is_later_and_what_is_torn(tmp_path):

@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from .._version import __version__
-from . import eval, explain, info, make_data, train
+from . import cam, eval, explain, info, make_data, train
 
-_COMMANDS = (info, explain, make_data, train, eval)
+_COMMANDS = (info, explain, make_data, train, eval, cam)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from ..settings import Settings
 FORMAT = 1
 LAST = "last.pt"  # the newest checkpoint of a run
 CONFIG = "config.json"
+TABLES = ("train.csv", "eval.csv")
 
 
 class Run(NamedTuple):
@@ -62,7 +63,8 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 def check_new(folder: Path) -> None:
     """FileExistsError if there is anything that a new run in this folder would overwrite."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # Hidden files are left of a run that was killed before it began.
+    if folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
         raise FileExistsError(
             f"{folder}: expected a new or empty folder for the run, got one with files in it;"
             " choose another, or continue the run in it with --resume"
@@ -80,6 +82,13 @@ def create_run(folder: Path, run: Run) -> None:
     }
     with atomic(folder / CONFIG) as file:
         file.write((json.dumps(config, indent=1) + "\n").encode())
+
+
+def sweep(folder: Path) -> None:
+    """Remove the unfinished files that a killed run has left."""
+    for name in (CONFIG, LAST, *TABLES):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink()
 
 
 def check_resumable(folder: Path, run: Run) -> None:

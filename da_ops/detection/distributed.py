@@ -43,6 +43,12 @@ class World:
             values /= self.size
         return values
 
+    def agree(self, model: nn.Module) -> None:
+        """Give every process the first one's running statistics, which are those that are kept."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def share(self, model: nn.Module) -> nn.Module:
         """The model as the training step calls it.
 

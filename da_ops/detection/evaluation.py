@@ -41,6 +41,7 @@ def evaluate(
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
     loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate)
     training = model.training
+    world.agree(model)
     model.eval()
     try:
         hidden = None if progress and world.first else True  # None: hidden where there is no tty

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from .checkpoint import atomic
+from .checkpoint import TABLES, atomic
 
 
 class Table:
@@ -52,8 +52,8 @@ class Log:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.tables = {
-            "train": Table(folder / "train.csv", self.TRAIN, step),
-            "eval": Table(folder / "eval.csv", self.EVAL, step),
+            Path(name).stem: Table(folder / name, columns, step)
+            for name, columns in zip(TABLES, (self.TRAIN, self.EVAL))
         }
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 

@@ -151,4 +151,5 @@ class Trainer:
         self.step = int(state["step"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run was on a CPU until now
+            self.scaler.load_state_dict(state["scaler"])

@@ -14,7 +14,17 @@ from tqdm import tqdm
 
 from ..settings import Settings
 from .augment import eval_transforms, train_transforms
-from .checkpoint import LAST, Run, build_model, check_new, check_resumable, create_run, load, save
+from .checkpoint import (
+    LAST,
+    Run,
+    build_model,
+    check_new,
+    check_resumable,
+    create_run,
+    load,
+    save,
+    sweep,
+)
 from .distributed import World, join
 from .evaluation import evaluate
 from .loading import StepSampler, training_loader
@@ -59,17 +69,17 @@ def train(
     with join() as world:
         classes = read_classes(data)
         dataset = training_set(data, classes, settings)
-        tested_on = (
-            evaluation_set(data, classes, skip_bad=settings.skip_bad) if eval_every else None
-        )
+        tested_on = None
+        if eval_every:
+            tested_on = evaluation_set(data, classes, skip_bad=settings.skip_bad)
         run = Run(settings, tuple(classes), len(dataset))
-        check_resumable(out, run) if resume else check_new(out)
+        if resume:
+            check_resumable(out, run)
+        else:
+            check_new(out)
         trainer = make_trainer(settings, classes, world)
         if resume and (out / LAST).exists():
             trainer.load_state_dict(load(out / LAST))
-        world.gather(None)  # all have looked at the folder before the first one writes to it
-        if world.first and not resume:
-            create_run(out, run)
         sampler = StepSampler(
             len(dataset),
             settings.batch_size,
@@ -80,6 +90,11 @@ def train(
             world_size=world.size,
         )
         loader = training_loader(dataset, sampler, workers, world.device.type == "cuda")
+        world.gather(None)  # all have looked at the folder before the first one writes to it
+        if world.first and resume:
+            sweep(out)
+        elif world.first:
+            create_run(out, run)
         with Recorder(out, run, trainer) as recorder:
             for batch in loader:
                 values = trainer.update(batch)
