@@ -81,7 +81,7 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("resnet18", 64, 0.15, 6000, 1000, 32, 2000, 250, 2e-3, 3, True, 0),
+    "small": Preset("resnet18", 64, 0.3, 6000, 1000, 16, 5000, 500, 1e-3, 3, True, 0),
     "gpu": Preset("resnet50", 300, 0.05, 16_000, 2000, 32, 0, 15_000, 1e-3, 5, False, 8),
 }
 
