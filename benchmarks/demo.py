@@ -41,7 +41,7 @@ SETTINGS = Settings(
     channels_last=True,
 )
 PICTURES = {"train": 3000, "test": 300}
-MIN_SCALE = 0.25  # of an object, as a share of the picture's side: small ones take longer to learn
+MIN_SCALE = 0.3  # of an object, as a share of the picture's side: small ones take longer to learn
 SHOWN = 6
 SURE = 0.4  # least score of a detection that is drawn
 
