@@ -73,7 +73,7 @@ def draw(detector: Detector, dataset: Any, precision: dict[str, Any], path: Path
     grid = figure.subplots(2, SHOWN)
     for i in range(SHOWN):
         picture = images[i].as_subclass(torch.Tensor)
-        grid[0, i].imshow(picture.permute(1, 2, 0))
+        grid[0, i].imshow(picture.permute(1, 2, 0).numpy())
         for box in targets[i]["boxes"].tolist():
             outline(grid[0, i], box, "white", "")
         for box, label, score in zip(
