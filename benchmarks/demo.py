@@ -41,7 +41,7 @@ SETTINGS = Settings(
     channels_last=True,
 )
 PICTURES = {"train": 3000, "test": 300}
-MIN_SCALE = 0.25  # of an object, as a share of the picture's side: small ones take longer to learn
+MIN_SCALE = 0.3  # of an object, as a share of the picture's side: small ones take longer to learn
 SHOWN = 6
 SURE = 0.4  # least score of a detection that is drawn
 
@@ -73,7 +73,7 @@ def draw(detector: Detector, dataset: Any, precision: dict[str, Any], path: Path
     grid = figure.subplots(2, SHOWN)
     for i in range(SHOWN):
         picture = images[i].as_subclass(torch.Tensor)
-        grid[0, i].imshow(picture.permute(1, 2, 0))
+        grid[0, i].imshow(picture.permute(1, 2, 0).numpy())
         for box in targets[i]["boxes"].tolist():
             outline(grid[0, i], box, "white", "")
         for box, label, score in zip(
