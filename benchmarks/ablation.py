@@ -81,7 +81,7 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("resnet18", 64, 0.3, 6000, 1000, 16, 5000, 500, 1e-3, 3, True, 0),
+    "small": Preset("resnet18", 64, 0.3, 6000, 1000, 16, 4000, 400, 2e-2, 3, True, 0),
     "gpu": Preset("resnet50", 300, 0.05, 16_000, 2000, 32, 0, 15_000, 1e-3, 5, False, 8),
 }
 
@@ -179,7 +179,7 @@ class Training:
         self.data, self.workers = data, preset.workers
         model = model.to(device, memory_format=torch.channels_last)
         groups = parameter_groups(model, preset.weight_decay)
-        optimizer = torch.optim.AdamW(groups, preset.lr)
+        optimizer = torch.optim.SGD(groups, preset.lr, momentum=0.9, nesterov=True)
         schedule = one_cycle(preset, steps)
         self.trainer = Trainer(model, optimizer, schedule, self.world, amp=True, clip_norm=10.0)
         sampler = StepSampler(len(data.train), preset.batch_size, 0, steps, seed=seed)
