@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from .._version import __version__
-from . import explain, info, tables
+from . import cam, eval, explain, info, make_data, tables, train
 
-_COMMANDS = (info, explain, tables)
+_COMMANDS = (info, explain, make_data, train, eval, cam, tables)
 
 
 def main(argv: list[str] | None = None) -> int:

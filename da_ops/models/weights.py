@@ -20,10 +20,11 @@ _WRAPPERS = ("state_dict", "model")  # what training scripts keep a state dict u
 _PREFIX = "module."  # of DistributedDataParallel
 
 
-def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
+def load_weights(model: nn.Module, weights: Weights, name: str, *, head: bool = True) -> None:
     """Load ``weights`` into ``model``, torchvision's network ``name`` with or without attention.
 
     Accepts what :func:`da_ops.models.resnet50` does, and changes nothing unless all of it fits.
+    Without ``head``, ``fc`` stays as it is, whatever the weights have there.
 
     Raises:
         ValueError: something other than all attention parameters is missing, superfluous or of
@@ -31,7 +32,11 @@ def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
         FileNotFoundError: ``weights`` is neither a name of torchvision's nor a file.
     """
     state, source = _state_dict(weights, name)
-    own = model.state_dict()
+    own = dict(model.state_dict())
+    if not head:
+        for keys in (state, own):
+            for key in ("fc.weight", "fc.bias"):
+                keys.pop(key, None)
     attention = {key for key in own if ".attention." in key}
     # Counters of batches came to batch norms late; PyTorch loads checkpoints without them.
     required = {key for key in own if not key.endswith(".num_batches_tracked")}
