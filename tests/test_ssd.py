@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.resnet import resnet18 as plain_resnet18
+from torchvision.ops import box_iou
 
 from da_ops.models import da_resnet18
 from da_ops.models.ssd import MAPPINGS, feature_sides, ssd, ssd300
@@ -81,6 +82,16 @@ def test_scales_at_300_pixels_are_vocs():
     torch.testing.assert_close(width, torch.tensor([s, t, s * 2**0.5, s / 2**0.5]))
     torch.testing.assert_close(height, torch.tensor([s, t, s / 2**0.5, s * 2**0.5]))
     torch.testing.assert_close((first[:, :2] + first[:, 2:]) / 2, torch.full((4, 2), 150 / 38))
+
+
+@pytest.mark.parametrize(("size", "share"), [(64, 0.9), (96, 0.9), (128, 0.9), (300, 0.85)])
+def test_most_objects_overlap_a_default_box_by_half(size, share):
+    """Of squares at random places, with sides from 14 pixels to .9 of the image."""
+    _, boxes = maps_and_boxes(small(size=size), size)
+    side = torch.empty(2000).uniform_(14 / size, 0.9).mul(size)
+    corner = torch.rand(2000, 2) * (size - side)[:, None]
+    objects = torch.cat([corner, corner + side[:, None]], 1)
+    assert (box_iou(objects, boxes).amax(1) >= 0.5).float().mean() > share
 
 
 @pytest.mark.parametrize("attention", ["da", "se", "eca", None])

@@ -23,6 +23,7 @@ _WIDTH = {"layer2": 128, "layer3": 256, "layer4": 512}
 MAPPINGS = {"c4": ("layer3",), "c3c4c5": ("layer2", "layer3", "layer4")}
 _EXTRA_WIDTHS = (512, 512)  # of the second and third feature map
 _DEEP_WIDTH = 256  # of all that follow
+_SMALL_BOX = 14  # pixels, the least side of a square box where the paper's layout does not serve
 
 
 def ssd(
@@ -44,7 +45,8 @@ def ssd(
     rounded up, until 3 or fewer are left, which become 1: 38, 19, 10, 5, 3, 1 at 300. With four
     default boxes a cell on the first map and the last two, six on the others, that is 8,732 at 300
     and 24,564 at 512. Scales are those of VOC: .1 of the image side, then from .2 in equal steps
-    to 1.05; from 512 pixels on .07, then from .15.
+    to 1.05; from 512 pixels on .07, then from .15. Where there are fewer than six maps, up to 192
+    pixels, they go in equal steps from 14 pixels to 1.05 of the side.
 
     From one seed, all that networks have in common starts the same whichever attention they have.
 
@@ -169,8 +171,13 @@ def _stage(in_channels: int, channels: int, in_side: int, side: int) -> nn.Seque
 
 
 def _default_boxes(size: int, levels: int) -> DefaultBoxGenerator:
-    first, second = (0.1, 0.2) if size < 512 else (0.07, 0.15)
-    scales = [first, *torch.linspace(second, 1.05, levels, dtype=torch.float64).tolist()]
+    if levels < 6:
+        # With the paper's, most objects would have no box that overlaps them by half: so few maps
+        # leave wide gaps, and .2 of the side is less than a cell of the second one.
+        scales = torch.linspace(_SMALL_BOX / size, 1.05, levels + 1, dtype=torch.float64).tolist()
+    else:
+        first, second = (0.1, 0.2) if size < 512 else (0.07, 0.15)
+        scales = [first, *torch.linspace(second, 1.05, levels, dtype=torch.float64).tolist()]
     ratios = [[2], *[[2, 3]] * (levels - 3), [2], [2]]
     return _DefaultBoxes(ratios, scales=scales)
 
