@@ -165,8 +165,8 @@ BAD_ANNOTATIONS = {
         "unknown class 'wolf', expected one of aeroplane, bicycle",
     ),
     "no width": (
-        Devkit.xml((60, 48), [{**DOG, "box": (10, 20, 10, 40)}]),
-        "a dog has an empty box, xmin 10, ymin 20, xmax 10, ymax 40",
+        Devkit.xml((60, 48), [{**DOG, "box": (10, 20, 9, 40)}]),
+        "a dog has an empty box, xmin 10, ymin 20, xmax 9, ymax 40",
     ),
     "upside down": (
         Devkit.xml((60, 48), [{**DOG, "box": (10, 40, 30, 20)}]),
@@ -239,6 +239,11 @@ def test_if_all_is_bad_there_is_nothing_to_train_on(devkit):
         devkit.image(name).unlink()
     with pytest.raises(BadFileError, match="got none that can be used"):
         read(devkit, skip_bad=True)
+
+
+def test_a_box_may_be_one_pixel(devkit):
+    devkit.add("000009", {**DOG, "box": (10, 20, 10, 20)})
+    assert read(devkit)[2][1]["boxes"].tolist() == [[9, 19, 10, 20]]
 
 
 def test_coordinates_may_be_fractions_and_miss_by_a_pixel(devkit):

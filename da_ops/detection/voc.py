@@ -206,7 +206,7 @@ def read_annotation(path: Path, labels: dict[str, int]) -> Annotation:
             known = ", ".join(labels)
             raise _bad(path, f"unknown class {name!r}, expected one of {known}")
         x1, y1, x2, y2 = (_number(thing, f"bndbox/{k}", path) for k in _CORNERS)
-        if x2 <= x1 or y2 <= y1:
+        if x2 < x1 or y2 < y1:  # both are inside: a box from 10 to 10 has one pixel
             raise _bad(path, f"a {name} has an empty box, {_box_text(x1, y1, x2, y2)}")
         box = np.array((x1 - 1, y1 - 1, x2, y2))
         inside = np.clip(box, 0, (size[1], size[0]) * 2)
