@@ -34,8 +34,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would collide
 MAKEFLAGS += --no-builtin-rules
-.PHONY: help env build test test-full simt bench bench-full gpu lint format cuda-report \
-  clean FORCE
+.PHONY: help env build test test-full simt bench bench-full ablation demo gpu lint format \
+  cuda-report clean FORCE
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -65,6 +65,12 @@ bench-full: $(STAMPS)/env-bench $(BUILT)  ## the same over all shapes, dtypes an
 	$(PY) -m benchmarks.op --preset full
 	$(PY) -m benchmarks.network --preset full
 	$(PY) -m benchmarks.report
+
+ablation: $(STAMPS)/env-bench $(BUILT)  ## the paper's Tables I, II and III in miniature, 45 minutes
+	$(PY) -m benchmarks.ablation
+
+demo: $(STAMPS)/env-bench $(BUILT)  ## make data, train a small detector, test it, draw what it finds
+	$(PY) -m benchmarks.demo
 
 gpu: $(STAMPS)/env-test $(STAMPS)/env-bench  ## on a machine with a GPU: build, test, measure
 	$(PY) -m benchmarks.gpu

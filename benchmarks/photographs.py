@@ -1,46 +1,24 @@
-"""Real photographs that scikit-image and scikit-learn ship; nothing is downloaded."""
+"""Batches of crops of the photographs that scikit-image and scikit-learn ship."""
 
 from __future__ import annotations
-
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.environment import BenchmarkError
-
-SHIPPED = {  # where each package keeps its pictures: those in colour, or of one whole texture
-    "skimage": ("data", (
-        "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
-        "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
-        "motorcycle_left.png", "retina.jpg", "rocket.jpg",
-    )),
-    "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
-}  # fmt: skip
+from da_ops.detection import photographs as shipped
 
 
 def photographs() -> dict[str, torch.Tensor]:
     """Every photograph that is installed, by name: [3, H, W], float32, about zero mean."""
-    from PIL import Image
-
-    found = {}
-    for package, (folder, names) in SHIPPED.items():
-        spec = find_spec(package)
-        if spec is None or spec.origin is None:
-            continue
-        for name in names:
-            path = Path(spec.origin).parent / folder / name
-            if path.is_file():
-                with Image.open(path) as image:
-                    pixels = torch.from_numpy(np.array(image.convert("RGB")))
-                found[path.stem] = pixels.permute(2, 0, 1).float() / 63.75 - 2
-    if len(found) < 2:
-        raise BenchmarkError(
-            f"expected the photographs that scikit-image and scikit-learn ship, got {len(found)};"
-            " pip install scikit-image scikit-learn"
-        )
-    return found
+    try:
+        found = shipped.photographs()
+    except RuntimeError as error:
+        raise BenchmarkError(str(error)) from error
+    return {
+        name: torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 63.75 - 2
+        for name, pixels in found.items()
+    }
 
 
 def batches(

@@ -21,6 +21,7 @@ from benchmarks.tables import Results
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 KINDS = ("op", "network")
+ABLATION = "ablation"  # whose block benchmarks.ablation writes
 NO_GPU = "No GPU results are committed yet: `make gpu` tests and measures on a machine with a GPU."
 PART_HEADER = ["part", "result", "passed", "failed", "skipped", "seconds"]
 CHECK_HEADER = ["target", "what", "found", "expected"]
@@ -49,7 +50,7 @@ def load_folder(folder: Path) -> dict[str, dict[str, Results]]:
         for path in sorted(folder.glob(f"*-{kind}.json")):
             found.setdefault(path.name.removesuffix(f"-{kind}.json"), {})[kind] = load(path)
     for path in sorted(folder.glob("*.json")):
-        if not path.stem.endswith(tuple(f"-{kind}" for kind in KINDS)):
+        if not path.stem.endswith(tuple(f"-{kind}" for kind in (*KINDS, ABLATION))):
             gpu = load(path)
             found[path.stem] = {"gpu": gpu, **{kind: gpu[kind] for kind in KINDS if kind in gpu}}
     return dict(sorted(found.items()))
@@ -221,13 +222,14 @@ def device_block(together: dict[str, Results], chart: str) -> list[str]:
 
 
 def with_block(old: str, new: str, readme: Path) -> str:
-    """The README with the block between its markers replaced."""
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+    """The README with the block between its markers, those of `new`, replaced."""
+    begin, end = new.splitlines()[0], new.splitlines()[-1]
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
         raise BenchmarkError(
-            f"{readme}: expected one line {BEGIN} and after it one line {END}; put them where the"
+            f"{readme}: expected one line {begin} and after it one line {end}; put them where the"
             " results shall stand"
         )
-    return old[: old.index(BEGIN)] + new + old[old.index(END) + len(END) :]
+    return old[: old.index(begin)] + new + old[old.index(end) + len(end) :]
 
 
 def newest(folders: list[Path]) -> Path:

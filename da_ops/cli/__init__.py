@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from .._version import __version__
-from . import explain, info
+from . import cam, eval, explain, info, make_data, tables, train
 
-_COMMANDS = (info, explain)
+_COMMANDS = (info, explain, make_data, train, eval, cam, tables)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +23,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
         print(f"da-ops: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,56 @@
+"""What a detector finds in a data set, and how well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from torchvision.models.detection.ssd import SSD
+from tqdm import tqdm
+
+from .distributed import World
+from .metric import VOCEvaluator
+from .voc import collate
+
+
+@torch.no_grad()
+def evaluate(
+    model: SSD,
+    dataset: Any,
+    classes: Sequence[str],
+    world: World,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    plus_one: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Average precision over a data set, the images shared among all processes.
+
+    Args:
+        dataset: items as of :class:`da_ops.detection.voc.VOCDetection`.
+        classes: names without the background, in the order of the labels.
+        plus_one: see :class:`da_ops.detection.metric.VOCEvaluator`.
+
+    Returns:
+        what :meth:`VOCEvaluator.compute` does, in every process. The model's mode is as before.
+    """
+    evaluator = VOCEvaluator(classes, plus_one=plus_one)
+    share = Subset(dataset, range(world.rank, len(dataset), world.size))
+    loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate)
+    training = model.training
+    world.agree(model)
+    model.eval()
+    try:
+        hidden = None if progress and world.first else True  # None: hidden where there is no tty
+        for images, targets in tqdm(loader, desc="evaluation", leave=False, disable=hidden):
+            found = model([image.to(world.device) for image in images])
+            found = [{name: value.cpu() for name, value in one.items()} for one in found]
+            evaluator.update(found, targets)
+    finally:
+        model.train(training)
+    together = VOCEvaluator(classes, plus_one=plus_one)
+    together.merge(world.gather(evaluator.state()))
+    return together.compute()

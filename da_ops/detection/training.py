@@ -1,0 +1,218 @@
+"""A training run, from the settings to the last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..settings import Settings
+from .augment import eval_transforms, train_transforms
+from .checkpoint import (
+    LAST,
+    Run,
+    build_model,
+    check_new,
+    check_resumable,
+    create_run,
+    load,
+    save,
+    sweep,
+)
+from .distributed import World, join
+from .evaluation import evaluate
+from .loading import StepSampler, training_loader
+from .logs import Log
+from .optimisation import Trainer, parameter_groups, stepwise
+from .voc import VOCDetection, available_splits, read_classes
+
+logger = logging.getLogger("da_ops")
+
+TRAIN_SPLITS = (("2007", "trainval"), ("2012", "trainval"))
+
+
+def train(
+    data: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    workers: int = 0,
+    eval_every: int = 0,
+    checkpoint_every: int = 1000,
+) -> None:
+    """Train a detector on a VOC tree, alone or as one of torchrun's processes.
+
+    The same settings and data give the same weights and the same ``train.csv``, bitwise on one
+    CPU, however often the run was killed and resumed.
+
+    Args:
+        data: folder with ``VOC2007`` and perhaps ``VOC2012`` in it: trained on are the trainval
+            parts that are there, evaluated on is the test part of 2007.
+        out: folder of the run, new unless ``resume``. It gets ``config.json``, ``last.pt`` (the
+            newest checkpoint), ``train.csv``, ``eval.csv`` and ``tensorboard/``.
+        workers: processes that load images, for each process that trains.
+        eval_every, checkpoint_every: steps. A checkpoint is also written after the last step, and
+            nothing is evaluated if ``eval_every`` is 0.
+
+    Raises:
+        FileExistsError: ``out`` holds something, and not ``resume``.
+        ValueError: ``resume``, with other settings or data than the run was started with.
+        NotFiniteError: the loss is not finite; ``last.pt`` is as it was.
+    """
+    with join() as world:
+        classes = read_classes(data)
+        dataset = training_set(data, classes, settings)
+        tested_on = None
+        if eval_every:
+            tested_on = evaluation_set(data, classes, skip_bad=settings.skip_bad)
+        run = Run(settings, tuple(classes), len(dataset))
+        if resume:
+            check_resumable(out, run)
+        else:
+            check_new(out)
+        trainer = make_trainer(settings, classes, world)
+        if resume and (out / LAST).exists():
+            trainer.load_state_dict(load(out / LAST))
+        sampler = StepSampler(
+            len(dataset),
+            settings.batch_size,
+            trainer.step,
+            settings.steps,
+            seed=settings.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        loader = training_loader(dataset, sampler, workers, world.device.type == "cuda")
+        world.gather(None)  # all have looked at the folder before the first one writes to it
+        if world.first and resume:
+            sweep(out)
+        elif world.first:
+            create_run(out, run)
+        with Recorder(out, run, trainer) as recorder:
+            for batch in loader:
+                values = trainer.update(batch)
+                recorder.step(values)
+                last = trainer.step == settings.steps
+                if eval_every and (last or trainer.step % eval_every == 0):
+                    with trainer.autocast():
+                        found = evaluate(
+                            trainer.model, tested_on, classes, world, batch_size=sampler.share,
+                            workers=workers, progress=True,
+                        )  # fmt: skip
+                    recorder.evaluation(found)
+                if last or (checkpoint_every and trainer.step % checkpoint_every == 0):
+                    recorder.checkpoint()
+
+
+def make_trainer(settings: Settings, classes: Sequence[str], world: World) -> Trainer:
+    """The trainer at step 0, on the world's device."""
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model = build_model(settings, classes).to(world.device, memory_format=layout)
+    optimizer = torch.optim.SGD(
+        parameter_groups(model, settings.weight_decay), settings.lr, settings.momentum
+    )
+    return Trainer(
+        model,
+        optimizer,
+        stepwise(settings),
+        world,
+        amp=settings.amp,
+        clip_norm=settings.clip_norm,
+    )
+
+
+class Recorder:
+    """What the first process shows and writes of a run; in the others it does nothing."""
+
+    def __init__(self, folder: Path, run: Run, trainer: Trainer) -> None:
+        self.folder, self.run, self.trainer = folder, run, trainer
+        self.first = trainer.world.first
+        if self.first:
+            self.log = Log(folder, trainer.step)
+            self.bar = tqdm(
+                total=run.settings.steps,
+                initial=trainer.step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 10,
+            )
+            self.clock = time.perf_counter()
+
+    def step(self, values: dict[str, float]) -> None:
+        if not self.first:
+            return
+        before, self.clock = self.clock, time.perf_counter()
+        speed = self.run.settings.batch_size / (self.clock - before)
+        self.log.add("train", self.trainer.step, values, images_per_second=speed)
+        self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+        self.bar.update()
+
+    def evaluation(self, found: dict[str, Any]) -> None:
+        if self.first:
+            self.log.add("eval", self.trainer.step, found)
+            self.bar.write(
+                f"step {self.trainer.step}: mAP {100 * found['map_11']:.1f} (11 points),"
+                f" {100 * found['map']:.1f} (all points)"
+            )
+
+    def checkpoint(self) -> None:
+        if self.first:
+            self.log.sync()
+            save(self.folder / LAST, self.trainer.state_dict(), self.run)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.first:
+            self.bar.close()
+            self.log.close()
+
+
+def training_set(data: Path, classes: Sequence[str], settings: Settings) -> VOCDetection:
+    """The training parts that are there, augmented; ValueError if there is no object in them."""
+    there = set(available_splits(data))
+    splits = [split for split in TRAIN_SPLITS if split in there]
+    if not splits:
+        raise FileNotFoundError(
+            f"{data}: expected the split 2007 trainval or 2012 trainval, got"
+            f" {', '.join(map(' '.join, sorted(there))) or 'none'}; give the folder of VOC's tree"
+        )
+    dataset = VOCDetection(
+        data,
+        splits,
+        classes=classes,
+        transforms=train_transforms(settings.size),
+        skip_bad=settings.skip_bad,
+    )
+    objects = sum(dataset.counts().values())
+    told = " and ".join(map(" ".join, splits))
+    if not objects:
+        raise ValueError(
+            f"{data}: expected objects to learn from, got {len(dataset)} images in {told} without"
+            " a single box; look at their Annotations"
+        )
+    logger.info("da_ops: training on %s: %d images, %d objects", told, len(dataset), objects)
+    return dataset
+
+
+def evaluation_set(
+    data: Path, classes: Sequence[str], *, split: str = "test", skip_bad: bool = False
+) -> VOCDetection:
+    """A part of VOC2007 as it is; ValueError if there is no object in it to be found."""
+    dataset = VOCDetection(
+        data, [("2007", split)], classes=classes, transforms=eval_transforms(), skip_bad=skip_bad
+    )
+    if all(a.difficult.all() for a in dataset.annotations.values()):
+        raise ValueError(
+            f"{data}: expected objects to be found in 2007 {split}, got {len(dataset)} images"
+            " without a box that is not difficult: average precision has no meaning there"
+        )
+    return dataset

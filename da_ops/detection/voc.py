@@ -1,0 +1,280 @@
+"""PASCAL VOC: images and boxes from VOC2007, VOC2012, and any data in their format."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
+CLASSES_FILE = "classes.txt"
+
+Target = dict[str, Any]
+
+logger = logging.getLogger("da_ops")
+
+
+class BadFileError(ValueError):
+    """A file of a data set that is missing, broken or makes no sense; the message names it."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The objects of one image: what VOC's XML says."""
+
+    size: tuple[int, int]  # height, width
+    boxes: np.ndarray  # float32 [K, 4], x1 y1 x2 y2 of pixel edges, from 0
+    labels: np.ndarray  # int64 [K], from 1
+    difficult: np.ndarray  # bool [K]
+
+
+class VOCDetection(Dataset[tuple[tv_tensors.Image, Target]]):
+    """Images of one or more splits of VOC, with their objects.
+
+    Item ``i`` is an image uint8 [3, H, W] and a target with
+
+    - ``boxes``: float32 [K, 4], x1 y1 x2 y2, the edges of pixels counted from 0. VOC counts pixels
+      from 1 and includes the last: its box 1 to W is the box 0 to W here.
+    - ``labels``: int64 [K], 1 for the first of ``classes``
+    - ``difficult``: bool [K]
+    - ``image_id``: year and name, as ``"2007/000005"``
+
+    where K may be 0. Annotations are read at construction, images when asked for.
+
+    Args:
+        root: VOC's ``VOCdevkit`` folder, or the one that holds it.
+        splits: (year, split) each; a split is a file in ``ImageSets/Main``.
+        classes: names of the classes, without the background.
+        transforms: of image and target, as those of :mod:`torchvision.transforms.v2`.
+        skip_bad: leave out images that are missing or broken, or whose annotation is, and log how
+            many. Decodes every image once, at construction.
+
+    Raises:
+        FileNotFoundError: no such folder or split; the message lists the splits that exist.
+        BadFileError: a file of the data set that cannot be used, if not ``skip_bad``.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        splits: Sequence[tuple[str, str]] = (("2007", "trainval"), ("2012", "trainval")),
+        *,
+        classes: Sequence[str] = VOC_CLASSES,
+        transforms: Callable[..., Any] | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        self.root = devkit(root)
+        self.splits = tuple(splits)
+        self.classes = tuple(classes)
+        self.transforms = transforms
+        self.annotations: dict[str, Annotation] = {}
+        labels = {name: label for label, name in enumerate(self.classes, 1)}
+        reasons: list[str] = []
+        for year, split in self.splits:
+            for name in _names(self.root, year, split):
+                folder = self.root / f"VOC{year}"
+                try:
+                    annotation = read_annotation(folder / "Annotations" / f"{name}.xml", labels)
+                    if skip_bad:
+                        _read_image(self._image_path(f"{year}/{name}"), annotation.size)
+                except BadFileError as error:
+                    if not skip_bad:
+                        raise
+                    reasons.append(str(error))
+                    logger.info("da_ops: skipped: %s", error)
+                    continue
+                self.annotations[f"{year}/{name}"] = annotation
+        self.image_ids = tuple(self.annotations)
+        if reasons:
+            logger.warning(
+                "da_ops: %s: skipped %d of %d images, the first because of %s",
+                self.root,
+                len(reasons),
+                len(reasons) + len(self.image_ids),
+                reasons[0],
+            )
+        if not self.image_ids:
+            raise BadFileError(
+                f"{self.root}: expected images in {_told(self.splits)}, got none that can be used"
+            )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Any, Target]:
+        image_id = self.image_ids[index]
+        annotation = self.annotations[image_id]
+        image = tv_tensors.Image(_read_image(self._image_path(image_id), annotation.size))
+        boxes = torch.from_numpy(annotation.boxes.copy())
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=annotation.size),
+            "labels": torch.from_numpy(annotation.labels.copy()),
+            "difficult": torch.from_numpy(annotation.difficult.copy()),
+            "image_id": image_id,
+        }
+        return (image, target) if self.transforms is None else self.transforms(image, target)
+
+    def counts(self) -> dict[str, int]:
+        """Objects of each class, the difficult ones too."""
+        found = Counter(int(k) for a in self.annotations.values() for k in a.labels)
+        return {name: found[label] for label, name in enumerate(self.classes, 1)}
+
+    def _image_path(self, image_id: str) -> Path:
+        year, name = image_id.split("/")
+        return self.root / f"VOC{year}" / "JPEGImages" / f"{name}.jpg"
+
+
+def collate(batch: Sequence[tuple[Any, Target]]) -> tuple[list[Any], list[Target]]:
+    """Images and targets as lists, as torchvision's detectors take them."""
+    images, targets = zip(*batch)
+    return list(images), list(targets)
+
+
+def devkit(root: str | os.PathLike[str]) -> Path:
+    """The folder with ``VOC2007`` and so on: ``root`` itself, or ``VOCdevkit`` in it.
+
+    Raises:
+        FileNotFoundError: neither has any.
+    """
+    for folder in (Path(root), Path(root) / "VOCdevkit"):
+        if any(folder.glob("VOC[0-9]*/ImageSets/Main")):
+            return folder
+    missing = "there is no such folder" if not Path(root).is_dir() else "it has none"
+    raise FileNotFoundError(
+        f"{root}: expected VOC's VOCdevkit folder, with VOC2007 or the like and its ImageSets/Main "
+        f"in it, but {missing}; give its path, or make such data with `da-ops make-data`"
+    )
+
+
+def available_splits(root: str | os.PathLike[str]) -> list[tuple[str, str]]:
+    """(year, split) of each split of whole images, not of a single class, under ``root``."""
+    files = devkit(root).glob("VOC[0-9]*/ImageSets/Main/*.txt")
+    return sorted((f.parts[-4][3:], f.stem) for f in files if "_" not in f.stem)
+
+
+def read_classes(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of the data's classes: one a line of ``classes.txt``, VOC's where there is none.
+
+    Raises:
+        BadFileError: the file has no names, or one twice.
+    """
+    path = devkit(root) / CLASSES_FILE
+    if not path.is_file():
+        return VOC_CLASSES
+    names = tuple(path.read_text(encoding="utf-8").split())
+    if not names or len(set(names)) < len(names):
+        raise BadFileError(f"{path}: expected one class name a line, each once, got {list(names)}")
+    return names
+
+
+def read_annotation(path: Path, labels: dict[str, int]) -> Annotation:
+    """Objects of an XML file of VOC; ``labels`` maps names to numbers.
+
+    Raises:
+        BadFileError: naming the file, what is wrong with it and what to do.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+    except OSError as error:
+        raise _bad(path, f"cannot be read ({error.strerror})") from None
+    except ElementTree.ParseError as error:
+        raise _bad(path, f"expected XML, got a broken file ({error})") from None
+    size = _number(root, "size/height", path), _number(root, "size/width", path)
+    if min(size) < 1:
+        raise _bad(path, f"expected a size of at least 1x1, got {size[1]:g}x{size[0]:g}")
+    boxes, classes, difficult = [], [], []
+    for thing in root.iterfind("object"):
+        name = (thing.findtext("name") or "").strip()
+        if name not in labels:
+            known = ", ".join(labels)
+            raise _bad(path, f"unknown class {name!r}, expected one of {known}")
+        x1, y1, x2, y2 = (_number(thing, f"bndbox/{k}", path) for k in _CORNERS)
+        if x2 < x1 or y2 < y1:  # both are inside: a box from 10 to 10 has one pixel
+            raise _bad(path, f"a {name} has an empty box, {_box_text(x1, y1, x2, y2)}")
+        box = np.array((x1 - 1, y1 - 1, x2, y2))
+        inside = np.clip(box, 0, (size[1], size[0]) * 2)
+        # Rounding, or counting from 0, may miss by a pixel.
+        if np.abs(inside - box).max() > 1 or (inside[2:] <= inside[:2]).any():
+            told = f"{_box_text(x1, y1, x2, y2)} in {size[1]:g}x{size[0]:g}"
+            raise _bad(path, f"a {name} has a box out of the image, {told}")
+        boxes.append(inside)
+        classes.append(labels[name])
+        difficult.append((thing.findtext("difficult") or "0").strip() == "1")
+    return Annotation(
+        (int(size[0]), int(size[1])),
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(classes, np.int64),
+        np.array(difficult, bool),
+    )
+
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def _box_text(*corners: float) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in zip(_CORNERS, corners))
+
+
+def _number(element: ElementTree.Element, tag: str, path: Path) -> float:
+    text = element.findtext(tag)
+    try:
+        number = float(text or "")
+    except ValueError:
+        number = float("nan")
+    if not np.isfinite(number):
+        raise _bad(path, f"expected a number in <{tag}> of <{element.tag}>, got {text!r}")
+    return number
+
+
+def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """Decoded pixels, uint8 [3, H, W]."""
+    try:
+        with Image.open(path) as file:
+            image: Tensor = pil_to_tensor(file.convert("RGB"))
+    except FileNotFoundError:
+        raise _bad(path, "there is no such file, though a split lists it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _bad(path, f"expected an image, got a broken file ({error})") from None
+    if tuple(image.shape[1:]) != size:
+        height, width = image.shape[1:]
+        told = f"is {width}x{height}, its annotation says {size[1]}x{size[0]}"
+        raise _bad(path, told)
+    return image
+
+
+def _bad(path: Path, what: str) -> BadFileError:
+    return BadFileError(
+        f"{path}: {what}; repair it, or leave such images out with skip_bad=True (--skip-bad)"
+    )
+
+
+def _names(root: Path, year: str, split: str) -> list[str]:
+    path = root / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such split, expected one of {_told(available_splits(root))}"
+        )
+    return [
+        line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+
+
+def _told(splits: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{year} {split}" for year, split in splits) or "(there are none)"

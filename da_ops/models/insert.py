@@ -1,0 +1,191 @@
+"""Attention in the residual blocks of a network that exists."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import resnet as tv
+from torchvision.ops import FrozenBatchNorm2d
+
+from ..module import DAModule
+from .attention import ECAModule, SEModule, SGEModule, make_attention
+
+
+class BasicBlock(tv.BasicBlock):
+    """torchvision's, with ``attention`` at the end of the residual branch."""
+
+    attention: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.attention(self.bn2(self.conv2(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class Bottleneck(tv.Bottleneck):
+    """torchvision's, with ``attention`` at the end of the residual branch."""
+
+    attention: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.attention(self.bn3(self.conv3(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+_WITH_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
+    tv.BasicBlock: BasicBlock,
+    tv.Bottleneck: Bottleneck,
+}
+
+
+def insert_attention(
+    model: nn.Module, attention: str = "da", *, preserve_function: bool = False, **options: Any
+) -> nn.Module:
+    """Put an attention layer into every residual block of ``model``, in place.
+
+    The layer comes after the last normalisation of the residual branch, before the addition, with
+    the device and dtype of that block. State-dict keys of the network stay as they are. New ones
+    are ``layer1.0.attention.*`` in torchvision's blocks, ``layer1.0.se.*`` in timm's, which have
+    that slot for attention. An optimizer made before does not know the new parameters.
+
+    Args:
+        model: any network with torchvision's or timm's ``BasicBlock`` or ``Bottleneck``: ResNet,
+            ResNeXt, Wide-ResNet, or a detector over one.
+        attention: ``"da"``, ``"se"``, ``"sge"`` or ``"eca"``.
+        preserve_function: start with constant masks and divide weight and bias of the normalisation
+            before them by their product, so that the output of ``model`` stays what it was, in
+            training and evaluation, to rounding. DA then starts with ``merge`` and an "eca" gate at
+            0, SE with ``fc2``, ECA with ``conv``, SGE with ``weight``. What lies before a weight at
+            0 gets its first gradient when one step has moved that weight, be it one of these or the
+            last norm's of a network that starts its branches at 0.
+        options: keyword arguments of the layer, such as ``order``, ``gate`` and ``backend`` of
+            :class:`da_ops.DAModule`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``model`` has no such block, one of them has attention already, an option does
+            not go with ``attention``, or the function cannot be preserved. ``model`` is unchanged.
+    """
+    blocks = list(_residual_blocks(model))
+    if not blocks:
+        raise ValueError(
+            "insert_attention: model must have residual blocks of torchvision or timm (BasicBlock "
+            "or Bottleneck of a ResNet, ResNeXt or Wide-ResNet), found none in "
+            f"{type(model).__name__}"
+        )
+    layers, factors = [], []
+    for name, block in blocks:  # all that can fail, before the first change
+        if (present := _present(block)) is not None:
+            raise ValueError(
+                f"insert_attention: {name} has attention already, {type(present).__name__}; pass a "
+                "network without"
+            )
+        conv, norm = _end_of_branch(block)
+        layer = make_attention(
+            attention,
+            conv.out_channels,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        layer.train(block.training)
+        layers.append(layer)
+        if preserve_function:
+            _check_foldable(norm, name)
+            factors.append(_make_constant(layer))
+
+    for (_, block), layer in zip(blocks, layers):
+        if type(block) in _WITH_ATTENTION:
+            # A subclass that differs in forward alone: keys, hooks and references live on.
+            block.__class__ = _WITH_ATTENTION[type(block)]
+            block.attention = layer
+        else:
+            block.se = layer
+    for (_, block), factor in zip(blocks, factors):
+        _, norm = _end_of_branch(block)
+        with torch.no_grad():
+            norm.weight.div_(factor)
+            norm.bias.div_(factor)
+    return model
+
+
+def _residual_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    known = {*_WITH_ATTENTION, *_WITH_ATTENTION.values()}
+    timm = sys.modules.get("timm.models.resnet")  # never imported, no block of it
+    if timm is not None:
+        known |= {timm.BasicBlock, timm.Bottleneck}
+    # By exact type: a subclass may have a forward of its own.
+    return ((name, module) for name, module in model.named_modules() if type(module) in known)
+
+
+def _present(block: Any) -> nn.Module | None:
+    return getattr(block, "attention", getattr(block, "se", None))
+
+
+def _end_of_branch(block: Any) -> tuple[nn.Conv2d, Any]:
+    """The last convolution of the residual branch, and the normalisation after it."""
+    return (block.conv3, block.bn3) if hasattr(block, "conv3") else (block.conv2, block.bn2)
+
+
+def _check_foldable(norm: nn.Module, block: str) -> None:
+    known = isinstance(norm, (_BatchNorm, nn.GroupNorm, FrozenBatchNorm2d))
+    # One with children, as timm's with an activation, need not be linear in weight and bias.
+    linear = known and not list(norm.children())
+    if not linear or norm.weight is None or norm.bias is None:
+        raise ValueError(
+            "insert_attention: preserve_function=True needs a batch or group normalisation with "
+            f"weight and bias at the end of each residual branch, got {norm} in {block}; use "
+            "preserve_function=False"
+        )
+
+
+@torch.no_grad()
+def _make_constant(layer: nn.Module) -> float:
+    """Set the layer to multiply by a constant, which is returned."""
+    half, one = 0.5, 1 / (1 + math.exp(-1))  # sigmoid of 0 and of 1
+    match layer:
+        case DAModule():
+            return _make_da_constant(layer, half, one)
+        case SEModule():
+            layer.fc2.weight.zero_()
+            return half
+        case ECAModule():
+            layer.conv.weight.zero_()
+            return half
+        case SGEModule():
+            layer.weight.zero_()
+            layer.bias.fill_(1)
+            return one
+    raise AssertionError(f"no constant start known for {type(layer).__name__}")
+
+
+def _make_da_constant(layer: DAModule, half: float, one: float) -> float:
+    factor = 1.0
+    if layer.merge is not None:
+        for p in layer.merge.parameters():
+            p.zero_()
+        factor *= half
+    if layer.order == "spatial":
+        return factor
+    if layer.gate_weight is None:
+        raise ValueError(
+            f"insert_attention: preserve_function=True needs a channel mask that can be constant, "
+            f"gate={layer.gate!r} has no parameters; use gate='affine', 'scalar' or 'eca'"
+        )
+    layer.gate_weight.zero_()
+    if layer.gate_bias is None:
+        return factor * half
+    layer.gate_bias.fill_(1)
+    return factor * one

@@ -1,0 +1,136 @@
+"""Weights of torchvision, timm or this library for a network with attention."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model_weights
+
+Weights: TypeAlias = WeightsEnum | Mapping[str, Tensor] | str | os.PathLike[str] | None
+
+logger = logging.getLogger("da_ops")
+
+_WRAPPERS = ("state_dict", "model")  # what training scripts keep a state dict under
+_PREFIX = "module."  # of DistributedDataParallel
+
+
+def load_weights(model: nn.Module, weights: Weights, name: str, *, head: bool = True) -> None:
+    """Load ``weights`` into ``model``, torchvision's network ``name`` with or without attention.
+
+    Accepts what :func:`da_ops.models.resnet50` does, and changes nothing unless all of it fits.
+    Without ``head``, ``fc`` stays as it is, whatever the weights have there.
+
+    Raises:
+        ValueError: something other than all attention parameters is missing, superfluous or of
+            another shape.
+        FileNotFoundError: ``weights`` is neither a name of torchvision's nor a file.
+    """
+    state, source = _state_dict(weights, name)
+    own = dict(model.state_dict())
+    if not head:
+        for keys in (state, own):
+            for key in ("fc.weight", "fc.bias"):
+                keys.pop(key, None)
+    attention = {key for key in own if ".attention." in key}
+    # Counters of batches came to batch norms late; PyTorch loads checkpoints without them.
+    required = {key for key in own if not key.endswith(".num_batches_tracked")}
+    missing = required - state.keys()
+    fresh = attention if attention and attention <= missing else set()
+    differ = [
+        f"{key} is {list(state[key].shape)} and should be {list(tensor.shape)}"
+        for key, tensor in own.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    problems = {
+        "missing": [key for key in own if key in missing - fresh],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": differ,
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"{name}: {source} does not fit, {told}{_advice(problems, state)}")
+    model.load_state_dict(state, strict=False)
+    if fresh:
+        logger.warning(
+            "da_ops: %s: %s has no attention, its %d parameters keep their initial values",
+            name,
+            source,
+            len(fresh),
+        )
+
+
+def _state_dict(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
+    """The state dict, without wrapper and prefix, and where it is from."""
+    known = get_model_weights(name)
+    if isinstance(weights, WeightsEnum):
+        if not isinstance(weights, known):
+            raise ValueError(f"{name}: weights must be one of {known.__name__}, got {weights}")
+        return dict(weights.get_state_dict(progress=True, check_hash=True)), str(weights)
+    if isinstance(weights, Mapping):
+        return _unwrapped(weights, f"{name}: weights"), "the given state dict"
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(
+            f"{name}: weights must be None, one of {known.__name__}, a path or a state dict, got "
+            f"{type(weights).__name__}"
+        )
+    member = str(weights).removeprefix(f"{known.__name__}.")
+    if member in known.__members__:
+        return _state_dict(known[member], name)
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{name}: weights must be one of {', '.join(known.__members__)} or a file, got "
+            f"{str(path)!r}, which is neither"
+        )
+    return _unwrapped(_read(path), str(path)), str(path)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, none of which names the file
+        raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
+
+
+def _unwrapped(checkpoint: Any, source: str) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+    if not isinstance(checkpoint, Mapping) or not all(
+        isinstance(value, Tensor) for value in checkpoint.values()
+    ):
+        raise ValueError(
+            f"{source}: expected a state dict of tensors, or one under 'state_dict' or 'model', "
+            f"got {_kind(checkpoint)}"
+        )
+    if all(key.startswith(_PREFIX) for key in checkpoint):
+        return {key.removeprefix(_PREFIX): value for key, value in checkpoint.items()}
+    return dict(checkpoint)
+
+
+def _kind(checkpoint: Any) -> str:
+    if isinstance(checkpoint, Mapping):
+        return f"a mapping of {_some([str(key) for key in checkpoint])}"
+    return f"a {type(checkpoint).__name__}"
+
+
+def _advice(problems: Mapping[str, list[str]], state: Mapping[str, Tensor]) -> str:
+    if any(key.startswith("fc.weight ") for key in problems["of another shape"]):
+        classes = len(state["fc.weight"])
+        return f"; for another head, load with num_classes={classes} and replace fc afterwards"
+    return ""
+
+
+def _some(keys: list[str], most: int = 6) -> str:
+    rest = len(keys) - most
+    return ", ".join(keys[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,410 @@
+"""The rivals' layers, the ResNets, and loading weights into them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from timm.layers import EcaModule
+from torch import nn
+from torchvision.models import ResNet18_Weights, ResNet34_Weights
+from torchvision.ops import SqueezeExcitation
+
+from da_ops import DAModule, models
+from da_ops.models import ATTENTIONS, ECAModule, SEModule, SGEModule
+from da_ops.models.insert import BasicBlock, Bottleneck
+
+from .cases import LAYOUTS
+
+BLOCKS = {"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33}
+
+
+def results(layer, x, dy):
+    """Output, and gradients of input and parameters."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+
+def data(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------ layers
+
+
+def test_se_is_torchvisions_without_biases():
+    layer = SEModule(32, dtype=torch.float64)
+    other = SqueezeExcitation(32, 2).double()
+    for own, theirs in ((layer.fc1, other.fc1), (layer.fc2, other.fc2)):
+        theirs.bias = None
+        theirs.weight = nn.Parameter(own.weight.detach().clone())
+    x, dy = data(2, 32, 5, 4)
+    torch.testing.assert_close(results(layer, x, dy), results(other, x, dy))
+
+
+def test_eca_is_timms():
+    layer, other = ECAModule(64, dtype=torch.float64), EcaModule(64, dtype=torch.float64)
+    other.load_state_dict(layer.state_dict())
+    x, dy = data(2, 64, 5, 4)
+    torch.testing.assert_close(results(layer, x, dy), results(other, x, dy))
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256, 512, 1024, 2048])
+def test_eca_adapts_its_kernel_as_timm_does(channels):
+    assert ECAModule(channels).conv.weight.shape == EcaModule(channels).conv.weight.shape
+    assert ECAModule(channels, kernel_size=9).conv.weight.shape == (1, 1, 9)
+
+
+def test_sge_is_its_papers_formula():
+    """One group of one image at a time, as section 3 of the paper has it."""
+    layer = SGEModule(12, groups=3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    x, dy = data(2, 12, 3, 5)
+
+    def formula(x):
+        images = []
+        for image in x:
+            groups = []
+            for k, group in enumerate(image.chunk(3)):
+                vectors = group.flatten(1).T  # one at each position
+                c = torch.stack([vector @ vectors.mean(0) for vector in vectors])
+                c = (c - c.mean()) / (c.std() + 1e-5)
+                a = 1 / (1 + torch.exp(-(layer.weight[k] * c + layer.bias[k])))
+                groups.append((vectors * a[:, None]).T.reshape(group.shape))
+            images.append(torch.cat(groups))
+        return torch.stack(images)
+
+    formula.parameters = layer.parameters
+    torch.testing.assert_close(results(layer, x, dy), results(formula, x, dy))
+
+
+def test_sge_starts_as_published():
+    layer = SGEModule(128)
+    assert torch.equal(layer.weight, torch.zeros(64)) and torch.equal(layer.bias, torch.ones(64))
+
+
+def test_sge_over_a_single_position():
+    layer = SGEModule(128, dtype=torch.float64)
+    nn.init.normal_(layer.weight)
+    x, dy = data(2, 128, 1, 1)
+    y, *gradients = results(layer, x, dy)
+    torch.testing.assert_close(y, x * torch.ones((), dtype=x.dtype).sigmoid())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_dtype_and_layout_are_kept(name, dtype, layout):
+    layer = ATTENTIONS[name](128, dtype=dtype)
+    x, dy = (t.contiguous(memory_format=LAYOUTS[layout]) for t in data(2, 128, 5, 4, dtype=dtype))
+    y, dx, *gradients = results(layer, x, dy)
+    for t in (y, dx):
+        assert t.dtype == dtype and t.is_contiguous(memory_format=LAYOUTS[layout])
+    assert all(gradient.dtype == dtype for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_half_precision_with_float32_parameters(name):
+    layer, half = ATTENTIONS[name](128), torch.randn(2, 128, 5, 4, dtype=torch.bfloat16)
+    want = layer(half.float())
+    plain = layer(half)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = layer(half)
+    for got in (plain, autocast):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), want, rtol=0.03, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_no_images(name):
+    layer = ATTENTIONS[name](128)
+    x = torch.randn(0, 128, 5, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer(x).shape == x.grad.shape == x.shape
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_layers_serve_timm(name):
+    """As timm's own attention layers are asked for, with device and dtype."""
+    network = timm.create_model(
+        "resnet10t", block_args={"attn_layer": ATTENTIONS[name]}, dtype=torch.float64
+    )
+    assert sum(isinstance(module, ATTENTIONS[name]) for module in network.modules()) == 4
+    assert network(torch.randn(2, 3, 32, 32, dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: SEModule(8),
+            r"reduction must be between 1 and channels=8, got 16; pass a smaller",
+        ),
+        (lambda: SEModule(8, reduction=0), "reduction must be between 1"),
+        (lambda: SGEModule(96), r"multiple of groups, got channels=96 and groups=64; pass groups"),
+        (lambda: SGEModule(0), "multiple of groups"),
+        (lambda: ECAModule(0), "channels must be a positive int, got 0"),
+        (lambda: ECAModule(8, kernel_size=4), "kernel_size must be odd, got 4"),
+    ],
+)
+def test_layers_refuse(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ------------------------------------------------------------------------------ networks
+
+
+@pytest.mark.parametrize("attention", [*ATTENTIONS, None])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_keys_are_torchvisions(name, attention):
+    with torch.device("meta"):
+        network = getattr(models, name)(attention)
+        plain = torchvision.models.get_model(name)
+        if attention is not None:
+            short = getattr(models, f"{attention}_{name}")()
+            assert short.state_dict().keys() == network.state_dict().keys()
+    keys = list(network.state_dict())
+    assert [key for key in keys if ".attention." not in key] == list(plain.state_dict())
+    layers = [m for m in network.modules() if isinstance(m, tuple(ATTENTIONS.values()))]
+    assert len(layers) == (BLOCKS[name] if attention else 0)
+    assert ("layer4.1.attention.conv.weight" in keys) == (attention in ("da", "eca"))
+    assert isinstance(network, torchvision.models.ResNet)
+
+
+def test_options_of_the_da_layer():
+    network = models.resnet18("da", order="parallel", gate="scalar", backend="eager", num_classes=7)
+    layers = [module for module in network.modules() if isinstance(module, DAModule)]
+    assert {(m.order, m.gate, m.backend) for m in layers} == {("parallel", "scalar", "eager")}
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_options_of_torchvision():
+    network = models.resnet18(norm_layer=lambda channels: nn.GroupNorm(4, channels))
+    assert isinstance(network.layer1[0].bn2, nn.GroupNorm)
+
+
+@pytest.mark.parametrize("downsample", [False, True])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_attention_is_last_in_the_branch(block, downsample):
+    channels = 16 * block.expansion
+    shortcut = nn.Conv2d(channels, channels, 1) if downsample else None
+    block = block(channels, 16, downsample=shortcut)
+    block.attention = DAModule(channels)
+    x = torch.randn(2, channels, 5, 4)
+    branch = [block.conv1, block.bn1, block.relu, block.conv2, block.bn2]
+    if hasattr(block, "conv3"):
+        branch += [block.relu, block.conv3, block.bn3]
+    y = x
+    for module in [*branch, block.attention]:
+        y = module(y)
+    want = torch.relu(y + (shortcut(x) if downsample else x))
+    torch.testing.assert_close(block(x), want)
+
+
+def test_what_networks_have_in_common_starts_the_same():
+    states = []
+    for attention in (None, *ATTENTIONS):
+        torch.manual_seed(3)
+        states.append(models.resnet18(attention, num_classes=5).state_dict())
+    for key, tensor in states[0].items():
+        assert all(torch.equal(tensor, state[key]) for state in states[1:])
+
+
+def test_networks_can_be_copied_and_pickled():
+    network = models.resnet18(num_classes=3).eval()
+    x = torch.randn(1, 3, 32, 32)
+    for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        torch.testing.assert_close(copied(x), network(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention": "cbam"}, "attention must be one of 'da', 'se', 'sge', 'eca'; got 'cbam'"),
+        ({"attention": "se", "order": "parallel"}, "order goes with attention='da'.*leave it out"),
+        ({"attention": None, "gate": "eca"}, "gate goes with attention='da', got gate='eca'"),
+        ({"attention": "eca", "backend": "eager"}, "backend goes with attention='da'"),
+        ({"order": "both"}, "order must be one of"),
+        ({"gate": "none"}, "gate must be one of"),
+    ],
+)
+def test_networks_refuse(arguments, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        models.resnet18(**arguments)
+
+
+# ------------------------------------------------------------------------------ weights
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A state dict of torchvision's ResNet-18 with 5 classes."""
+    return torchvision.models.resnet18(num_classes=5).state_dict()
+
+
+def load(weights, attention="da", num_classes=5):
+    return models.resnet18(attention, weights=weights, num_classes=num_classes)
+
+
+def assert_holds(network, state):
+    own = network.state_dict()
+    assert all(torch.equal(own[key], tensor) for key, tensor in state.items())
+
+
+def wrapped(state):
+    return {"epoch": 3, "state_dict": {f"module.{key}": t for key, t in state.items()}}
+
+
+@pytest.mark.parametrize(
+    "form", [dict, lambda s: {"model": s}, wrapped], ids=["bare", "model", "wrapped"]
+)
+def test_checkpoint_of_torchvision(form, plain, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(form(plain), path)
+    for weights in (path, str(path), form(plain)):
+        assert_holds(load(weights), plain)
+    assert_holds(load(path, attention=None), plain)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_missing_attention_is_said_once(attention, plain, caplog):
+    with caplog.at_level(logging.WARNING, "da_ops"):
+        network = load(plain, attention)
+    (record,) = caplog.records
+    fresh = len(network.state_dict()) - len(plain)
+    assert record.getMessage() == (
+        f"da_ops: resnet18: the given state dict has no attention, its {fresh} parameters keep "
+        "their initial values"
+    )
+
+
+def test_checkpoint_of_timm(tmp_path):
+    state = timm.create_model("resnet18", num_classes=5, zero_init_last=False).state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    assert_holds(load(tmp_path / "model.safetensors"), state)
+
+
+def test_checkpoint_of_our_own(caplog):
+    network = models.resnet18(num_classes=5)
+    for module in network.modules():
+        if isinstance(module, DAModule):
+            nn.init.normal_(module.gate_weight)
+    with caplog.at_level(logging.WARNING, "da_ops"):
+        assert_holds(load(network.state_dict()), network.state_dict())
+    assert not caplog.records
+
+
+def test_old_checkpoints_do_not_count_batches(plain):
+    old = {key: t for key, t in plain.items() if not key.endswith("num_batches_tracked")}
+    assert_holds(load(old), old)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [ResNet18_Weights.IMAGENET1K_V1, "IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.DEFAULT"],
+)
+def test_weights_of_torchvision(weights, tmp_path, monkeypatch):
+    """As they lie in torch.hub's folder once they have been downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    state = torchvision.models.resnet18().state_dict()
+    name = ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(state, tmp_path / "hub/checkpoints" / name)
+    assert_holds(load(weights, num_classes=1000), state)
+
+
+def without(state, *keys):
+    return {key: tensor for key, tensor in state.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: without(s, "bn1.weight"), r"does not fit, missing: bn1.weight$"),
+        (lambda s: without(s, "fc.weight", "fc.bias"), r"missing: fc.weight, fc.bias$"),
+        (lambda s: s | {"extra": torch.ones(1)}, r"unexpected: extra$"),
+        (lambda s: s | {"layer1.0.se.fc1.weight": torch.ones(1)}, "unexpected: layer1.0.se.fc1"),
+        (
+            lambda s: s | {"layer1.0.attention.gate_weight": torch.zeros(64)},
+            r"missing: layer1.0.attention.gate_bias, .* and 33 more$",
+        ),
+        (lambda s: s | {"bn1.bias": torch.ones(3)}, r"bn1.bias is \[3\] and should be \[64\]$"),
+        (
+            lambda s: s | {"fc.weight": torch.ones(9, 512), "fc.bias": torch.ones(9)},
+            r"fc.weight is \[9, 512\].*; for another head, load with num_classes=9 and replace fc",
+        ),
+        (lambda s: {"net": s}, r"expected a state dict of tensors.* got a mapping of net$"),
+        (lambda s: {}, "missing: conv1.weight"),
+    ],
+)
+def test_other_differences_are_refused(change, message, plain):
+    with pytest.raises(ValueError, match=message):
+        load(change(plain))
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    path = tmp_path / "model.pth"
+    with pytest.raises(
+        FileNotFoundError, match=r"IMAGENET1K_V1, DEFAULT or a file, got .*model.pth"
+    ):
+        load(path)
+    path.write_text("not one")
+    with pytest.raises(ValueError, match=r"model.pth is not a checkpoint that can be read"):
+        load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match=r"model.pth: expected a state dict of tensors.*a list"):
+        load(path)
+    torch.save({"model": nn.Linear(1, 1)}, path)  # reading it would run code
+    with pytest.raises(ValueError, match=r"model.pth is not a checkpoint that can be read"):
+        load(path)
+
+
+def test_weights_of_another_network():
+    with pytest.raises(ValueError, match="weights must be one of ResNet18_Weights, got ResNet34"):
+        load(ResNet34_Weights.DEFAULT)
+    with pytest.raises(TypeError, match=r"weights must be None, .* got int"):
+        load(3)
+
+
+# ------------------------------------------------------------------------------ what is not there
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_without_torchvision():
+    done = python(
+        "import sys; sys.modules['torchvision'] = None\n"
+        "import da_ops, da_ops.cli\n"
+        "try:\n    import da_ops.models\n"
+        "except ImportError as error:\n    print(error)\n"
+        "print(da_ops.cli.main(['tables']))"
+    )
+    message = 'pip install "da-ops[models]"'
+    said, status = done.stdout.splitlines()
+    assert message in said and status == "1"
+    assert done.stderr.startswith("da-ops: ") and message in done.stderr
+
+
+def test_without_timm():
+    done = python(
+        "import sys, torch; sys.modules['timm'] = None\n"
+        "from da_ops.models import resnet18\n"
+        "print(resnet18(num_classes=4)(torch.randn(2, 3, 32, 32)).shape)"
+    )
+    assert done.stdout == "torch.Size([2, 4])\n", done.stderr
