@@ -47,13 +47,15 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   return d;
 }
 
-py::list steps(const std::vector<da::cuda::Step>& steps) {
+py::list steps(const da::cuda::Direction& direction) {
   py::list list;
-  for (const auto& step : steps)
+  for (const auto& step : direction.steps) {
+    const bool on_chip = step.kernel == da::cuda::Kernel::on_chip;
     list.append(py::dict(py::arg("name") = step.name, py::arg("reads") = step.reads,
                          py::arg("writes") = step.writes, py::arg("grid") = step.grid,
-                         py::arg("threads") = da::cuda::kThreads,
+                         py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
                          py::arg("shared_bytes") = step.shared_bytes));
+  }
   return list;
 }
 
@@ -69,10 +71,8 @@ py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p) {
   d["blocks_an_image"] = plan.blocks;
   d["images_at_once"] = plan.images_at_once;
   d["waves"] = (p.n + plan.images_at_once - 1) / plan.images_at_once;
-  d["threads"] = plan.threads;
-  d["shared_bytes"] = plan.shared_bytes;
-  d["kept"] = double(plan.kept) / plan.chunks;
-  if (plan.backward) d["kept_dy"] = double(plan.kept_dy) / plan.chunks;
+  d["x_kept"] = double(plan.kept) / plan.chunks;
+  d["dy_kept"] = double(plan.kept_dy) / plan.chunks;
   return d;
 }
 
@@ -85,16 +85,16 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   da::cuda::Device device = da::cuda::typical_device(sm);
   if (multiprocessors > 0) device.multiprocessors = multiprocessors;
   da::cuda::Wish wished;
-  if (!da::cuda::parse(wish, wished))
-    throw py::value_error(
-        "DA_OPS_PLAN: expected portable, onchip, block, cluster[:BLOCKS] or group[:BLOCKS], got " +
-        wish);
-  const da::cuda::Plan plan = da::cuda::plan(p, device, true);
+  if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
+  da::cuda::Plan plan = da::cuda::plan(p, device, true);
   const auto choose = [&](bool backward) {
-    return one_launch(
-        da::cuda::choose(p, backward, device, true, wished, da::cuda::typical_residents(device)),
-        p);
+    const da::cuda::OnChip chip =
+        da::cuda::choose(p, backward, device, true, wished, da::cuda::typical_residents(device));
+    if (!chip.refused)
+      (backward ? plan.backward : plan.forward) = da::cuda::on_chip_direction(p, chip);
+    return one_launch(chip, p);
   };
+  const py::dict forward = choose(false), backward = choose(true);
   const da::cuda::Tiling& t = plan.tiling;
   py::dict d;
   d["multiprocessors"] = device.multiprocessors;
@@ -103,10 +103,10 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   d["tile"] = py::str(std::to_string(t.tile_channels()) + " channels x " +
                       std::to_string(t.tile_pixels()) + " pixels");
   d["tiles_an_image"] = t.tiles();
-  d["forward"] = steps(plan.forward.steps);
-  d["backward"] = steps(plan.backward.steps);
-  d["one_launch_forward"] = choose(false);
-  d["one_launch_backward"] = choose(true);
+  d["forward"] = steps(plan.forward);
+  d["backward"] = steps(plan.backward);
+  d["one_launch_forward"] = forward;
+  d["one_launch_backward"] = backward;
   return d;
 }
 

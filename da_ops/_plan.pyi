@@ -11,4 +11,5 @@ def cuda(
     gate: str,
     sm: int,
     multiprocessors: int,
+    wish: str = "",
 ) -> dict[str, Any]: ...

@@ -63,7 +63,7 @@ bool has_clusters(int sm) { return sm >= 90 && sm < 120; }
 
 Residents typical_residents(const Device& device) {
   return [device](const OnChip& plan) -> int {
-    const auto bytes = static_cast<int64_t>(plan.shared_bytes);
+    const auto bytes = static_cast<int64_t>(plan.memory.bytes);
     const int fitting = bytes <= shared_limit(device.sm, 2)   ? 2
                         : bytes <= shared_limit(device.sm, 1) ? 1
                                                               : 0;

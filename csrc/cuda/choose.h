@@ -24,6 +24,8 @@ struct Wish {
 };
 
 bool parse(const std::string& text, Wish& wish);
+constexpr const char* kWishes =
+    "DA_OPS_PLAN: expected portable, onchip, block, cluster[:BLOCKS] or group[:BLOCKS], got ";
 
 bool has_clusters(int sm);
 

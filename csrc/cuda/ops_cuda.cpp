@@ -5,11 +5,14 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
+#include <cstdlib>
+#include <map>
 #include <mutex>
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
+#include "cuda/choose.h"
 #include "cuda/launch.h"
 
 namespace da::cuda {
@@ -39,6 +42,46 @@ const Device& device_of(const Tensor& x) {
                       attribute(cudaDevAttrL2CacheSize, index)};
   });
   return devices[index];
+}
+
+int residents(Dtype dtype, const OnChip& chip) {
+  int groups = 0;
+  return resident_groups(dtype, chip, groups) == cudaSuccess ? groups : 0;
+}
+
+// One direction's launches, as this thread planned them before: a plan costs more than a launch.
+const Plan& planned(const Problem& p, const Tensor& x, bool backward, bool aligned) {
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Dtype, Order, Gate, bool,
+                         bool, bool, int, std::string>;
+  constexpr size_t kMost = 1024;
+  thread_local std::map<Key, Plan> plans;
+  const char* const text = std::getenv("DA_OPS_PLAN");
+  const Key key{p.n,
+                p.c,
+                p.h,
+                p.w,
+                p.kernel_size,
+                p.dtype,
+                p.order,
+                p.gate,
+                p.channels_last,
+                backward,
+                aligned,
+                x.get_device_index(),
+                text ? text : ""};
+  if (const auto found = plans.find(key); found != plans.end()) return found->second;
+
+  Wish wish;
+  STD_TORCH_CHECK(parse(std::get<std::string>(key), wish), kWishes, text);
+  const Device& device = device_of(x);
+  Plan plan = cuda::plan(p, device, aligned);
+  const OnChip chip = choose(p, backward, device, aligned, wish,
+                             [&](const OnChip& chip) { return residents(p.dtype, chip); });
+  STD_TORCH_CHECK(!chip.refused || wish.kind != Wish::Kind::exact, "da_ops: DA_OPS_PLAN=", text,
+                  ": ", chip.refused, "; unset it, or name another plan");
+  if (!chip.refused) (backward ? plan.backward : plan.forward) = on_chip_direction(p, chip);
+  if (plans.size() >= kMost) plans.clear();
+  return plans.emplace(key, std::move(plan)).first->second;
 }
 
 void* stream_of(const Tensor& x) {
@@ -98,7 +141,7 @@ Outputs forward_cuda(const Problem& p, const Tensor& x, const Arguments& given) 
   Tensor y = allocate_like(x);
   Tensor channel_mean = allocate_channel_mean(p, x), pooled = allocate_pooled(p, x);
   if (p.n > 0) {
-    const Plan plan = cuda::plan(p, device_of(x), aligned({&x, &y}));
+    const Plan& plan = planned(p, x, false, aligned({&x, &y}));
     Tensor workspace = allocate(x, {plan.forward.workspace.elements}, accumulation_type(x));
     require(forward(p, plan, *parameters, x.const_data_ptr(), y.mutable_data_ptr(),
                     channel_mean.mutable_data_ptr(), pooled.mutable_data_ptr(),
@@ -123,7 +166,7 @@ InputGradients backward_cuda(const Problem& p, const Tensor& dy, const Tensor& x
   const Gradients addresses{address(0, given.conv),  address(1, given.dilated),
                             address(2, given.merge), address(3, given.spatial_bias),
                             address(4, given.gate),  address(5, given.gate_bias)};
-  const Plan plan = cuda::plan(p, device_of(x), aligned({&x, &dy, &dx}));
+  const Plan& plan = planned(p, x, true, aligned({&x, &dy, &dx}));
   Tensor workspace = allocate(x, {plan.backward.workspace.elements}, accumulation_type(x));
   require(backward(p, plan, *parameters, dy.const_data_ptr(), x.const_data_ptr(),
                    channel_mean.const_data_ptr(), pooled.const_data_ptr(), dx.mutable_data_ptr(),

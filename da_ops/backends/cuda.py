@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -25,6 +27,7 @@ def _plan(call: Call) -> Plan:
         call.gate,
         call.sm or (10 * properties.major + properties.minor if properties else 90),
         properties.multi_processor_count if properties else 0,
+        os.environ.get("DA_OPS_PLAN", ""),
     )
 
     def direction(name: str) -> Direction:
@@ -34,7 +37,19 @@ def _plan(call: Call) -> Plan:
             passes.append(Pass(**step, launch=launch))
         return Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
 
+    for way in ("forward", "backward"):
+        details[f"one launch {way}"] = _one_launch(details.pop(f"one_launch_{way}"))
     return Plan(direction("forward"), direction("backward"), details)
+
+
+def _one_launch(chosen: dict[str, Any]) -> str:
+    """In words: the launch that keeps an image on the chip, or why there is none."""
+    if "refused" in chosen:
+        return f"no ({chosen['refused']})"
+    return (
+        "{blocks_an_image} blocks an image ({barrier}), {images_at_once} images at once, "
+        "{waves} waves, {x_kept:.0%} of x and {dy_kept:.0%} of dy kept"
+    ).format(**chosen)
 
 
 def _missing() -> str | None:
