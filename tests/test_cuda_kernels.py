@@ -21,7 +21,7 @@ from .cases import (
     make,
 )
 from .simt.build import ROOT
-from .simt.calls import results
+from .simt.calls import OnChip, Refused, results
 
 # Whole vectors, rows that begin within one, one pixel, one channel, one element short of a vector.
 SHAPES = [(2, 8, 4, 4), (2, 16, 7, 7), (1, 24, 5, 5), (2, 33, 1, 1), (1, 1, 9, 8), (2, 5, 3, 7)]
@@ -154,3 +154,191 @@ def test_random_shapes(kernels, shape, case, dtypes, layout, multiprocessors, al
     call = make(shape, *case, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout)
     options = {"multiprocessors": multiprocessors, "aligned": aligned}
     check([call], results(kernels(), [call], **options))
+
+
+# The kernels that keep an image on the chip: one block, or several that wait for each other at a
+# cluster's barrier or at a counter; several images a group, one after another.
+GROUPS = [
+    OnChip(),
+    OnChip("group", blocks=2, images_at_once=2),
+    OnChip("group", blocks=3),
+    OnChip("cluster", blocks=2, images_at_once=2),
+    OnChip("cluster", blocks=3),
+]
+ON_CHIP_DTYPES = [pair for pair in DTYPE_PAIRS if pair[0] != torch.float64]
+# Eight chunks of x, eight of dy.
+CHUNKS = (2, 256, 16, 16)
+
+
+def name(group):
+    return f"{group.barrier}-{group.blocks}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group", GROUPS, ids=name)
+def test_on_chip(kernels, group, layout):
+    calls = [
+        make(shape, order, gate, dtype=torch.float16, layout=layout)
+        for order, gate in (CASES if FULL else FEW_CASES)
+        for shape in [(3, 24, 6, 8), (2, 40, 7, 7)]
+    ]
+    calls += [
+        make((2, 32, 4, 6), order, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout)
+        for dtype, parameter_dtype in ON_CHIP_DTYPES
+        for order in ("spatial_channel", "channel_spatial")
+    ]
+    check(calls, results(kernels(), calls, on_chip=group))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunks", [0, 3, 8, 11])  # none, some of x, x, x and some of dy
+def test_on_chip_what_is_not_kept_is_read_again(kernels, chunks, layout):
+    for group in (OnChip(), OnChip("group", 2)):
+        calls = [
+            make(CHUNKS, order, dtype=torch.bfloat16, layout=layout)
+            for order in ("spatial_channel", "channel_spatial", "parallel")
+        ]
+        check(calls, results(kernels(), calls, on_chip=group._replace(chunks=chunks)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group", GROUPS[:2], ids=name)
+def test_on_chip_odd_sizes(kernels, group, layout):
+    """Rows shorter than a vector, one pixel, one channel, no whole number of vectors, primes."""
+    shapes = [(1, 37, 3, 13), (1, 31, 41, 1), (2, 41, 5, 5)]
+    if group.blocks == 1:
+        shapes += [(2, 5, 5, 3), (2, 11, 2, 2), (2, 33, 1, 1), (2, 1, 9, 8)]
+    calls = [
+        make(shape, order, "eca", dtype=dtype, layout=layout)
+        for shape in shapes
+        for order in ("spatial_channel", "channel_spatial")
+        for dtype in (torch.float16, torch.float32)
+    ]
+    check(calls, results(kernels(), calls, on_chip=group))
+    calls = [make((2, 40, 7, 7), dtype=dtype, layout=layout) for dtype, _ in ON_CHIP_DTYPES]
+    check(calls, results(kernels(), calls, on_chip=group, aligned=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_chip_rows_wider_than_a_block(kernels, layout):
+    shape = (1, 16, 75, 75) if layout == "contiguous" else (1, 4104, 2, 3)
+    for group in (OnChip(chunks=1), OnChip("group", 2)):
+        calls = [
+            make(shape, order, dtype=torch.float16, layout=layout)
+            for order in ("spatial_channel", "channel_spatial", "parallel")
+        ]
+        check(calls, results(kernels(), calls, on_chip=group))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group", [OnChip("group", 4), OnChip("cluster", 4)], ids=name)
+def test_on_chip_a_mask_looks_beyond_the_next_block(kernels, group, layout):
+    calls = [
+        make((1, 16, 8, 2), order, "eca", kernel_size=31, layout=layout)
+        for order in ("spatial_channel", "channel_spatial", "parallel", "channel")
+    ]
+    check(calls, results(kernels(), calls, on_chip=group))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_on_chip_nan_stays_in_its_image(kernels, layout, aligned):
+    """All three images pass through the same shared memory."""
+    for group in (OnChip(), OnChip("cluster", 2), OnChip("group", 2)):
+        call = make((3, 40, 7, 7), layout=layout, dtype=torch.float16)
+        (clean,) = results(kernels(), [call], on_chip=group, aligned=aligned)
+        call.x[1] = torch.nan
+        call.dy[1, 3] = torch.inf
+        (got,) = results(kernels(), [call], on_chip=group, aligned=aligned)
+        for result in ("y", "dx"):
+            assert got[result][1].isnan().any()
+            assert torch.equal(got[result][::2], clean[result][::2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_chip_nan_stays_in_its_channel(kernels, layout):
+    call = make((3, 16, 7, 7), "channel", layout=layout, dtype=torch.float16)
+    call.x[1, 3, 2, 2] = torch.nan
+    for group in (OnChip(), OnChip("group", 2)):
+        (got,) = results(kernels(), [call], on_chip=group)
+        for result in ("y", "dx"):
+            hit = got[result].isnan().flatten(2).any(2)
+            assert hit.nonzero().tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_chip_bits_depend_on_nothing_but_the_group(kernels, layout):
+    """Not on the order of lanes, how groups share out the images, what they wait at or keep."""
+    calls = [make((3, 64, 8, 8), dtype=dtype, layout=layout) for dtype, _ in ON_CHIP_DTYPES]
+    once = results(kernels(), calls, on_chip=OnChip("group", 2))
+    for order, group in [
+        ("descending", OnChip("group", 2)),
+        ("random", OnChip("group", 2, images_at_once=3)),
+        ("ascending", OnChip("cluster", 2, images_at_once=2)),
+        ("ascending", OnChip("group", 2, chunks=1)),
+    ]:
+        again = results(kernels(), calls, on_chip=group, SIMT_ORDER=order)
+        for one, other in zip(once, again, strict=True):
+            assert_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group", GROUPS if FULL else GROUPS[::2], ids=name)
+def test_on_chip_sanitizers_find_nothing(kernels, group, layout, kind):
+    cases = [("spatial_channel", "affine"), ("channel_spatial", "eca"), ("parallel", "scalar")]
+    calls = [
+        make((3, 24, 7, 7), order, gate, dtype=torch.float16, layout=layout)
+        for order, gate in (CASES if FULL else cases)
+    ]
+    check(calls, results(kernels(kind), calls, on_chip=group, SIMT_ORDER="random", SIMT_LIVE="2"))
+    # x is kept, of dy a part, and so no barrier in the last step orders one image and the next.
+    some = group._replace(chunks=2)
+    calls = [make((2, 128, 8, 8), dtype=torch.float16, layout=layout)]
+    check(calls, results(kernels(kind), calls, on_chip=some, SIMT_ORDER="random"))
+
+
+@pytest.mark.parametrize(
+    ("call", "group", "aligned", "why"),
+    [
+        (make(dtype=torch.float64), OnChip(), True, "float64 is for the portable passes"),
+        (make((1, 3, 4, 4)), OnChip("group", 4), True, "more blocks than rows"),
+        (make(), OnChip("block", 2), True, "a block's barrier is for one block"),
+        (make((1, 64, 8, 8)), OnChip("cluster", 17), True, "no cluster is so large"),
+        (make(CHUNKS), OnChip(chunks=9), False, "what is not aligned must fit in shared memory"),
+    ],
+)
+def test_on_chip_says_what_it_cannot_do(kernels, call, group, aligned, why):
+    with pytest.raises(Refused, match=why):
+        results(kernels(), [call], on_chip=group, aligned=aligned)
+
+
+def test_on_chip_no_images(kernels):
+    call = make((0, 8, 4, 4))
+    (got,) = results(kernels(), [call], on_chip=OnChip())
+    assert got["y"].shape == call.x.shape
+    assert all((t == 0).all() for t in got.values())
+
+
+@settings(
+    max_examples=200 if FULL else 25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 17), st.integers(1, 17)),
+    case=st.sampled_from(CASES),
+    dtypes=st.sampled_from(ON_CHIP_DTYPES),
+    layout=st.sampled_from(list(LAYOUTS)),
+    group=st.sampled_from(GROUPS),
+    aligned=st.booleans(),
+)
+def test_on_chip_random_shapes(kernels, shape, case, dtypes, layout, group, aligned):
+    dtype, parameter_dtype = dtypes
+    call = make(shape, *case, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout)
+    rows = shape[1] if layout == "contiguous" and shape[2:] != (1, 1) else shape[2] * shape[3]
+    try:
+        check([call], results(kernels(), [call], on_chip=group, aligned=aligned))
+    except Refused:
+        if rows >= group.blocks * 8:  # rows of a super-row stay together
+            raise

@@ -57,4 +57,16 @@ struct Args {
   DA_HD bool channel() const { return order != Order::spatial; }
 };
 
+// Of the kernels that keep an image on the chip. What the blocks of a group tell each other goes by
+// image where it is small, so that none of it is written twice, and there is no need to wait until
+// it has been read.
+struct ChipArgs {
+  Args<float> call;
+  OnChip chip;
+  float* partials;               // [group][block][column]: sums, where there is no cluster
+  float *col_masks, *col_terms;  // [image][column]
+  float* row_gradients;          // [image][row]: dz
+  unsigned* counters;            // of the groups' barriers
+};
+
 }  // namespace da::cuda

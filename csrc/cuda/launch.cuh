@@ -5,6 +5,7 @@
 
 #include "cuda/finish.cuh"
 #include "cuda/launch.h"
+#include "cuda/onchip.cuh"
 #include "cuda/passes.cuh"
 #include "cuda/simt_launch.cuh"
 
@@ -57,11 +58,54 @@ int launch_step(const Step& step, const simt::Launch& launch, const Args<accumul
   }
 }
 
+inline simt::Launch chip_launch(const OnChip& chip, void* stream) {
+  const unsigned blocks = chip.blocks;
+  return {blocks * chip.images_at_once,
+          static_cast<unsigned>(chip.threads),
+          chip.memory.bytes,
+          stream,
+          blocks,
+          chip.barrier == Barrier::cluster};
+}
+
+template <class T>
+auto chip_kernel(const OnChip& chip) {
+  const bool cluster = chip.barrier == Barrier::cluster;
+  if (chip.backward) return cluster ? chip_backward<T, true> : chip_backward<T, false>;
+  return cluster ? chip_forward<T, true> : chip_forward<T, false>;
+}
+
+template <class T>
+int launch_on_chip(const Direction& direction, const Args<float>& a, float* workspace,
+                   void* stream) {
+  const Workspace& w = direction.workspace;
+  const OnChip& chip = direction.chip;
+  const bool gradients = chip.backward && chip.channels_last && chip.blocks > 1;
+  unsigned* const counters = reinterpret_cast<unsigned*>(workspace + w.counters);
+  const ChipArgs args{a,
+                      chip,
+                      workspace + w.partials,
+                      workspace + w.col_masks,
+                      workspace + w.col_terms,
+                      gradients ? workspace + w.row_gradients : nullptr,
+                      counters};
+  const int error = w.counter_bytes ? simt::clear(counters, w.counter_bytes, stream) : 0;
+  return error ? error : simt::launch(chip_launch(chip, stream), chip_kernel<T>(chip), args);
+}
+
 // Runs the steps in turn. What a step leaves for those after it is noted in `a`.
 template <class T>
-int run(const Direction& direction, Args<accumulate_t<T>> a, void* stream) {
+int run(const Direction& direction, Args<accumulate_t<T>> a, accumulate_t<T>* workspace,
+        void* stream) {
   using A = accumulate_t<T>;
   for (const Step& step : direction.steps) {
+    if constexpr (!std::is_same_v<T, double>) {
+      if (step.kernel == Kernel::on_chip) {
+        const int error = step.jobs > 0 ? launch_on_chip<T>(direction, a, workspace, stream) : 0;
+        if (error != 0) return error;
+        continue;
+      }
+    }
     // Backward's second sums come on top of its first.
     const bool more = step.backward && step.stage == Stage::second;
     Partial<A>& pixel_sums = more ? a.more_pixel_sums : a.pixel_sums;
@@ -97,7 +141,7 @@ int forward_as(const Problem& problem, const Plan& plan, const Parameters& param
   Args<A> a = detail::common(problem, plan, plan.forward, parameters, static_cast<A*>(channel_mean),
                              static_cast<A*>(pooled), static_cast<A*>(workspace));
   a.x = x, a.out = y;
-  return detail::run<storage_t<D>>(plan.forward, a, stream);
+  return detail::run<storage_t<D>>(plan.forward, a, static_cast<A*>(workspace), stream);
 }
 
 template <Dtype D>
@@ -127,7 +171,17 @@ int backward_as(const Problem& problem, const Plan& plan, const Parameters& para
   a.spatial_blocks = w.spatial_blocks;
   a.gate_parts = work + w.gate_parts;
   a.parts = gate_parts(problem);
-  return detail::run<storage_t<D>>(plan.backward, a, stream);
+  return detail::run<storage_t<D>>(plan.backward, a, work, stream);
+}
+
+template <Dtype D>
+int resident_groups_as(const OnChip& chip, int& groups) {
+  groups = 0;
+  if constexpr (D == Dtype::float64)
+    return 0;
+  else
+    return simt::resident_groups(detail::chip_launch(chip, nullptr),
+                                 detail::chip_kernel<storage_t<D>>(chip), groups);
 }
 
 }  // namespace da::cuda

@@ -15,12 +15,16 @@ int backward_as(const Problem& problem, const Plan& plan, const Parameters& para
                 const void* dy, const void* x, const void* channel_mean, const void* pooled,
                 void* dx, const Gradients& gradients, void* workspace, void* stream);
 
+template <Dtype D>
+int resident_groups_as(const OnChip& chip, int& groups);
+
 // `how` is `template` to instantiate a type's launchers, `extern template` where others do.
 #define DA_LAUNCHERS(how, D)                                                                       \
   how int forward_as<D>(const Problem&, const Plan&, const Parameters&, const void*, void*, void*, \
                         void*, void*, void*);                                                      \
   how int backward_as<D>(const Problem&, const Plan&, const Parameters&, const void*, const void*, \
-                         const void*, const void*, void*, const Gradients&, void*, void*);
+                         const void*, const void*, void*, const Gradients&, void*, void*);         \
+  how int resident_groups_as<D>(const OnChip&, int&);
 DA_LAUNCHERS(extern template, Dtype::float16)
 DA_LAUNCHERS(extern template, Dtype::bfloat16)
 DA_LAUNCHERS(extern template, Dtype::float32)
@@ -60,6 +64,12 @@ inline int backward(const Problem& problem, const Plan& plan, const Parameters& 
     return backward_as<decltype(dtype)::value>(problem, plan, parameters, dy, x, channel_mean,
                                                pooled, dx, gradients, workspace, stream);
   });
+}
+
+// How many images of such a launch the current device holds at once; 0: it cannot run it.
+inline int resident_groups(Dtype dtype, const OnChip& chip, int& groups) {
+  return with_dtype(
+      dtype, [&](auto dtype) { return resident_groups_as<decltype(dtype)::value>(chip, groups); });
 }
 
 }  // namespace da::cuda

@@ -85,11 +85,13 @@ struct Surroundings {
   Staging staging;
   uint32_t height, width, row0, col0;  // of the tile's first pixel
 
-  SIMT_FN Surroundings(const Args<A>& a, const Tile& tile, const Memory<A>& memory)
-      : staged(memory.staged), staging(a.staging), height(a.height), width(a.width) {
-    row0 = tile.pixel() / a.width;
-    col0 = tile.pixel() % a.width;
+  SIMT_FN Surroundings(const Args<A>& a, int64_t pixel, const A* staged, const Staging& staging)
+      : staged(staged), staging(staging), height(a.height), width(a.width) {
+    row0 = pixel / a.width;
+    col0 = pixel % a.width;
   }
+  SIMT_FN Surroundings(const Args<A>& a, const Tile& tile, const Memory<A>& memory)
+      : Surroundings(a, tile.pixel(), memory.staged, a.staging) {}
 
   SIMT_FN A centre(int i) const { return staged[staging.at(0, width) + i]; }
 
@@ -117,17 +119,16 @@ struct Surroundings {
 
 // The stencil's coefficients, or those of its adjoint; visible after the next sync.
 template <class T, class A>
-SIMT_FN void load_stencil(const Args<A>& a, const Memory<A>& memory, bool transposed) {
+SIMT_FN void load_stencil(const Args<A>& a, A* stencil, bool transposed) {
   const Parameters& p = a.parameters;
   const int t = simt::thread();
   if (t < 2 * kTaps) {
     const Parameter<T> kernel{t < kTaps ? p.conv : p.dilated, p.wide};
     const int tap = t % kTaps;
-    memory.stencil[t] =
+    stencil[t] =
         Parameter<T>{p.merge, p.wide}[t / kTaps] * kernel[transposed ? kTaps - 1 - tap : tap];
   } else if (t == 2 * kTaps) {
-    memory.stencil[t] =
-        p.spatial_bias && !transposed ? Parameter<T>{p.spatial_bias, p.wide}[0] : A(0);
+    stencil[t] = p.spatial_bias && !transposed ? Parameter<T>{p.spatial_bias, p.wide}[0] : A(0);
   }
 }
 
@@ -135,7 +136,7 @@ SIMT_FN void load_stencil(const Args<A>& a, const Memory<A>& memory, bool transp
 template <class T, class A, class Map>
 SIMT_FN void make_spatial_mask(const Args<A>& a, const Tile& tile, const Memory<A>& memory,
                                Map mean, bool keep_mean) {
-  load_stencil<T>(a, memory, false);
+  load_stencil<T>(a, memory.stencil, false);
   stage(a, tile, memory, mean);
   simt::sync();
   const bool keep = tile.channel_tile() == 0;
@@ -186,16 +187,37 @@ struct LogitGradient {
   }
 };
 
+// keep(i, sum) for each of the 19 sums behind the spatial parameters' gradients, of these pixels'
+// share: sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz is at hand. A warp takes a sum at a
+// time.
+template <class A, class Keep>
+SIMT_FN void spatial_sums(const Surroundings<A>& dz, const A* mean, int pixels, int warps,
+                          Keep keep) {
+  const int lane = simt::thread() % simt::kWarp;
+  for (int part = simt::thread() / simt::kWarp; part < kSpatialSums; part += warps) {
+    const int step = part < kTaps ? 1 : kReach, tap = kTaps - 1 - part % kTaps;
+    A sum = 0;
+    SIMT_ROLLED
+    for (int i = lane; i < pixels; i += simt::kWarp) {
+      if (part == 2 * kTaps)
+        sum += dz.centre(i);
+      else
+        dz.neighbour(i, step, tap, [&](A value) { sum += mean[i] * value; });
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) keep(part, sum);
+  }
+}
+
 // out = dm / C over the tile's pixels. The first tile along the channels also makes its share of
-// the 19 sums behind the spatial parameters' gradients; the block adds it to that of earlier
-// launches.
+// the spatial sums; the block adds it to that of earlier launches.
 template <class T, bool More, class A>
 SIMT_FN void through_spatial_mask(const Args<A>& a, const Tile& tile, const Memory<A>& memory,
                                   A* out, bool keep) {
   const int64_t image = tile.image * a.pixels;
   const bool first = tile.channel_tile() == 0;
   const LogitGradient<A, More> dz(a.pixel_sums, a.more_pixel_sums, tile.image, a.spatial_mask);
-  load_stencil<T>(a, memory, true);
+  load_stencil<T>(a, memory.stencil, true);
   stage(a, tile, memory, dz);
   simt::sync();
   const Surroundings<A> d(a, tile, memory);
@@ -207,24 +229,11 @@ SIMT_FN void through_spatial_mask(const Args<A>& a, const Tile& tile, const Memo
     if (keep && first) a.d_channel_mean[image + tile.pixel() + i] = dm;
   }
 
-  // sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz is at hand: a warp takes a sum at a
-  // time.
   const A* mean = a.channel_mean + image + tile.pixel();
-  const int lane = simt::thread() % simt::kWarp;
-  for (int part = simt::thread() / simt::kWarp; part < kSpatialSums; part += kWarps) {
-    const int step = part < kTaps ? 1 : kReach, tap = kTaps - 1 - part % kTaps;
-    A sum = 0;
-    SIMT_ROLLED
-    for (int i = lane; first && i < tile.pixels(); i += simt::kWarp) {
-      if (part == 2 * kTaps)
-        sum += d.centre(i);
-      else
-        d.neighbour(i, step, tap, [&](A value) { sum += mean[i] * value; });
-    }
-    sum = warp_sum(sum);
-    A* total = a.spatial_parts + simt::block() * kSpatialSums + part;
-    if (lane == 0) *total = (a.first_job == 0 ? A(0) : *total) + sum;
-  }
+  A* total = a.spatial_parts + simt::block() * kSpatialSums;
+  spatial_sums(d, mean, first ? tile.pixels() : 0, kWarps, [&](int part, A sum) {
+    total[part] = (a.first_job == 0 ? A(0) : total[part]) + sum;
+  });
 }
 
 // out = dg / P over the tile's channels, from dt: the gradient at the gate's logits.

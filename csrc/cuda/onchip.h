@@ -27,14 +27,36 @@ namespace da::cuda {
 // capability 9.0 and later), or a counter in global memory (a cooperative launch, anywhere).
 enum class Barrier { block, cluster, group };
 
-// The kernels' launch bounds, so that 64 registers are a thread's.
-constexpr int kChipThreads = 512, kChipBlocks = 2;
-constexpr int kMaxChunks = 8;        // of a slab
-constexpr int kMaxCluster = 16;      // blocks; more than 8 only where the GPU agrees
-constexpr int kFoldBytes = 8 << 10;  // for sums of a block's rows, that are added by rounds
-constexpr size_t kBulkBytes = 8;     // of a simt::Bulk
-constexpr int kCounterStride = 32;   // words from one group's counter to the next one's
-constexpr int kRowsAtOnce = 4;       // that a thread adds up
+// The kernels' launch bounds, which leave a thread 72 registers. With 512 threads it would have 64,
+// too few for backward's first sweep, which holds a vector's weights and sums beside what it reads.
+constexpr int kChipThreads = 448, kChipBlocks = 2;
+constexpr int kMaxChunks = 8;            // of a slab
+constexpr int kMaxCluster = 16;          // blocks; more than 8 only where the GPU agrees
+constexpr int kFoldBytes = 8 << 10;      // for sums of a block's rows, that are added by rounds
+constexpr size_t kBulkBytes = 8;         // of a simt::Bulk
+constexpr int kCounterStride = 32;       // words from one group's counter to the next one's
+constexpr int kStencil = 2 * kTaps + 1;  // coefficients and bias
+
+// Whose factor multiplies the other axis' term in dx, see scale.cuh.
+enum class Outer { none, rows, cols };
+
+DA_HD Outer outer(Order order, bool channels_last) {
+  if (order == Order::parallel) return Outer::none;
+  const bool pixels = order == Order::spatial_channel || order == Order::spatial;
+  return pixels == channels_last ? Outer::rows : Outer::cols;
+}
+
+// What a block keeps in shared memory, and where: offsets in bytes.
+struct ChipMemory {
+  unsigned x, dy;               // chunks
+  unsigned row_mask, col_mask;  // forward, of the columns first the sums
+  unsigned row_term, col_term;  // backward: what dx gets besides; of the columns first the sums
+  unsigned stencil;             // and backward its adjoint
+  unsigned
+      scratch;  // by turns: rows' sums in parts, sums to be folded, a window on sums or gradients
+  unsigned loads;  // a simt::Bulk for every kept chunk
+  size_t bytes;
+};
 
 struct OnChip {
   const char* refused;  // why these kernels cannot run the problem this way, or null
@@ -49,23 +71,29 @@ struct OnChip {
   int rows, cols;
   int vector, period;  // elements of 16 bytes; rows after which vectors begin alike again
   int width, col_tiles, lanes, groups;
+  int at_once;        // rows that the block adds up
+  bool by_super_row;  // y and dx are stored by whole vectors of super-rows,
+  int scaled_groups;  // so many of which at once
+  int warps;          // of a block
+  int row_parts;      // in which a row's sum over a tile's columns comes
 
   int slab_rows, chunk_rows, chunks;
   int kept,
       kept_dy;   // chunks of x, and backward of dy, in shared memory; the others are read again
   bool aligned;  // whole vectors travel; or else elements
   int slice;     // columns
-  int pixel_reach, channel_reach;  // how far a mask looks along its axis
-  bool pixel_mask, channel_mask;
+  bool row_mask, col_mask, pixel_mask;  // which there are
+  int row_reach, col_reach;             // how far they look along their axis
+  // Which axes have their turn in which step: both in one, or if one mask comes before the other,
+  // in two, backward in the reverse order.
+  int steps;
+  Outer outer;
+  bool rows_in[2], cols_in[2];
   int fold;  // rows' sums that are added in a round
-  size_t shared_bytes;
+  ChipMemory memory;
 
-  DA_HD int row_reach() const { return channels_last ? pixel_reach : channel_reach; }
-  DA_HD int col_reach() const { return channels_last ? channel_reach : pixel_reach; }
-  DA_HD bool row_mask() const { return channels_last ? pixel_mask : channel_mask; }
-  DA_HD bool col_mask() const { return channels_last ? channel_mask : pixel_mask; }
-  // A row's sum comes in so many parts.
-  DA_HD int row_parts() const { return col_tiles * (lanes > 32 ? lanes / 32 : 1); }
+  // Of a row's sums that are to be folded: each begins at 16 bytes.
+  DA_HD int pitch() const { return (width + 3) / 4 * 4; }
   DA_HD int kept_rows(int kept_chunks) const {
     return kept_chunks == chunks ? slab_rows : kept_chunks * chunk_rows;
   }
@@ -73,43 +101,41 @@ struct OnChip {
   DA_HD int margin(int reach) const { return blocks == 1 ? 0 : reach; }
 };
 
-// What a block keeps in shared memory.
-struct ChipMemory {
-  unsigned char *x, *dy;
-  float *row_mask, *col_mask;  // forward, of the columns first the sums
-  float *row_term, *col_term;  // backward: what dx gets besides; of the columns first the sums
-  float* stencil;              // coefficients and bias
-  float*
-      scratch;  // by turns: rows' sums in parts, sums to be folded, a window on sums or gradients
-  unsigned char* loads;  // a simt::Bulk for every kept chunk
-  size_t bytes;
-
-  DA_HD ChipMemory(unsigned char* base, const OnChip& p) {
-    const size_t row_bytes = size_t(p.cols) * 16 / p.vector;
-    const auto vectors = [](size_t n) { return (n + 15) / 16 * 16; };
-    const auto larger = [](int a, int b) { return a < b ? b : a; };
-    int most = 0;
-    if (p.row_mask()) {
-      most = larger(most, p.slab_rows * p.row_parts());
-      if (p.row_reach() > 0) most = larger(most, p.slab_rows + 2 * p.margin(p.row_reach()));
-    }
-    if (p.col_mask()) {
-      most = larger(most, p.fold * p.width);
-      most = larger(most, p.slice + 2 * p.margin(p.col_reach()));
-    }
-    simt::Carver carve(base);
-    x = carve.take<unsigned char>(vectors(p.kept_rows(p.kept) * row_bytes));
-    dy = carve.take<unsigned char>(vectors(p.kept_rows(p.kept_dy) * row_bytes));
-    row_mask = carve.take<float>(p.slab_rows);
-    col_mask = carve.take<float>(p.cols);
-    row_term = carve.take<float>(p.backward ? p.slab_rows : 0);
-    col_term = carve.take<float>(p.backward ? p.cols : 0);
-    stencil = carve.take<float>(p.pixel_mask ? 2 * kTaps + 1 : 0);
-    scratch = carve.take<float>(most);
-    loads = carve.take<unsigned char>((p.kept + p.kept_dy) * kBulkBytes);
-    bytes = carve.bytes();
+// Sizes and carves a block's shared memory. Places are offsets, which kernels read with the rest of
+// the plan: as pointers they would take registers.
+DA_HD ChipMemory carve(const OnChip& p, unsigned char* base) {
+  const size_t row_bytes = size_t(p.cols) * 16 / p.vector;
+  const auto vectors = [](size_t n) { return (n + 15) / 16 * 16; };
+  const auto larger = [](int a, int b) { return a < b ? b : a; };
+  int most = 0;
+  if (p.row_mask) {
+    most = larger(most, p.slab_rows * p.row_parts);
+    if (p.row_reach > 0) most = larger(most, p.slab_rows + 2 * p.margin(p.row_reach));
   }
-};
+  if (p.col_mask) {
+    most = larger(most, p.fold * p.pitch());
+    most = larger(most, p.slice + 2 * p.margin(p.col_reach));
+  }
+  simt::Carver carver(base);
+  const auto bytes = [&](size_t count) {
+    const size_t at = carver.bytes();
+    carver.take<unsigned char>(count);
+    return static_cast<unsigned>(at);
+  };
+  const auto floats = [&](int count) { return bytes(count * sizeof(float)); };
+  ChipMemory memory;
+  memory.x = bytes(vectors(p.kept_rows(p.kept) * row_bytes));
+  memory.dy = bytes(vectors(p.kept_rows(p.kept_dy) * row_bytes));
+  memory.row_mask = floats(p.slab_rows);
+  memory.col_mask = floats(p.cols);
+  memory.row_term = floats(p.backward ? p.slab_rows : 0);
+  memory.col_term = floats(p.backward ? p.cols : 0);
+  memory.stencil = floats(p.pixel_mask ? (p.backward ? 2 : 1) * kStencil : 0);
+  memory.scratch = floats(most);
+  memory.loads = bytes((p.kept + p.kept_dy) * kBulkBytes);
+  memory.bytes = carver.bytes();
+  return memory;
+}
 
 // The launch in which `blocks` blocks own an image, with as much of x, then of dy, in shared memory
 // as `shared_limit` bytes a block hold. `aligned`: every full-size tensor begins at a multiple of
@@ -123,6 +149,7 @@ inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barri
   p.backward = backward, p.barrier = barrier, p.blocks = blocks, p.images_at_once = 1;
   if (problem.dtype == Dtype::float64) return refuse("float64 is for the portable passes");
   if (problem.c * problem.pixels() > INT32_MAX / 4) return refuse("the image is too large");
+  if (problem.n > INT32_MAX / 4) return refuse("there are too many images");
   if (blocks < 1 || (barrier == Barrier::block && blocks > 1))
     return refuse("a block's barrier is for one block");
   if (barrier == Barrier::cluster && blocks > kMaxCluster) return refuse("no cluster is so large");
@@ -131,18 +158,31 @@ inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barri
   p.channels_last = problem.channels_last || problem.pixels() == 1;
   p.rows = p.channels_last ? problem.pixels() : problem.c;
   p.cols = p.channels_last ? problem.c : problem.pixels();
-  p.pixel_mask = problem.spatial(), p.channel_mask = problem.channel();
-  p.pixel_reach = p.pixel_mask ? std::min(kReach * (problem.w + 1), problem.pixels()) : 0;
-  p.channel_reach = p.channel_mask && problem.gate == Gate::eca
-                        ? std::min(problem.kernel_size / 2, problem.c)
-                        : 0;
+  p.outer = cuda::outer(problem.order, p.channels_last);
+  p.pixel_mask = problem.spatial();
+  p.row_mask = p.channels_last ? problem.spatial() : problem.channel();
+  p.col_mask = p.channels_last ? problem.channel() : problem.spatial();
+  const int pixel_reach = std::min(kReach * (problem.w + 1), problem.pixels());
+  const int channel_reach =
+      problem.gate == Gate::eca ? std::min(problem.kernel_size / 2, problem.c) : 0;
+  p.row_reach = p.channels_last ? pixel_reach : channel_reach;
+  p.col_reach = p.channels_last ? channel_reach : pixel_reach;
+  const bool spatial_first = problem.order == Order::spatial_channel;
+  p.steps = spatial_first || problem.order == Order::channel_spatial ? 2 : 1;
+  for (int step = 0; step < p.steps; step++) {
+    const bool pixels_now = p.steps == 1 || (step == 0) == (spatial_first != backward);
+    const bool channels_now = p.steps == 1 || !pixels_now;
+    p.rows_in[step] = p.row_mask && (p.channels_last ? pixels_now : channels_now);
+    p.cols_in[step] = p.col_mask && (p.channels_last ? channels_now : pixels_now);
+  }
   p.vector = 16 / problem.element_size();
   p.aligned = aligned && p.cols >= p.vector && int64_t(p.rows) * p.cols % p.vector == 0;
 
   // A row's lanes are a power of two or whole warps, so that shuffles add up its sum.
   const int step = std::gcd(p.cols, p.vector);
   p.period = p.vector / step;
-  const int max_lanes = kChipThreads / p.period, max_width = max_lanes * p.vector - p.vector + step;
+  const int max_lanes = kChipThreads / p.period / 32 * 32;
+  const int max_width = max_lanes * p.vector - p.vector + step;
   p.col_tiles = ceil_div(p.cols, max_width);
   p.width = std::min<int>(round_up(ceil_div(p.cols, p.col_tiles), p.vector), p.cols);
   if (p.width > max_width) p.width = max_width / p.vector * p.vector;
@@ -152,16 +192,20 @@ inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barri
   while (p.lanes < vectors) p.lanes *= 2;
   p.groups = kChipThreads / (p.lanes * p.period);
   p.threads = p.lanes * p.period * p.groups;
+  p.at_once = p.groups * p.period;
+  p.warps = p.threads / 32;
+  p.by_super_row = p.aligned && p.col_tiles == 1 && p.period > 1;
+  p.scaled_groups = p.by_super_row ? p.threads * p.vector / (p.period * p.cols) : p.groups;
+  p.row_parts = std::max(p.lanes / 32, 1);
 
   p.slab_rows = round_up(ceil_div(p.rows, blocks), p.period);
   if (int64_t(p.slab_rows) * (blocks - 1) >= p.rows) return refuse("more blocks than rows");
-  p.chunk_rows = round_up(ceil_div(p.slab_rows, kMaxChunks), p.groups * p.period);
+  p.chunk_rows = round_up(ceil_div(p.slab_rows, kMaxChunks), p.at_once);
   p.chunks = ceil_div(p.slab_rows, p.chunk_rows);
   p.slice = ceil_div(p.cols, blocks);
-  const int segments = p.groups * p.period;
-  p.fold = segments == 1 ? 0 : std::clamp<int>(kFoldBytes / (4 * p.width), 1, segments);
+  p.fold = p.at_once == 1 ? 0 : std::clamp<int>(kFoldBytes / (4 * p.pitch()), 1, p.at_once);
 
-  const auto fits = [&] { return ChipMemory(nullptr, p).bytes <= size_t(shared_limit); };
+  const auto fits = [&] { return carve(p, nullptr).bytes <= size_t(shared_limit); };
   p.kept = p.chunks;
   while (p.kept > 0 && !fits()) p.kept--;
   if (!fits()) return refuse("not even the masks fit in shared memory");
@@ -173,7 +217,7 @@ inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barri
   }
   if (p.kept_dy < p.chunks && backward && !p.aligned)
     return refuse("what is not aligned must fit in shared memory, for it cannot be read again");
-  p.shared_bytes = ChipMemory(nullptr, p).bytes;
+  p.memory = carve(p, nullptr);
   return p;
 }
 

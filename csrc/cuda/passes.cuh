@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/masks.cuh"
+#include "cuda/scale.cuh"
 
 namespace da::cuda {
 
@@ -28,7 +29,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> a) {
   A* const new_row_sums = t.channels_last ? a.new_pixel_sums : a.new_channel_sums;
   A* const new_col_sums = t.channels_last ? a.new_channel_sums : a.new_pixel_sums;
 
-  const Lane lane = Lane::of_row<E>(t, tile);
+  const Lane lane = Lane::of_row<E>(t, tile.col(), tile.cols);
   const typename V::Raw mask = V::mask(lane.begin, lane.end);
   A weight[E], sum[E];
   SIMT_UNROLL
@@ -119,80 +120,36 @@ sums(SIMT_PARAM Args<accumulate_t<T>> a) {
   }
 }
 
-// y = x s c, or (Backward) dx from dy, the masks and what is added by pixel and by channel:
-//   spatial_channel, spatial   s (dy c + dg/P) + dm/C
-//   channel_spatial, channel   c (dy s + dm/C) + dg/P
-//   parallel                   dy s c + dg/P + dm/C
+// y or dx over a tile.
 template <class T, int E, bool Backward>
 SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
 scale(SIMT_PARAM Args<accumulate_t<T>> a) {
   using A = accumulate_t<T>;
-  using V = Access<T, E>;
   const Tiling& t = a.tiling;
   const Memory<A> memory(simt::shared(), t, a.staging, false);
-
-  const bool by_super_row = t.width == t.cols && t.period > 1;
-  const bool pixels_outer = a.order == Order::spatial_channel || a.order == Order::spatial;
-  const bool cols_outer = a.order != Order::parallel && pixels_outer != t.channels_last;
-  const bool rows_outer = a.order != Order::parallel && pixels_outer == t.channels_last;
 
   const Tile tile(t, a.first_job + simt::block());
   if (Backward)
     weights_of_dx<T>(a, tile, memory);
   else
     weights_of_y<T>(a, tile, memory);
-  const A* row_factor = t.channels_last ? memory.pixel : memory.channel;
-  const A* col_factor = t.channels_last ? memory.channel : memory.pixel;
-  const A* row_term = t.channels_last ? memory.pixel_add : memory.channel_add;
-  const A* col_term = t.channels_last ? memory.channel_add : memory.pixel_add;
 
-  const Lane lane = by_super_row ? Lane::of_super_row<E>(t) : Lane::of_row<E>(t, tile);
-  A factor[E], term[E];
-  SIMT_UNROLL
-  for (int j = 0; j < E; j++) {
-    const int col = j < lane.split ? lane.col + j : j - lane.split;
-    const bool mine = lane.active && lane.begin <= j && j < lane.end;
-    factor[j] = mine ? col_factor[col] : A(0);
-    if (Backward) term[j] = mine ? col_term[col] : A(0);
-  }
+  const bool by_super_row = t.width == t.cols && t.period > 1;
+  const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.groups)
+                                 : Lane::of_row<E>(t, tile.col(), tile.cols);
+  const bool last = t.channels_last;  // the rows are pixels
+  const Scaling<T, E, Backward> scaling(
+      outer(a.order, last), lane, last ? memory.channel : memory.pixel,
+      last ? memory.channel_add : memory.pixel_add, last ? memory.pixel : memory.channel,
+      last ? memory.pixel_add : memory.channel_add);
 
   const int at_once = t.groups * t.period;
-  const int64_t stride = at_once * t.cols;
-  const int first_row = lane.group * t.period + lane.row;
-  const int rows = lane.active ? tile.rows : 0;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.group * t.period) * t.cols + lane.offset;
-  const T* in = static_cast<const T*>(Backward ? a.dy : a.x) + start;
-  T* out = static_cast<T*>(a.out) + start;
-  SIMT_ROLLED
-  for (int row0 = first_row; row0 < rows; row0 += kDepth * at_once) {
-    typename V::Raw raw[kDepth];
-    SIMT_UNROLL
-    for (int d = 0; d < kDepth; d++) {
-      raw[d] = row0 + d * at_once < rows ? V::load_once(in) : V::zero();
-      in += stride;
-    }
-    SIMT_UNROLL
-    for (int d = 0; d < kDepth; d++) {
-      const int row = row0 + d * at_once;
-      if (row < rows) {
-        A value[E];
-        V::unpack(raw[d], value);
-        const int next = lane.split < E ? row + 1 : row;
-        const A f0 = row_factor[row], f1 = row_factor[next];
-        const A b0 = Backward ? row_term[row] : A(0), b1 = Backward ? row_term[next] : A(0);
-        SIMT_UNROLL
-        for (int j = 0; j < E; j++) {
-          const A f = j < lane.split ? f0 : f1, b = j < lane.split ? b0 : b1;
-          value[j] *= factor[j] * f;
-          if (Backward)
-            value[j] += term[j] * (rows_outer ? f : A(1)) + b * (cols_outer ? factor[j] : A(1));
-        }
-        V::store(out, value, lane.begin, lane.end);
-      }
-      out += stride;
-    }
-  }
+  scaling.template rows<kDepth>(
+      lane, lane.group * t.period + lane.row, lane.active ? tile.rows : 0, at_once,
+      at_once * t.cols, static_cast<const T*>(Backward ? a.dy : a.x) + start,
+      static_cast<T*>(a.out) + start, [](const T* p) { return Access<T, E>::load_once(p); });
 }
 
 }  // namespace da::cuda

@@ -109,6 +109,14 @@ class Planner {
     if (finish_jobs(p_) > 0) small("parameter gradients", Kernel::finish, finish_jobs(p_));
   }
 
+  void on_chip(const OnChip& chip) {
+    const int64_t blocks = p_.n > 0 ? int64_t(chip.blocks) * chip.images_at_once : 0;
+    steps_.push_back({"on chip", Kernel::on_chip, backward_, Stage::first, p_.spatial(),
+                      p_.channel(), blocks, grid(blocks), chip.memory.bytes, backward_ ? 2 : 1, 1});
+  }
+
+  const std::vector<Step>& steps() const { return steps_; }
+
   Direction direction() const {
     const int64_t maps = p_.spatial() ? p_.n * p_.pixels() : 0;
     const int64_t vectors = p_.channel() ? p_.n * p_.c : 0;
@@ -130,7 +138,7 @@ class Planner {
       w.gate_parts = place(p_.n * gate_parts(p_));
     }
     w.elements = place.used;
-    return {steps_, w};
+    return {steps_, w, {}};
   }
 
  private:
@@ -199,6 +207,34 @@ Plan plan(const Problem& problem, const Device& device, bool aligned) {
   plan.forward = plan_forward(problem, plan);
   plan.backward = plan_backward(problem, plan);
   return plan;
+}
+
+Direction on_chip_direction(const Problem& p, const OnChip& chip) {
+  Plan none{};
+  Planner planner(p, none, chip.backward);
+  planner.on_chip(chip);
+  if (chip.backward) planner.finish();
+
+  const bool shared = chip.blocks > 1;  // among blocks, whose way is global memory
+  const int64_t rows = shared ? p.n * chip.rows : 0, cols = shared ? p.n * chip.cols : 0;
+  const bool group = shared && chip.barrier == Barrier::group;
+  Allocator place;
+  Workspace w{};
+  w.partials = place(group ? int64_t(chip.images_at_once) * chip.blocks * chip.cols : 0);
+  w.col_masks = place(cols);
+  if (chip.backward) {
+    w.col_terms = place(cols);
+    w.row_gradients = place(chip.channels_last && p.spatial() ? rows : 0);
+    w.d_logit = place(p.channel() ? p.n * p.c : 0);
+    w.spatial_blocks = p.spatial() ? p.n * chip.blocks : 0;
+    w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
+    w.gate_parts = place(p.n * gate_parts(p));
+  }
+  const int64_t counters = group ? int64_t(chip.images_at_once) * kCounterStride : 0;
+  w.counters = place(counters);
+  w.counter_bytes = counters * sizeof(unsigned);
+  w.elements = place.used;
+  return {planner.steps(), w, chip};
 }
 
 int64_t gate_parts(const Problem& problem) {

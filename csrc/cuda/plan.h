@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/onchip.h"
 #include "formula.h"
 
 namespace da::cuda {
@@ -64,10 +65,10 @@ struct Staging {
   }
 };
 
-enum class Kernel { sums, fold, scale, gate_sums, finish };
+enum class Kernel { sums, fold, scale, gate_sums, finish, on_chip };
 enum class Stage { first, second, last };
 
-// One launch. `reads` and `writes` are full-size tensors.
+// One launch. `reads` and `writes` are full-size tensors, that come from or go to global memory.
 struct Step {
   const char* name;
   Kernel kernel;
@@ -89,12 +90,16 @@ struct Workspace {
   int64_t channel_mask, d_logit;            // [n][channels]
   int64_t spatial_parts, spatial_blocks;    // [blocks][kSpatialSums]
   int64_t gate_parts;                       // [n][gate_parts()]
+  // Of a launch on the chip, see ChipArgs.
+  int64_t partials, col_masks, col_terms, row_gradients;
+  int64_t counters, counter_bytes;
   int64_t elements;
 };
 
 struct Direction {
   std::vector<Step> steps;
   Workspace workspace;
+  OnChip chip;  // of the step Kernel::on_chip
 };
 
 struct Plan {
@@ -105,6 +110,10 @@ struct Plan {
 
 // `aligned`: every full-size tensor begins at a multiple of 16 bytes.
 Plan plan(const Problem& problem, const Device& device, bool aligned);
+
+// A direction that chip.refused does not: one launch, and backward what finishes the parameters'
+// gradients.
+Direction on_chip_direction(const Problem& problem, const OnChip& chip);
 
 // Sums over a batch that the gradients of a scalar or eca gate are made of.
 int64_t gate_parts(const Problem& problem);

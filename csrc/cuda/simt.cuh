@@ -167,6 +167,13 @@ SIMT_FN unsigned char* shared() {
 
 SIMT_FN void sync() { __syncthreads(); }
 
+// The same value, of which the compiler does not know that: what is computed from it is computed
+// here, and not earlier and kept in registers.
+SIMT_FN int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // The value of the lane whose index differs by the bits of `lane_mask`. No fence.
 template <class T>
 SIMT_FN T shuffle_xor(T value, int lane_mask) {

@@ -4,6 +4,17 @@
 
 #include "cuda/simt.cuh"
 
+namespace simt {
+
+// Clusters exist from sm_90 on: below it, what follows is never run, and not compiled either.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kClusters = true;
+#else
+constexpr bool kClusters = false;
+#endif
+
+}  // namespace simt
+
 #ifdef __CUDACC__
 
 namespace simt {
@@ -32,7 +43,6 @@ SIMT_FN void relax(const unsigned* address, unsigned seen) {
 }
 
 // A barrier of the whole cluster; also due before a block returns whose shared memory others read.
-// Clusters exist from sm_90 on: below it, what follows is never run, and not compiled either.
 SIMT_FN void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

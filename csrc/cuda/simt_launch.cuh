@@ -65,6 +65,11 @@ int launch(const Launch& launch, void (*kernel)(P...), const A&... arguments) {
   return detail::settled(error);
 }
 
+// Zeros, in the stream's order. 0, or CUDA's error code.
+inline int clear(void* memory, size_t bytes, void* stream) {
+  return detail::settled(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
 // How many groups of this launch the current device can hold at once: 0 where it cannot run.
 template <class... P>
 int resident_groups(const Launch& launch, void (*kernel)(P...), int& groups) {

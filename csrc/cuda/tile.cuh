@@ -64,29 +64,29 @@ struct Lane {
   int begin, end;  // the elements that are this thread's
   int split;       // elements from here on are the next row's, from its column 0
 
-  // One row's part of every vector that it touches.
-  template <int E>
-  static SIMT_FN Lane of_row(const Tiling& t, const Tile& tile) {
+  // One row's part of every vector that it touches, of the columns from `col` on.
+  template <int E, class Geometry>
+  static SIMT_FN Lane of_row(const Geometry& t, int64_t col, int cols) {
     Lane l;
     l.segment = simt::thread() / t.lanes;
     l.index = simt::thread() % t.lanes;
     l.group = l.segment / t.period;
     l.row = l.segment % t.period;
-    const int64_t start = l.row * t.cols + tile.col();
+    const int64_t start = l.row * t.cols + col;
     l.offset = start / E * E + l.index * E;
     l.col = static_cast<int>(l.offset - start);
     l.begin = max(0, -l.col);
-    l.end = min(E, tile.cols - l.col);
+    l.end = min(E, cols - l.col);
     l.split = E;
     l.active = l.group < t.groups && l.begin < l.end;
     return l;
   }
 
-  // Whole vectors, each once; the tile is as wide as the image.
+  // Whole vectors, each once, of rows as wide as the image.
   template <int E>
-  static SIMT_FN Lane of_super_row(const Tiling& t) {
+  static SIMT_FN Lane of_super_row(int cols, int period, int groups) {
     Lane l;
-    const int cols = static_cast<int>(t.cols), lanes = t.period * cols / E;
+    const int lanes = period * cols / E;
     l.segment = 0;
     l.group = simt::thread() / lanes;
     l.index = simt::thread() % lanes;
@@ -96,10 +96,53 @@ struct Lane {
     l.begin = 0;
     l.end = E;
     l.split = min(E, cols - l.col);
-    l.active = l.group < t.groups;
+    l.active = l.group < groups;
     return l;
   }
 };
+
+// An array's entries at a thread's columns, of an array that begins at 16 bytes; 0 where an element
+// is not the thread's.
+template <int E, class A>
+SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
+  constexpr int n = simt::kPerVector<A>;
+  if constexpr (E % n == 0) {
+    if (lane.active && lane.begin == 0 && min(lane.end, lane.split) == E && lane.col % n == 0) {
+      SIMT_UNROLL
+      for (int j = 0; j < E; j += n) {
+        A some[n];
+        simt::unpack<A>(simt::load16(from + lane.col + j), some);
+        SIMT_UNROLL
+        for (int i = 0; i < n; i++) to[j + i] = some[i];
+      }
+      return;
+    }
+  }
+  SIMT_UNROLL
+  for (int j = 0; j < E; j++) {
+    const int col = j < lane.split ? lane.col + j : j - lane.split;
+    to[j] = lane.active && lane.begin <= j && j < lane.end ? from[col] : A(0);
+  }
+}
+
+// The entries that are the thread's own; of a row's lane.
+template <int E, class A>
+SIMT_FN void store_columns(A* to, const Lane& lane, const A* from) {
+  constexpr int n = simt::kPerVector<A>;
+  if (!lane.active) return;
+  if constexpr (E % n == 0) {
+    if (lane.begin == 0 && lane.end == E && lane.col % n == 0) {
+      SIMT_UNROLL
+      for (int j = 0; j < E; j += n) {
+        simt::store16(to + lane.col + j, simt::pack<A>(from + j));
+      }
+      return;
+    }
+  }
+  SIMT_UNROLL
+  for (int j = 0; j < E; j++)
+    if (lane.begin <= j && j < lane.end) to[lane.col + j] = from[j];
+}
 
 // E elements of type T at once: an aligned vector, or (E = 1) one element.
 template <class T, int E>

@@ -27,6 +27,15 @@ struct Group {
   std::vector<Block*> blocks;
 };
 
+// A bulk copy.
+struct Copy {
+  unsigned step = 0;
+  uint32_t bytes = 0;
+  void* to = nullptr;
+  const void* from = nullptr;
+  char tag = 0;
+};
+
 // Shared memory is exactly as large as asked for, begins as NaN and ends with its block:
 // AddressSanitizer reports a peer that reads it after that.
 struct Block {
@@ -34,6 +43,7 @@ struct Block {
   Group* group = nullptr;
   Barrier barrier;
   std::vector<Warp> warps;
+  std::deque<Copy> copies;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
 
@@ -55,6 +65,7 @@ struct Block {
   void begin(unsigned at) {
     index = at;
     running = size;
+    copies.clear();
     barrier.expect(size);
     group->barrier.expect(size * static_cast<unsigned>(group->blocks.size()));
     for (Warp& warp : warps) warp.barrier.expect(kWarp);

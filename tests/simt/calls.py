@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +17,31 @@ from .build import run
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]  # as da::Dtype
 
 
+_BARRIERS = ["block", "cluster", "group"]  # as da::cuda::Barrier
+
+
+REFUSED = 5  # the executable's answer to a call that its kernels cannot run as asked
+
+
+class Refused(Exception):
+    """These kernels cannot run the call this way."""
+
+
+class OnChip(NamedTuple):
+    """One launch in which a group of blocks keeps an image in shared memory."""
+
+    barrier: str = "block"
+    blocks: int = 1  # of a group
+    images_at_once: int = 1
+    chunks: int = 2 * 8  # of x and dy, to keep at most; the others are read again
+
+
 def _raw(t: Tensor) -> bytes:
     flat = t.permute(0, 2, 3, 1) if t.dim() == 4 and not t.is_contiguous() else t
     return flat.reshape(-1).clone().view(torch.uint8).numpy().tobytes()
 
 
-def _request(call: Call, multiprocessors: int, aligned: bool) -> bytes:
+def _request(call: Call, multiprocessors: int, aligned: bool, on_chip: OnChip | None) -> bytes:
     given = [call.parameters.get(name) for name in PARAMETERS]
     present = sum(1 << i for i, p in enumerate(given) if p is not None)
     wide = any(p.dtype != call.x.dtype for p in call.parameters.values())
@@ -37,7 +57,10 @@ def _request(call: Call, multiprocessors: int, aligned: bool) -> bytes:
         present,
         multiprocessors,
         aligned,
+        on_chip is not None,
     ]
+    barrier, *numbers = on_chip or OnChip()
+    header += [_BARRIERS.index(barrier), *numbers]
     dy = call.dy.contiguous(memory_format=_format(call))
     tensors = [*(p for p in given if p is not None), call.x, dy]
     return np.array(header, np.int64).tobytes() + b"".join(map(_raw, tensors))
@@ -53,14 +76,18 @@ def results(
     *,
     multiprocessors: int = 132,
     aligned: bool = True,
+    on_chip: OnChip | None = None,
     **environment: str,
 ) -> list[dict[str, Tensor]]:
     """For each call y and every gradient, by name, as of ``Call.results``.
 
-    On fewer multiprocessors tiles are larger; unaligned tensors have no vector accesses.
+    On fewer multiprocessors tiles are larger; unaligned tensors have no vector accesses. With
+    `on_chip` the kernels run that keep an image in shared memory, or Refused is raised.
     """
-    requests = b"".join(_request(call, multiprocessors, aligned) for call in calls)
+    requests = b"".join(_request(call, multiprocessors, aligned, on_chip) for call in calls)
     done = run(executable, stdin=requests, **environment)
+    if done.returncode == REFUSED:
+        raise Refused(done.stderr)
     assert done.returncode == 0 and not done.stderr, done.stderr
     answer, at = np.frombuffer(done.stdout, np.uint8), 0
 

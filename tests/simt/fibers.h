@@ -210,16 +210,16 @@ SIMT_MACHINE inline void suspend([[maybe_unused]] bool ordered, [[maybe_unused]]
 #endif
 }
 
-// Runs `work` as nobody's deed: it follows what its caller did so far, but precedes only what
-// acquires `tag` afterwards.
-template <class Work>
-SIMT_MACHINE void run_behind(void* tag, const Work& work) {
+// Runs work(on) as nobody's deed: it follows what its caller did so far, but precedes only what
+// acquires `tag` afterwards, so that it must not look at the caller's stack.
+template <class On>
+SIMT_MACHINE void run_behind(void* tag, void (*work)(On*), On* on) {
 #ifdef __SANITIZE_THREAD__
   if (scheduler.tsan_nobody == nullptr) scheduler.tsan_nobody = __tsan_create_fiber(0);
   void* const lane = current->tsan_fiber;
   __tsan_switch_to_fiber(scheduler.tsan_nobody, 0);
 #endif
-  work();
+  work(on);
   release(tag);
 #ifdef __SANITIZE_THREAD__
   __tsan_switch_to_fiber(lane, __tsan_switch_to_fiber_no_sync);

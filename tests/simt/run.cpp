@@ -28,6 +28,9 @@ struct Header {
   int64_t present;  // bit i: parameter i is there
   int64_t multiprocessors;
   int64_t aligned;  // 0: full-size tensors begin one element after a multiple of 16 bytes
+  int64_t on_chip;  // 0: the portable passes; or else
+  int64_t barrier, blocks, images_at_once;
+  int64_t chunks;  // of x and dy, to keep in shared memory at most
 };
 
 bool get(void* data, size_t bytes) { return std::fread(data, 1, bytes, stdin) == bytes; }
@@ -55,10 +58,30 @@ void require(int error) {
   if (error != 0) std::exit(4);
 }
 
+Direction direction_on_chip(const Header& header, const Problem& p, bool backward) {
+  OnChip chip{};
+  size_t shared_limit = size_t(1) << 30;
+  do {
+    chip = on_chip(p, backward, header.aligned, static_cast<Barrier>(header.barrier), header.blocks,
+                   shared_limit);
+    if (chip.refused) {
+      std::fprintf(stderr, "refused: %s\n", chip.refused);
+      std::exit(5);
+    }
+    shared_limit = chip.memory.bytes - 1;
+  } while (chip.kept + chip.kept_dy > header.chunks);
+  chip.images_at_once = header.images_at_once;
+  return on_chip_direction(p, chip);
+}
+
 template <class T>
 void call(const Header& header, const Problem& p) {
   using A = accumulate_t<T>;
-  const Plan plan = da::cuda::plan(p, {90, int(header.multiprocessors), 50 << 20}, header.aligned);
+  Plan plan = da::cuda::plan(p, {90, int(header.multiprocessors), 50 << 20}, header.aligned);
+  if (header.on_chip) {
+    plan.forward = direction_on_chip(header, p, false);
+    plan.backward = direction_on_chip(header, p, true);
+  }
   const int64_t sizes[] = {
       9, 9, 2, 1, p.gate_weights(), p.gate == Gate::eca ? 0 : p.gate_weights()};
   const size_t each = header.wide ? sizeof(float) : sizeof(T);

@@ -112,6 +112,8 @@ inline unsigned block() { return host::current->block->index; }
 inline unsigned blocks() { return host::current->block->grid; }
 inline unsigned char* shared() { return host::current->block->shared; }
 
+inline int opaque(int value) { return value; }
+
 inline void sync() { host::current->block->barrier.wait("sync()"); }
 
 // The slots are the machine's: lanes meet here, but their memory does not.
@@ -194,11 +196,12 @@ T* peer(T* pointer, unsigned rank) {
   return reinterpret_cast<T*>(self.group->blocks[rank]->shared + offset);
 }
 
-// The copy lands when it is first waited for, and no earlier: until then the target is NaN.
+// The copy lands when it is first waited for, and no earlier: until then the target is NaN. It is
+// known to all lanes, as to the device's threads, without a barrier. As large as the device's.
 class Bulk {
  public:
   void init() {
-    if (thread() == 0) step_ = 0;
+    if (thread() == 0) copy_ = &host::current->block->copies.emplace_back();
   }
 
   static void sync_before_load() { sync(); }
@@ -209,36 +212,33 @@ class Bulk {
     host::check_aligned(from, 16, "Bulk::load()");
     if (bytes == 0 || bytes % 16 != 0) host::fail("Bulk::load() of %u bytes", bytes);
     if (read_step() % kSteps != kIdle) host::fail("Bulk::load() before the last was waited for");
-    host::run_behind(&tag_, [&] { std::memset(to, 0xFF, bytes); });
-    to_ = to;
-    from_ = from;
-    bytes_ = bytes;
+    copy_->to = to;
+    copy_->from = from;
+    copy_->bytes = bytes;
+    host::run_behind(
+        &copy_->tag, +[](host::Copy* c) { std::memset(c->to, 0xFF, c->bytes); }, copy_);
     next_step();
   }
 
   void wait(unsigned parity) {
     for (unsigned step = read_step(); (step / kSteps & 1) == parity; step = read_step()) {
       if (step % kSteps == kIdle) {
-        host::wait_while(&step_, step, "Bulk::wait()");
+        host::wait_while(&copy_->step, step, "Bulk::wait()");
       } else {
-        host::run_behind(&tag_, [this] { std::memcpy(to_, from_, bytes_); });
+        host::run_behind(
+            &copy_->tag, +[](host::Copy* c) { std::memcpy(c->to, c->from, c->bytes); }, copy_);
         next_step();
       }
     }
-    host::acquire(&tag_);
+    host::acquire(&copy_->tag);
   }
 
  private:
-  // Two steps to a copy; known to all lanes, as to the device's threads, without a barrier.
-  static constexpr unsigned kIdle = 0, kSteps = 2;
-  unsigned read_step() const { return __atomic_load_n(&step_, __ATOMIC_ACQUIRE); }
-  void next_step() { __atomic_fetch_add(&step_, 1, __ATOMIC_RELEASE); }
+  static constexpr unsigned kIdle = 0, kSteps = 2;  // two steps to a copy
+  unsigned read_step() const { return __atomic_load_n(&copy_->step, __ATOMIC_ACQUIRE); }
+  void next_step() { __atomic_fetch_add(&copy_->step, 1, __ATOMIC_RELEASE); }
 
-  unsigned step_;
-  uint32_t bytes_;
-  void* to_;
-  const void* from_;
-  char tag_;
+  host::Copy* copy_;
 };
 
 // ---- Launches.
@@ -250,6 +250,11 @@ int launch(const Launch& launch, void (*kernel)(P...), const A&... arguments) {
   const auto call = [&] { kernel(arguments...); };
   const auto body = [](const void* kernel) { (*static_cast<const decltype(call)*>(kernel))(); };
   host::run(launch, body, &call);
+  return 0;
+}
+
+inline int clear(void* memory, size_t bytes, void*) {
+  std::memset(memory, 0, bytes);
   return 0;
 }
 

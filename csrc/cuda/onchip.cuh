@@ -1,0 +1,117 @@
+// The kernels that read an image once. As many groups of blocks as the GPU holds take the images in
+// turn, and of an image each block its slab (onchip.h); the next image's slab is on its way while
+// this one's result is stored.
+#pragma once
+
+#include "cuda/onchip_masks.cuh"
+
+namespace da::cuda {
+
+// Before the first load. What an order lacks is one as a factor and zero as a term.
+template <class T, bool Cluster>
+SIMT_FN void prepare(const Member<T, Cluster>& m) {
+  const OnChip& chip = m.chip;
+  for (int i = simt::thread(); i < chip.slab_rows; i += chip.threads) {
+    m.row_mask()[i] = 1;
+    if (chip.backward) m.row_term()[i] = 0;
+  }
+  for (int i = simt::thread(); i < chip.cols; i += chip.threads) {
+    m.col_mask()[i] = 1;
+    if (chip.backward) m.col_term()[i] = 0;
+  }
+  if (chip.pixel_mask) {
+    load_stencil<T>(m.args.call, m.stencil(), false);
+    if (chip.backward) load_stencil<T>(m.args.call, m.stencil() + kStencil, true);
+  }
+  if (chip.aligned)
+    for (int i = 0; i < chip.kept + chip.kept_dy; i++) m.load_of(i)->init();
+  simt::Bulk::sync_before_load();
+}
+
+// m = mean_c ..., g = mean_p ..., y = x s c:
+//
+//   load    |chunk 0|chunk 1|...
+//   sums            |   0   |   1   |...                 in registers, as chunks arrive
+//   mask                            | s or c or both |
+//   sums                                             |   weighted, if one mask follows the other
+//   mask                                                 | c or s |
+//   y                                                             |chunk 0|chunk 1|...
+//   load                                            next image            |chunk 0|...
+template <class T, bool Cluster>
+SIMT_KERNEL(kChipThreads, kChipBlocks)
+chip_forward(SIMT_PARAM ChipArgs args) {
+  if constexpr (Cluster && !simt::kClusters) return;
+  const OnChip& chip = args.chip;
+  const int images = args.call.images;
+  const Member<T, Cluster> m(args);
+  prepare(m);
+  if (m.group() < images)
+    for (int k = 0; k < chip.kept; k++) fetch<false>(m, m.group(), k);
+
+  SIMT_ROLLED
+  for (int image = m.group(); image < images; image += chip.images_at_once) {
+    SIMT_ROLLED
+    for (int step = 0; step < chip.steps; step++) {
+      const bool rows = chip.rows_in[step], cols = chip.cols_in[step];
+      add_up<Sums::forward>(m, {rows, cols, step == 0}, image);
+      make_masks(m, image, rows, cols);
+    }
+    const int next = image + chip.images_at_once;
+    scale_slab<false>(m, image, [&](int chunk) {
+      if (next >= images || chunk >= chip.kept) return;
+      simt::Bulk::sync_before_load();
+      fetch<false>(m, next, chunk);
+    });
+    simt::sync();  // the masks are free
+  }
+}
+
+// With what flows back through the masks (SPEC of the operator: reference.py), from dy and x:
+//
+//   load    |x 0    |x 1    |...                         and dy, as much as there is room for
+//   masks   | s, c  |
+//   sums            |dy x   |dy x   |...                 by row and by column
+//   terms                           | dg/P or dm/C or both |
+//   sums                                                   |   of x, weighted with the term
+//   terms                                                      | dm/C or dg/P |
+//   dx                                                                        |dy 0|dy 1|... from
+//   L2 load                                            next image                |x 0 |x 1 |...
+template <class T, bool Cluster>
+SIMT_KERNEL(kChipThreads, kChipBlocks)
+chip_backward(SIMT_PARAM ChipArgs args) {
+  if constexpr (Cluster && !simt::kClusters) return;
+  const OnChip& chip = args.chip;
+  const int images = args.call.images;
+  const Member<T, Cluster> m(args);
+  prepare(m);
+  if (m.group() < images) {
+    for (int k = 0; k < chip.kept; k++) fetch<false>(m, m.group(), k);
+    for (int k = 0; k < chip.kept_dy; k++) fetch<true>(m, m.group(), k);
+  }
+
+  SIMT_ROLLED
+  for (int image = m.group(); image < images; image += chip.images_at_once) {
+    recall_masks(m, image);
+    add_up<Sums::backward>(m, {chip.row_mask, chip.col_mask, true}, image);
+    SIMT_ROLLED
+    for (int step = 0; step < chip.steps; step++) {
+      const bool rows = chip.rows_in[step], cols = chip.cols_in[step];
+      if (step > 0) add_up<Sums::through>(m, {rows, cols, false}, image);
+      make_terms(m, image, rows, cols);
+    }
+
+    const int next = image + chip.images_at_once;
+    if (next < images) {
+      simt::Bulk::sync_before_load();
+      for (int k = 0; k < chip.kept; k++) fetch<false>(m, next, k);
+    }
+    scale_slab<true>(m, image, [&](int chunk) {
+      if (next >= images || chunk >= chip.kept_dy) return;
+      simt::Bulk::sync_before_load();
+      fetch<true>(m, next, chunk);
+    });
+    simt::sync();  // the masks and terms are free
+  }
+}
+
+}  // namespace da::cuda
