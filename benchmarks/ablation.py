@@ -77,11 +77,11 @@ class Preset:
     workers: int
     weight_decay: float = 5e-4
     warm: float = 0.1  # part of the steps over which the rate rises
-    curve: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75)  # when plain is evaluated on the way
+    curve: tuple[float, ...] = (0.25, 0.5)  # when plain is evaluated on the way
 
 
 PRESETS = {
-    "small": Preset("resnet18", 64, 0.3, 6000, 1000, 16, 4000, 400, 2e-2, 3, True, 0),
+    "small": Preset("resnet18", 64, 0.3, 5000, 1000, 16, 2500, 200, 2e-2, 3, True, 0),
     "gpu": Preset("resnet50", 300, 0.05, 16_000, 2000, 32, 0, 15_000, 1e-3, 5, False, 8),
 }
 
