@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "benchmarks" / "results"  # full runs, which the README shows
 LOCAL = ROOT / "bench-results"  # quick runs, not under version control
 SCHEMA = 1
-GPU_PARTS = ("build", "cuda", "triton", "gpu", "sanitize", "op", "network")  # of `make gpu`
+GPU_PARTS = (  # of `make gpu`
+    "build", "cuda", "onchip", "triton", "gpu", "sanitize", "op", "network",
+)  # fmt: skip
 # What decides the speed on one kind of device only, and so is in no digest of the other.
 FOREIGN = {
     "cpu": ("csrc/cuda/", "da_ops/backends/cuda.py", "da_ops/backends/triton/"),

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu [--budget SECONDS] [--preset quick|full] [--out FOLDER] [--only PART]
 
-Parts: build (with a first call of every kernel), cuda and triton (the suite on each backend), gpu
-(tests/test_gpu.py), sanitize (compute-sanitizer), op and network (the benchmarks). Each part gets
+Parts: build (with a first call of every kernel), cuda, onchip and triton (the suite on cuda, on it
+with DA_OPS_PLAN=onchip, and on triton), gpu (tests/test_gpu.py), sanitize (compute-sanitizer), op
+and network (the benchmarks). Each part gets
 its share of the time that is left; one that fails or takes too long stops no other. The results,
 benchmarks/results/DEVICE.json with a chart, or only FOLDER with --only or --out, say which parts
 passed. They are also copied to the folder that the variable OUT names, if it is set.
@@ -71,11 +72,13 @@ def pytest(*arguments: str) -> Command:
     return [sys.executable, "-m", "pytest", "-q", "--tb=short", *parallel, *arguments]
 
 
-def suite(backend: str, most: int) -> Callable[[float], list[Command]]:
-    """The tests of one backend; a tenth of them where there is one process."""
+def suite(backend: str, most: int, *variables: str) -> Callable[[float], list[Command]]:
+    """The tests of one backend, under these `NAME=VALUE`; a tenth of them where there is one
+    process."""
     most = most if importlib.util.find_spec("xdist") else most // 10
     chosen = ["-p", "benchmarks.chosen", "--backend", backend, "--at-most", str(most)]
-    return lambda seconds: [pytest(*chosen, "tests")]
+    under = ["env", *variables] if variables else []
+    return lambda seconds: [[*under, *pytest(*chosen, "tests")]]
 
 
 def parts(preset: str, scratch: Path) -> list[Part]:
@@ -92,6 +95,7 @@ def parts(preset: str, scratch: Path) -> list[Part]:
     return [
         Part("build", 50, lambda _: [make, [*python, "benchmarks.smoke"]], firm=170),
         Part("cuda", 60, suite("cuda", 10**6 if full else 1600)),
+        Part("onchip", 40, suite("cuda", 10**6 if full else 800, "DA_OPS_PLAN=onchip")),
         Part("triton", 60, suite("triton", 10**6 if full else 240)),
         Part("gpu", 45, lambda _: [pytest("tests/test_gpu.py")]),
         Part("sanitize", 40, lambda _: [[*python, "benchmarks.smoke", "--sanitize"]]),
