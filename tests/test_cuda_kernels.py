@@ -292,10 +292,15 @@ def test_on_chip_sanitizers_find_nothing(kernels, group, layout, kind):
         for order, gate in (CASES if FULL else cases)
     ]
     check(calls, results(kernels(kind), calls, on_chip=group, SIMT_ORDER="random", SIMT_LIVE="2"))
-    # x is kept, of dy a part, and so no barrier in the last step orders one image and the next.
-    some = group._replace(chunks=2)
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunks", [1, 4])  # of three: one of x, all of x and one of dy
+def test_on_chip_sanitizers_find_nothing_in_what_is_read_again(kernels, chunks, layout, kind):
     calls = [make((2, 128, 8, 8), dtype=torch.float16, layout=layout)]
-    check(calls, results(kernels(kind), calls, on_chip=some, SIMT_ORDER="random"))
+    group = OnChip(chunks=chunks)
+    check(calls, results(kernels(kind), calls, on_chip=group, SIMT_ORDER="random"))
 
 
 @pytest.mark.parametrize(
