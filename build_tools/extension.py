@@ -73,7 +73,11 @@ def extensions() -> list[Extension]:
         ),
         Extension(
             "da_ops._plan",
-            ["csrc/plan_module.cpp", "csrc/cuda/choose.cpp", *sorted(glob("csrc/*/plan.cpp"))],
+            [
+                "csrc/plan_module.cpp",
+                *sorted(glob("csrc/*/plan.cpp")),
+                *glob("csrc/cuda/choose.cpp"),
+            ],
             include_dirs=[csrc, pybind11_include()],
             extra_compile_args=FLAGS,
             **common,
