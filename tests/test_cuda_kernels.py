@@ -136,13 +136,19 @@ def test_sanitizers_find_nothing(kernels, layout, kind):
     check(calls, results(kernels(kind), calls, SIMT_ORDER="random", SIMT_LIVE="4"))
 
 
-@settings(
+MANY = settings(
     max_examples=200 if FULL else 25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+RANDOM_SHAPES = st.tuples(
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 17), st.integers(1, 17)
+)
+
+
+@MANY
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 17), st.integers(1, 17)),
+    shape=RANDOM_SHAPES,
     case=st.sampled_from(CASES),
     dtypes=st.sampled_from(DTYPE_PAIRS),
     layout=st.sampled_from(list(LAYOUTS)),
@@ -325,13 +331,9 @@ def test_on_chip_no_images(kernels):
     assert all((t == 0).all() for t in got.values())
 
 
-@settings(
-    max_examples=200 if FULL else 25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@MANY
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 17), st.integers(1, 17)),
+    shape=RANDOM_SHAPES,
     case=st.sampled_from(CASES),
     dtypes=st.sampled_from(ON_CHIP_DTYPES),
     layout=st.sampled_from(list(LAYOUTS)),
