@@ -81,7 +81,7 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("resnet18", 64, 0.3, 5000, 1000, 16, 2500, 200, 2e-2, 3, True, 0),
+    "small": Preset("resnet18", 64, 0.3, 8000, 1000, 16, 5500, 250, 2e-2, 3, True, 0),
     "gpu": Preset("resnet50", 300, 0.05, 16_000, 2000, 32, 0, 15_000, 1e-3, 5, False, 8),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -68,14 +69,17 @@ def curve_panel(axes: Axes, results: Results) -> None:
 
 
 def headline(results: Results) -> str:
-    """The findings in words."""
+    """The findings in words, what differs first."""
     findings: dict[str, list[str]] = {}
     for name in dict.fromkeys(v for *_, rows in report.PAPER for v in rows if v != report.PLAIN):
         if found := report.difference(results, name):
             findings.setdefault(found.finding, []).append(report.NAMES.get(name, name))
-    if set(findings) == {"no difference found"}:
-        return "No difference from the plain network was found"
-    return "; ".join(f"{finding}: {', '.join(names)}" for finding, names in findings.items())
+    same = findings.pop("no difference found", [])
+    parts = [f"{finding} than plain: {', '.join(v)}" for finding, v in sorted(findings.items())]
+    if same:
+        parts.append(f"no difference from plain found for {', '.join(same) if parts else 'any'}")
+    words = "; ".join(parts)
+    return textwrap.fill(words[:1].upper() + words[1:], 96)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -91,7 +95,7 @@ def draw(results: Results, path: Path) -> None:
         figure.suptitle(headline(results), x=0.01, ha="left", fontsize=13.5, fontweight="bold")
         note = (
             f"SSD{s['size']} on {s['backbone']}, generated images, {seeds} paired seeds. Dots: the"
-            " seeds; bar: 95% interval of their mean (Student's t); diamond: the paper's gain on"
+            " seeds; bar: interval of their mean, 95% for all together; diamond: the paper's gain on"
             f" VOC with ResNet-50.\n{tables.device_line(results)}"
         )
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import environment, graphs, measure, rivals, summary
+from benchmarks import environment, fused, graphs, measure, rivals, summary
 from benchmarks.cases import DTYPES, LAYOUTS, Case
 from benchmarks.environment import GIB
 
@@ -81,10 +81,7 @@ def build(rival: str, plain: nn.Module, channels: int, x: torch.Tensor) -> nn.Mo
         return plain
     if rival.startswith("compile"):
         return rivals.compiled(copy.deepcopy(plain), rival)
-    import da_ops
-
-    backend = rival.removeprefix(summary.FUSED)
-    layer = da_ops.DAModule(channels, backend=backend, device=x.device, dtype=x.dtype)
+    layer = fused.build(rival, channels, x.device, x.dtype)
     layer.load_state_dict(plain.state_dict())
     return layer
 
@@ -134,12 +131,14 @@ def measure_case(
             say(f"{case}: checking {rival}, {layout}")
             try:
                 layer = build(rival, plain, channels, x)
-                result["errors"], result["first_call"] = check(layer, x, dy, truth, case.dtype)
+                with fused.under(rival):
+                    errors, seconds = check(layer, x, dy, truth, case.dtype)
+                    memory = layer_memory(layer, x, dy)
             except Exception as error:  # whatever a compiler or backend may raise
                 result |= {"status": "failed", "reason": reason(error)}
                 continue
             layers[rival, layout] = layer
-            result["memory"] = layer_memory(layer, x, dy)
+            result |= {"errors": errors, "first_call": seconds, "memory": memory}
     del truth, data_dy
 
     records = []
@@ -207,9 +206,11 @@ def in_turns(
     for key, layer in layers.items():
         x, dy, parameters = xs[key[1]], dys[key[1]], list(layer.parameters())
         try:
-            forward = how.inference_sampler(layer, x)
-            training[key] = how.training_sampler(layer, parameters, x, dy)
-            inference[key] = forward
+            with fused.under(key[0]):  # a graph is recorded here
+                forward = how.inference_sampler(layer, x)
+                both_ways = how.training_sampler(layer, parameters, x, dy)
+            inference[key] = fused.sampled(key[0], forward)
+            training[key] = fused.sampled(key[0], both_ways)
         except Exception as error:  # what cannot be recorded in a graph
             failed[key] = f"CUDA graph: {reason(error)}"
     first = measure.interleaved(inference, **timing)

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import cases, environment, measure, op, photographs, rivals, tables
+from benchmarks import cases, environment, fused, measure, op, photographs, rivals, tables
 from benchmarks.cases import LAYOUTS
 from benchmarks.environment import BenchmarkError
 from benchmarks.summary import FUSED, WHOLE, a_check, quiet
@@ -101,10 +101,7 @@ def build(variants: list[str], name: str, classes: int) -> dict[str, nn.Module]:
             networks[variant] = copy.deepcopy(plain)
             continue
         if inner.startswith(FUSED):
-            import da_ops
-
-            fused = partial(da_ops.DAModule, backend=inner.removeprefix(FUSED))
-            networks[variant], _ = with_attention(plain, fused)
+            networks[variant], _ = with_attention(plain, partial(fused.build, inner))
         else:
             networks[variant], layers = with_attention(plain, rivals.PlainDA)
             for layer in layers if variant.startswith("compile") else ():
@@ -200,10 +197,11 @@ def measure_layout(
         trainer = Trainer(network, data, layout, options.device, options.amp)
         say(f"{layout}: first steps, {variant}")
         try:
-            start = time.perf_counter()
-            trainer.sample(1)
-            results[variant]["first_step"] = time.perf_counter() - start
-            results[variant]["memory"] = trainer.memory()
+            with fused.under(variant):
+                start = time.perf_counter()
+                trainer.sample(1)
+                results[variant]["first_step"] = time.perf_counter() - start
+                results[variant]["memory"] = trainer.memory()
         except Exception as error:  # whatever a compiler or backend may raise
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             results[variant] |= {"status": "failed", "reason": reason[:300]}
@@ -211,7 +209,7 @@ def measure_layout(
         trainers[variant] = trainer
     say(f"{layout}: {', '.join(trainers)} in turn")
     timed = measure.interleaved(
-        {variant: trainer.sample for variant, trainer in trainers.items()},
+        {variant: fused.sampled(variant, t.sample) for variant, t in trainers.items()},
         rounds=options.rounds, least=3, budget=options.budget,
     )  # fmt: skip
     steps = {variant: rounds[:, 0] for variant, rounds in timed.items()}

@@ -36,11 +36,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases, environment, layer, measure, report, rivals, summary, tables
+from benchmarks import cases, environment, fused, layer, measure, report, rivals, summary, tables
 from benchmarks.cases import DTYPES, LAYOUTS
 from benchmarks.environment import BenchmarkError
 
-FUSED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # backends worth timing on a device
 TIMING: dict[str, dict[str, Any]] = {
     "quick": {"rounds": 60, "least": 5, "budget": 2.5},
     "full": {"rounds": 100, "least": 20, "budget": 40.0},
@@ -61,8 +60,9 @@ def contenders_for(options: argparse.Namespace) -> tuple[list[str], dict[str, st
     if options.backends:
         wanted = cases.choose("--backends", options.backends, list(reasons))
     else:
-        wanted = tuple(b for b in FUSED[options.device] if reasons.get(b, "unknown") is None)
-    return [*chosen, *(summary.FUSED + backend for backend in wanted)], reasons
+        worth = fused.BACKENDS[options.device]
+        wanted = tuple(b for b in worth if reasons.get(b, "unknown") is None)
+    return [*chosen, *(name for backend in wanted for name in fused.names(backend))], reasons
 
 
 def prepare(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("psutil")
 
 from scipy import stats
 
-from benchmarks import ablation, ablation_report, environment, report
+from benchmarks import ablation, ablation_chart, ablation_report, environment, report
 from benchmarks.environment import BenchmarkError
 
 TINY = dataclasses.replace(
@@ -59,6 +59,34 @@ def test_the_interval_is_that_of_a_paired_t_test():
     expected = stats.ttest_rel(mine, plain).confidence_interval(0.95)
     assert found.mean == pytest.approx((mine - plain).mean())
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_several_intervals_hold_together():
+    draw = np.random.default_rng()
+    plain, *others = draw.normal(60, 2, (4, 5))
+    many = results(plain=plain, **dict(zip(("SE", "DA", "ECA"), others, strict=True)))
+    found = ablation_report.difference(many, "SE")
+    expected = stats.ttest_rel(others[0], plain).confidence_interval(1 - 0.05 / 3)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_chart_says_what_differs_first():
+    same = {"DA": [61, 60, 62], "SE": [60, 62, 61]}
+    headline = ablation_chart.headline(results(plain=[60, 61, 62], **same))
+    assert headline == "No difference from plain found for any"
+    better = results(plain=[60, 61, 62], ECA=[65, 66.1, 67], **same)
+    headline = ablation_chart.headline(better)
+    assert headline.startswith("Better than plain: ECA; no difference from plain found for DA")
+    assert max(map(len, headline.splitlines())) < 100
+
+
+def test_a_start_that_is_not_reached_again_is_told():
+    record = results(plain=[60, 61, 62])
+    assert "win back" not in ablation_report.description(record)
+    record["settings"]["pretraining"] = 7
+    for before, told in ((0.6, False), (0.62, True)):
+        record["pretraining"] = {"map_11": before}
+        assert ("win back" in ablation_report.description(record)) == told
 
 
 def test_only_seeds_that_both_have_are_compared():

@@ -20,6 +20,7 @@ from benchmarks import (
     cases,
     chosen,
     environment,
+    fused,
     gpu,
     graphs,
     layer,
@@ -299,6 +300,39 @@ def test_both_launches_are_measured(tmp_path, monkeypatch):
     assert titles == [
         "fused (eager): ResNet-50 stages", "fused (eager): ResNet-50 stages, CUDA graph"
     ]  # fmt: skip
+
+
+def test_a_plan_is_a_contender(monkeypatch):
+    """Forward and backward of each contender run under its own plan, and are compared."""
+    monkeypatch.setenv("DA_OPS_PLAN", "")
+    assert fused.names("cuda") == ["da_ops:cuda", "da_ops:cuda:onchip"]
+    assert fused.names("cpu") == ["da_ops:cpu"]
+    build, seen = fused.build, set()
+
+    def watched(name, *arguments):
+        made = build(name, *arguments)
+        note = lambda: seen.add((name, os.environ["DA_OPS_PLAN"]))  # noqa: E731
+        made.register_forward_hook(lambda *_: note())
+        made.merge.weight.register_hook(lambda _: note())
+        return made
+
+    monkeypatch.setattr(fused, "build", watched)
+    timing = {"rounds": 3, "least": 3, "budget": 0.1, "sample_seconds": 1e-5}
+    names = ["eager", "da_ops:eager", "da_ops:eager:onchip"]
+    found = layer.measure_case(
+        cases.Case((2, 4, 5, 5), "stage"), "cpu", names, timing, lambda text: None
+    )
+    assert {r["status"] for record in found for r in record["results"]} == {"ok"}
+    assert seen == {("da_ops:eager", ""), ("da_ops:eager:onchip", "onchip")}
+    assert os.environ["DA_OPS_PLAN"] == ""
+    summarised = summary.summarise(found, "cuda")
+    compared = [c["name"] for c in summarised["checks"] if "onchip against da_ops:" in c["name"]]
+    assert compared == [
+        f"{part}, da_ops:eager:onchip against da_ops:eager, warm, stream"
+        for part in ("inference", "training")
+    ]
+    monkeypatch.setenv("DA_OPS_PLAN", "portable")  # for all
+    assert fused.names("cuda") == ["da_ops:cuda"]
 
 
 def test_tests_of_one_backend_are_chosen():

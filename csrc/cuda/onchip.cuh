@@ -74,8 +74,10 @@ chip_forward(SIMT_PARAM ChipArgs args) {
 //   terms                           | dg/P or dm/C or both |
 //   sums                                                   |   of x, weighted with the term
 //   terms                                                      | dm/C or dg/P |
-//   dx                                                                        |dy 0|dy 1|... from
-//   L2 load                                            next image                |x 0 |x 1 |...
+//   dx                                                                        |dy 0|dy 1|...
+//   load                                               next image                |x 0 |x 1 |...
+//
+// A chunk of dy that was not kept is read again for dx, most likely from L2.
 template <class T, bool Cluster>
 SIMT_KERNEL(kChipThreads, kChipBlocks)
 chip_backward(SIMT_PARAM ChipArgs args) {
