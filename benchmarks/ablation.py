@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from torchvision.models.detection.ssd import SSD
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from benchmarks import ablation_report as report
@@ -128,11 +127,8 @@ def load(preset: Preset, folder: Path) -> Data:
             return InMemory(VOCDetection(root, splits, classes=classes), transforms)
         return VOCDetection(root, splits, classes=classes, transforms=transforms)
 
-    plain = eval_transforms()
-    augment = v2.Compose([v2.RandomHorizontalFlip(), plain])
-    if not preset.light:
-        augment = train_transforms(preset.size)
-    return Data(classes, part("trainval", augment), part("test", plain))
+    augment = train_transforms(preset.size, "mirror" if preset.light else "ssd")
+    return Data(classes, part("trainval", augment), part("test", eval_transforms()))
 
 
 def one_cycle(preset: Preset, steps: int) -> Callable[[int], float]:

@@ -77,7 +77,8 @@ def headline(results: Results) -> str:
     same = findings.pop("no difference found", [])
     parts = [f"{finding} than plain: {', '.join(v)}" for finding, v in sorted(findings.items())]
     if same:
-        parts.append(f"no difference from plain found for {', '.join(same) if parts else 'any'}")
+        others = f"the other {len(same)}" if parts else "any"
+        parts.append(f"no difference from plain found for {others}")
     words = "; ".join(parts)
     return textwrap.fill(words[:1].upper() + words[1:], 96)
 
@@ -95,8 +96,8 @@ def draw(results: Results, path: Path) -> None:
         figure.suptitle(headline(results), x=0.01, ha="left", fontsize=13.5, fontweight="bold")
         note = (
             f"SSD{s['size']} on {s['backbone']}, generated images, {seeds} paired seeds. Dots: the"
-            " seeds; bar: interval of their mean, 95% for all together; diamond: the paper's gain on"
-            f" VOC with ResNet-50.\n{tables.device_line(results)}"
+            " seeds; bar: interval of their mean, 95% for all together; diamond: the paper's gain"
+            f" on VOC with ResNet-50.\n{tables.device_line(results)}"
         )
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)
         temporary = path.with_name(f".{path.name}.part")

@@ -10,6 +10,7 @@ from .reference import GATES, ORDERS
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 ATTENTIONS = ("da", "se", "sge", "eca", "none")
+AUGMENTATIONS = ("ssd", "mirror")
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -36,6 +37,9 @@ class Settings:
     mapping: str = _setting("c4", "stages that feed SSD", choices=("c4", "c3c4c5"))
     weights: str | None = _setting(
         None, "backbone's initial weights: a file or a name of torchvision's; random if left out"
+    )
+    augmentation: str = _setting(
+        "ssd", "of the images: SSD's own, or only mirrored, for short runs", choices=AUGMENTATIONS
     )
     batch_size: int = _setting(32, "images per step, over all processes")
     steps: int = _setting(120_000, "steps to train")

@@ -76,8 +76,7 @@ def test_the_chart_says_what_differs_first():
     assert headline == "No difference from plain found for any"
     better = results(plain=[60, 61, 62], ECA=[65, 66.1, 67], **same)
     headline = ablation_chart.headline(better)
-    assert headline.startswith("Better than plain: ECA; no difference from plain found for DA")
-    assert max(map(len, headline.splitlines())) < 100
+    assert headline == "Better than plain: ECA; no difference from plain found for the other 2"
 
 
 def test_a_start_that_is_not_reached_again_is_told():

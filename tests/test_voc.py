@@ -300,6 +300,20 @@ def test_labels_and_difficult_stay_with_their_boxes(monkeypatch):
     assert counts >= {1, 2, 3, 4}  # some crops lose objects
 
 
+def test_mirroring_keeps_every_object():
+    images, boxes = {}, {}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, found = train_transforms(64, "mirror")(*scene())
+        first = found["boxes"][0, 0].item()
+        images[first], boxes[first] = image, found["boxes"]
+        assert torch.equal(found["labels"], scene()[1]["labels"])
+    (one, other), (seen, mirrored) = images.values(), boxes.values()
+    assert torch.equal(one, other.flip(-1))
+    torch.testing.assert_close(seen[:, [0, 2]], 64 - mirrored[:, [2, 0]])
+    assert torch.equal(seen[:, [1, 3]], mirrored[:, [1, 3]])
+
+
 def test_augmentation_is_drawn_from_torchs_generator_alone():
     results = []
     for _ in range(2):

@@ -12,18 +12,24 @@ from torchvision.transforms import v2
 _MEAN = (124, 116, 104)  # ImageNet's, of which the border is made that zooming out brings
 
 
-def train_transforms(size: int) -> v2.Compose:
-    """Random colours, zoom out, crop and mirroring of an image and its target.
+def train_transforms(size: int, augmentation: str = "ssd") -> v2.Compose:
+    """Random colours, zoom out, crop and mirroring of an image and its target; "mirror" mirrors
+    only, which a short run learns more from.
 
     Maps an image uint8 [3, H, W] and a target of :class:`~da_ops.detection.voc.VOCDetection` to a
     float32 image [3, size, size] in 0 to 1 and a target without the boxes that fell out: labels
     and ``difficult`` go with their boxes. Draws from torch's global generator only.
     """
-    return v2.Compose(
-        [
+    more = []
+    if augmentation == "ssd":
+        more = [
             v2.RandomPhotometricDistort(),
             v2.RandomZoomOut(fill={tv_tensors.Image: _MEAN, "others": 0}),
             v2.RandomIoUCrop(),
+        ]
+    return v2.Compose(
+        [
+            *more,
             v2.RandomHorizontalFlip(),
             v2.Resize((size, size), antialias=True),
             v2.SanitizeBoundingBoxes(labels_getter=_with_boxes),

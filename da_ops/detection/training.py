@@ -189,7 +189,7 @@ def training_set(data: Path, classes: Sequence[str], settings: Settings) -> VOCD
         data,
         splits,
         classes=classes,
-        transforms=train_transforms(settings.size),
+        transforms=train_transforms(settings.size, settings.augmentation),
         skip_bad=settings.skip_bad,
     )
     objects = sum(dataset.counts().values())
