@@ -20,6 +20,8 @@ endif
 SOURCES := setup.py pyproject.toml da_ops/_version.py $(wildcard build_tools/*.py) \
   $(shell find csrc -type f)
 CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu*')
+# For the GPUs of this machine, unless the environment asks for more.
+ARCHS = TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PY) -m build_tools.here)}"
 # A build is current only while its record is there.
 RECORD := da_ops/_build.json
 BUILT := $(STAMPS)/built
@@ -103,7 +105,7 @@ $(STAMPS)/env-%: FORCE
 	[ -z "$$missing" ] || echo "$(PY) lacks (and what needs it will be skipped or fail):" $$missing
 
 $(BUILT): $(SOURCES) $(if $(wildcard $(RECORD)),,FORCE)
-	$(PY) setup.py -q build_ext --inplace
+	$(ARCHS) $(PY) setup.py -q build_ext --inplace
 	@mkdir -p $(@D) && touch $@
 
 else
@@ -118,7 +120,7 @@ $(STAMPS)/env-%: pyproject.toml build_tools/requirements.py | $(VENV)/bin/python
 	@touch $@
 
 $(BUILT): $(SOURCES) $(if $(wildcard $(RECORD)),,FORCE) | $(STAMPS)/env-base
-	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	$(ARCHS) $(PY) -m pip install --no-build-isolation --no-deps -e .
 	@$(PY) -m build_tools.record
 	@mkdir -p $(@D) && touch $@
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from setuptools.errors import SetupError
 
+from build_tools import here
 from build_tools.cuda import (
     ARCHITECTURES,
     CudaCompiler,
@@ -107,6 +108,22 @@ def test_arch_list_is_what_this_nvcc_knows_with_ptx_for_the_newest(tmp_path):
 @pytest.mark.parametrize("text", ["9.0;10.0+PTX", "9.0 10.0+PTX", " 9.0, 10.0+PTX "])
 def test_arch_list_obeys_the_environment(tmp_path, text):
     assert arch_list(tmp_path, {"TORCH_CUDA_ARCH_LIST": text}) == ["9.0", "10.0+PTX"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "built"),
+    [
+        ([], "9.0"),
+        ([(9, 0), (9, 0)], "9.0"),
+        ([(12, 0), (8, 6), (7, 5)], "7.5 8.6 12.0"),
+        ([(8, 7)], "8.6"),
+        ([(10, 3)], "10.0"),
+        ([(11, 0), (9, 0)], ""),  # none of ours: PTX, which all of them carry
+        ([(7, 0)], ""),
+    ],
+)
+def test_a_tree_is_built_for_the_gpus_that_are_here(gpus, built):
+    assert here.architectures(gpus) == built
 
 
 def test_gencode_has_code_for_every_arch_and_ptx_where_asked():
