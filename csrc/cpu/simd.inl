@@ -128,18 +128,46 @@ DA_INLINE void stream(T* p, vec<accumulate_t<T>> v) {
 #endif
 }
 
+template <class T>
+struct Part {
+  T elements[Vector<accumulate_t<T>>::lanes];
+};
+
 // The first n < lanes elements, zeros after them.
 template <class T>
 DA_INLINE vec<accumulate_t<T>> load_part(const T* p, int64_t n) {
-  T t[Vector<accumulate_t<T>>::lanes] = {};
-  for (int64_t i = 0; i < n; i++) t[i] = p[i];
-  return load(t);
+#if DA_VECTOR_BYTES == 64
+  const auto first = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 8)
+    return (vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first), p);
+  else if constexpr (sizeof(T) == 4)
+    return (vec<float>)_mm512_maskz_loadu_ps(first, p);
+  else
+    return load(bits<Part<T>>(_mm256_maskz_loadu_epi16(first, p)).elements);
+#else
+  Part<T> t = {};
+  for (int64_t i = 0; i < n; i++) t.elements[i] = p[i];
+  return load(t.elements);
+#endif
 }
 template <class T>
 DA_INLINE void store_part(T* p, vec<accumulate_t<T>> v, int64_t n) {
-  T t[Vector<accumulate_t<T>>::lanes];
-  store(t, v);
-  for (int64_t i = 0; i < n; i++) p[i] = t[i];
+#if DA_VECTOR_BYTES == 64
+  const auto first = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first), (__m512d)v);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, first, (__m512)v);
+  } else {
+    Part<T> t;
+    store(t.elements, v);
+    _mm256_mask_storeu_epi16(p, first, bits<__m256i>(t));
+  }
+#else
+  Part<T> t;
+  store(t.elements, v);
+  for (int64_t i = 0; i < n; i++) p[i] = t.elements[i];
+#endif
 }
 
 #if defined(__has_builtin)
