@@ -52,8 +52,11 @@ def difference_panel(axes: Axes, results: Results) -> None:
 
 
 def curve_panel(axes: Axes, results: Results) -> None:
-    """mAP of plain against steps: seeds thin, their mean thick."""
-    curves = [r["curve"] for r in results["runs"] if r["variant"] == report.PLAIN]
+    """mAP of plain against steps, from the network that all start from: seeds thin, their mean
+    thick."""
+    before = results["pretraining"]
+    start = [{"step": 0, **before}] if before else []
+    curves = [start + r["curve"] for r in results["runs"] if r["variant"] == report.PLAIN]
     for curve in curves:
         axes.plot(*zip(*((p["step"], 100 * p["map_11"]) for p in curve)), color=QUIET, linewidth=1)
     if curves:

@@ -126,7 +126,8 @@ def description(results: Results) -> str:
     if before := results["pretraining"]:
         start = (
             f"all from one plain network (mAP {100 * before['map_11']:.1f} after"
-            f" {s['pretraining']} steps), with layers that change nothing at first"
+            f" {s['pretraining']} steps, {before['seconds'] / 60:.0f} minutes), with layers that"
+            " change nothing at first"
         )
     return (
         f"SSD{s['size']} on {s['backbone']}, {start}, {s['steps']} steps of"

@@ -84,7 +84,7 @@ def test_a_start_that_is_not_reached_again_is_told():
     assert "win back" not in ablation_report.description(record)
     record["settings"]["pretraining"] = 7
     for before, told in ((0.6, False), (0.62, True)):
-        record["pretraining"] = {"map_11": before}
+        record["pretraining"] = {"map_11": before, "seconds": 60.0}
         assert ("win back" in ablation_report.description(record)) == told
 
 
