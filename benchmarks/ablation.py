@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,14 @@ class Preset:
     seeds: int
     light: bool
     workers: int
+    tuning_lr: float = 0.0  # in place of `lr` after a pretraining, which a high rate would undo
     weight_decay: float = 5e-4
     warm: float = 0.1  # part of the steps over which the rate rises
     curve: tuple[float, ...] = (0.25, 0.5)  # when plain is evaluated on the way
 
 
 PRESETS = {
-    "small": Preset("resnet18", 64, 0.3, 8000, 1000, 16, 5500, 250, 2e-2, 3, True, 0),
+    "small": Preset("resnet18", 64, 0.3, 8000, 1000, 16, 5500, 400, 2e-2, 3, True, 0, 5e-3),
     "gpu": Preset("resnet50", 300, 0.05, 16_000, 2000, 32, 0, 15_000, 1e-3, 5, False, 8),
 }
 
@@ -225,6 +226,8 @@ def run_one(
     """Train and test one network."""
     started = time.perf_counter()
     model = network(name, seed, preset, data.classes, start)
+    if start is not None:
+        preset = replace(preset, lr=preset.tuning_lr)
     training = Training(model, seed, preset.steps, preset, data, device)
     stops = {round(part * preset.steps) for part in preset.curve if name == report.PLAIN}
     training_steps = training.steps(f"seed {seed}, {name}")

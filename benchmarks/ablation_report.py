@@ -145,8 +145,8 @@ def set_back(results: Results) -> str:
     if not before or not after or mean(after) >= 100 * before["map_11"]:
         return ""
     return (
-        " Every run starts with a high rate again, as new layers need; what that costs at first,"
-        " so few steps do not win back, in the plain network either."
+        " Every run starts with a higher rate again, for the new layers to learn; what that costs"
+        " at first, so few steps do not win back, in the plain network either."
     )
 
 
