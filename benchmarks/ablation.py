@@ -74,7 +74,7 @@ class Preset:
     seeds: int
     light: bool
     workers: int
-    tuning_lr: float = 0.0  # in place of `lr` after a pretraining, which a high rate would undo
+    tuning_lr: float = 0.0  # after a pretraining, which a high rate would undo; 0: `lr`
     weight_decay: float = 5e-4
     warm: float = 0.1  # part of the steps over which the rate rises
     curve: tuple[float, ...] = (0.25, 0.5)  # when plain is evaluated on the way
@@ -227,7 +227,7 @@ def run_one(
     started = time.perf_counter()
     model = network(name, seed, preset, data.classes, start)
     if start is not None:
-        preset = replace(preset, lr=preset.tuning_lr)
+        preset = replace(preset, lr=preset.tuning_lr or preset.lr)
     training = Training(model, seed, preset.steps, preset, data, device)
     stops = {round(part * preset.steps) for part in preset.curve if name == report.PLAIN}
     training_steps = training.steps(f"seed {seed}, {name}")

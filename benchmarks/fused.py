@@ -27,6 +27,12 @@ def plans(backend: str) -> tuple[str, ...]:
     return () if os.environ.get(VARIABLE) else PLANS.get(backend, ())
 
 
+def parts(name: str) -> tuple[str, str]:
+    """Backend and plan of a contender, alone or within a whole network; empty where it has none."""
+    backend, _, plan = name.partition(FUSED)[2].partition(":")
+    return backend, plan
+
+
 def build(
     name: str,
     channels: int,
@@ -36,16 +42,16 @@ def build(
     """The layer of a fused contender, which has yet to be run :func:`under` its plan."""
     import da_ops
 
-    backend = name.removeprefix(FUSED).partition(":")[0]
+    backend, _ = parts(name)
     return da_ops.DAModule(channels, backend=backend, device=device, dtype=dtype)
 
 
 @contextlib.contextmanager
 def under(name: str) -> Iterator[None]:
     """Within, calls run under the plan that a contender's name ends with, if it names one."""
-    backend, _, plan = name.partition(FUSED)[2].partition(":")
+    _, plan = parts(name)
     before = os.environ.get(VARIABLE)
-    if backend and plan:
+    if plan:
         os.environ[VARIABLE] = plan
     try:
         yield

@@ -157,6 +157,23 @@ def test_all_compute_what_the_pretrained_network_does(tmp_path):
         torch.testing.assert_close(heads(name), plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("tuning", "expected"), [(5e-3, 5e-3), (0.0, 2e-2)])
+def test_what_was_pretrained_is_trained_at_its_own_rate(tmp_path, monkeypatch, tuning, expected):
+    preset = dataclasses.replace(TINY, tuning_lr=tuning)
+    data = ablation.load(preset, tmp_path)
+    start = ablation.network(ablation_report.PLAIN, 0, preset, data.classes, None).state_dict()
+    rates, one_cycle = [], ablation.one_cycle
+
+    def watched(given, steps):
+        rates.append(max(map(one_cycle(given, steps), range(steps))))
+        return one_cycle(given, steps)
+
+    monkeypatch.setattr(ablation, "one_cycle", watched)
+    for weights in (start, None):
+        ablation.run_one("DA", 0, preset, data, weights, torch.device("cpu"))
+    assert rates == pytest.approx([expected, 2e-2])
+
+
 def test_an_interrupted_ablation_goes_on_to_the_same_result(tiny, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole-ablation.json", tmp_path / "stopped-ablation.json"
     assert ablation.main(["--out", str(whole)]) == 0

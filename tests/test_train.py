@@ -45,6 +45,15 @@ def run(data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("augmentation", ["ssd", "mirror"])
+def test_the_augmentation_that_was_asked_for(data, monkeypatch, augmentation):
+    asked = []
+    monkeypatch.setattr(training, "train_transforms", lambda *a: asked.append(a))
+    settings = dataclasses.replace(TINY, augmentation=augmentation)
+    training.training_set(data, read_classes(data), settings)
+    assert asked == [(32, augmentation)]
+
+
 def rows(path):
     with path.open() as file:
         return list(csv.DictReader(file))
