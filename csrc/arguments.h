@@ -46,10 +46,14 @@ inline Tensor allocate_like(const Tensor& x) {
   return allocate(x, x.sizes().data(), x.strides().data(), x.dim(), x.scalar_type());
 }
 
-// For the gradient of a parameter: in its shape and dtype, empty where there is none.
+// For the gradient of a parameter: contiguous, in its shape and dtype; empty where there is none.
+// Strides of dimensions of size 1 are the parameter's too: DistributedDataParallel compares them.
 inline Tensor allocate_gradient(const Parameter& parameter, const Tensor& x) {
-  return parameter ? allocate(x, parameter->sizes(), parameter->scalar_type())
-                   : allocate(x, {0}, x.scalar_type());
+  if (!parameter) return allocate(x, {0}, x.scalar_type());
+  const Tensor& p = *parameter;
+  return p.is_contiguous()
+             ? allocate(x, p.sizes().data(), p.strides().data(), p.dim(), p.scalar_type())
+             : allocate(x, p.sizes(), p.scalar_type());
 }
 
 inline ScalarType accumulation_type(const Tensor& x) {

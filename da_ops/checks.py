@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +23,25 @@ def check_options(order: object, gate: object) -> None:
                 f"da_attention: {name} must be one of {', '.join(map(repr, options))}; "
                 f"got {value!r}"
             )
+
+
+def positive_int(name: str, value: Any) -> int:
+    """``value``, of any integer type, as an int; ValueError unless it is one and positive."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return number
+
+
+def odd_int(name: str, value: Any) -> int:
+    """The same of an odd number."""
+    number = positive_int(name, value)
+    if number % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {value!r}")
+    return number
 
 
 def check_arguments(

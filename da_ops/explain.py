@@ -13,6 +13,7 @@ from .backends import BACKENDS, NAMES, passed_over, select, unserved
 from .backends.base import Call, Direction, Plan
 from .backends.cuda import OLDEST
 from .checks import check_options
+from .module import DAModule
 
 # Nothing can do with less: read x and write y; read dy and x and write dx.
 FLOOR = {"forward": 2, "backward": 3}
@@ -95,14 +96,18 @@ def explain(
     gate: str = "affine",
     backend: str = "auto",
     device: str | None = None,
+    layer: DAModule | None = None,
 ) -> Explanation:
     """Which backend serves ``x`` and why no better one, its passes over memory, and the floor.
 
     Args:
         x: ``[N, C, H, W]``; only its shape, dtype, layout and device are looked at.
-        order, gate, backend: as for :func:`da_ops.da_attention`.
+        order, gate, backend: as for :func:`da_ops.da_attention`; those of ``layer`` where there is
+            one.
         device: an NVIDIA architecture such as ``"sm_90"``: what the ``cuda`` backend does on a
             typical GPU of it, whatever device ``x`` is on; also where there is none.
+        layer: whose call is explained; it may be one that no kernel serves, for what its
+            convolutions have become.
 
     A backend asked for by name is explained wherever its plan can be made, also where it could not
     run. Nothing is computed. "Bytes moved" are bytes read from and written to memory: a pass over
@@ -111,6 +116,8 @@ def explain(
     if not isinstance(x, Tensor) or x.dim() != 4:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"da_attention: x must be a tensor [N, C, H, W], got {got}")
+    if layer is not None:
+        order, gate, backend = layer.order, layer.gate, layer.backend
     check_options(order, gate)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     call = Call(tuple(x.shape), x.dtype, channels_last, order, gate)
@@ -122,6 +129,9 @@ def explain(
             )
         return Explanation(call, device, "cuda", None, {}, BACKENDS["cuda"].plan(call))
     device = x.device.type
+    if layer is not None and (reason := layer.unfused()) is not None:
+        others = {name: reason for name in NAMES if name != "eager"}
+        return Explanation(call, device, "eager", None, others, BACKENDS["eager"].plan(call))
     known = backend in BACKENDS
     chosen = backend if known else select(backend, device)
     better = NAMES[: NAMES.index(chosen)] if backend == "auto" else ()

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .checks import check_arguments
 from .function import fused, plain, transformed
 from .layout import dense
+from .reference import rounded_once
+from .shards import is_distributed, on_each_shard
 
 
 def da_attention(
@@ -57,9 +60,7 @@ def da_attention(
         ValueError: a shape, device, option, or an argument that the order or gate does not take.
         RuntimeError: ``backend`` names one that cannot serve here; the message says why.
     """
-    if isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided:
-        x = dense(x)  # here, so that backward finds the copy and makes none
-    args = (
+    return attention(
         x,
         conv_weight,
         dilated_weight,
@@ -71,15 +72,42 @@ def da_attention(
         gate,
         backend,
     )
-    if torch.compiler.is_compiling():
-        return _compiled(*args)
-    if transformed() or torch.jit.is_tracing():
-        return plain(*args)
-    return fused(*args)
+
+
+def attention(
+    x: Tensor,
+    conv_weight: Tensor | None,
+    dilated_weight: Tensor | None,
+    merge_weight: Tensor | None,
+    spatial_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    order: str,
+    gate: str,
+    backend: str,
+) -> Tensor:
+    """:func:`da_attention` with every argument positional: one node of an FX graph, and, compiled
+    by TorchScript, plain operations."""
+    parameters = (conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias)
+    if torch.jit.is_scripting():
+        return rounded_once(x, *parameters, order, gate)
+    else:  # TorchScript compiles what stands after a return, but not this branch
+        if has_torch_function_unary(x):  # a Proxy of FX, among others
+            return handle_torch_function(attention, (x,), x, *parameters, order, gate, backend)
+        if isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided:
+            x = dense(x)  # here, so that backward finds the copy and makes none
+        args = (x, *parameters, order, gate, backend)
+        if type(x) is not Tensor and is_distributed(x):
+            return on_each_shard(attention, *args)
+        if torch.compiler.is_compiling():
+            return _compiled(*args)
+        if transformed() or torch.jit.is_tracing():
+            return plain(*args)
+        return fused(*args)
 
 
 def _compiled(*args: Any) -> Tensor:
-    if torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or transformed():
         return plain(*args)
     check_arguments(*args[:-1])
     return torch.ops.da_ops.attention.default(*args)

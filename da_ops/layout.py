@@ -22,3 +22,11 @@ def like(dy: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous():
         return dy.contiguous()
     return dy.contiguous(memory_format=torch.channels_last)
+
+
+def empty_gradient(p: Tensor) -> Tensor:
+    """For the gradient of a parameter: contiguous, with its strides where a dimension has size 1.
+
+    Those have no meaning, but DistributedDataParallel compares them.
+    """
+    return torch.empty_like(p.contiguous())

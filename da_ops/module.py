@@ -1,15 +1,19 @@
 """The operator as a layer."""
 
-from __future__ import annotations
+# Annotations are no strings here: FX copies those of `forward`, and TorchScript reads them.
 
+import logging
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_options
-from .functional import da_attention
+from .checks import check_options, odd_int, positive_int
+from .functional import attention
+from .reference import accumulation_dtype, channel_mask, channel_mean, pooled
+
+logger = logging.getLogger("da_ops")
 
 
 class DAModule(nn.Module):
@@ -34,12 +38,14 @@ class DAModule(nn.Module):
     The layer keeps ``x``'s dtype and memory layout. It takes ``(channels, device=, dtype=)`` and so
     serves as an ``attn_layer`` of timm.
 
+    The fused kernels take the place of the three convolutions, and so need them as they were made.
+    A layer with one that was replaced, pruned, normalised, parametrised, set to convolve otherwise
+    or given hooks calls all three, in plain PyTorch operations, and says so once, as a warning of
+    the logger ``da_ops``; :meth:`unfused` and ``da_ops.explain(x, layer=layer)`` say why.
+
     Source: the DA block, an extremely lightweight attention mechanism for detection backbones. What
     its paper leaves open (the gate's form, the convolutions' biases) is decided in README.md.
     """
-
-    gate_weight: nn.Parameter | None
-    gate_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -54,14 +60,12 @@ class DAModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"DAModule: channels must be a positive int, got {channels!r}")
+        channels = positive_int("DAModule: channels", channels)
         check_options(order, gate)
         if kernel_size is not None:
             if gate != "eca":
                 raise ValueError(f"DAModule: kernel_size goes with gate='eca', got gate={gate!r}")
-            if kernel_size < 1 or kernel_size % 2 == 0:
-                raise ValueError(f"DAModule: kernel_size must be odd, got {kernel_size}")
+            kernel_size = odd_int("DAModule: kernel_size", kernel_size)
         self.channels, self.order, self.gate, self.backend = channels, order, gate, backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
@@ -99,24 +103,92 @@ class DAModule(nn.Module):
             nn.init.ones_(self.gate_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, dilated, merge = map(self._modules.get, ("conv", "dilated_conv", "merge"))
-        merge_weight, spatial_bias = _parameter(merge, "weight"), _parameter(merge, "bias")
-        if spatial_bias is not None:
-            # A constant on either side of the merge is a constant after it.
-            biases = torch.cat([_parameter(conv, "bias"), _parameter(dilated, "bias")])
-            spatial_bias = (merge_weight.flatten() * biases).sum(0, keepdim=True) + spatial_bias
-        return da_attention(
-            x,
-            _parameter(conv, "weight"),
-            _parameter(dilated, "weight"),
-            merge_weight,
-            _parameter(self, "gate_weight"),
-            _parameter(self, "gate_bias"),
-            spatial_bias=spatial_bias,
-            order=self.order,
-            gate=self.gate,
-            backend=self.backend,
-        )
+        if torch.jit.is_scripting():
+            return self._through_children(x)
+        else:  # TorchScript compiles what stands after a return, but not this branch
+            spatial: tuple[Any, Any, Any, Any] = (None, None, None, None)
+            if self.order != "channel":
+                children = self._modules
+                conv = _weights(children["conv"], _CONV)
+                dilated = _weights(children["dilated_conv"], _DILATED_CONV)
+                merge = _weights(children["merge"], _MERGE)
+                if conv is None or dilated is None or merge is None:
+                    self._tell()
+                    return self._through_children(x)
+                if not isinstance(x, Tensor):  # a Proxy of FX, whose tracer sees attributes alone
+                    assert self.conv and self.dilated_conv and self.merge
+                    conv, dilated, merge = (
+                        (child.weight, child.bias)
+                        for child in (self.conv, self.dilated_conv, self.merge)
+                    )
+                spatial = (conv[0], dilated[0], merge[0], _folded_bias(conv[1], dilated[1], *merge))
+            return attention(
+                x,
+                *spatial,
+                _parameter(self, "gate_weight"),
+                _parameter(self, "gate_bias"),
+                self.order,
+                self.gate,
+                self.backend,
+            )
+
+    def unfused(self) -> str | None:
+        """Why the layer calls its convolutions; None where the fused kernels take their place.
+
+        >>> layer = DAModule(8)
+        >>> _ = layer.conv.register_forward_hook(print)
+        >>> layer.unfused()
+        'conv has hooks'
+        """
+        if self.order == "channel":
+            return None
+        for name, made in (("conv", _CONV), ("dilated_conv", _DILATED_CONV), ("merge", _MERGE)):
+            child = self._modules[name]
+            if _weights(child, made) is None:
+                if any(child.__dict__.get(kind) for kind in _HOOKS):
+                    return f"{name} has hooks"
+                if "forward" in child.__dict__:
+                    return f"{name} has a forward of its own"
+                return f"{name} is now {child}".partition("\n")[0].removesuffix("(")
+        return None
+
+    def _tell(self) -> None:
+        if torch.compiler.is_compiling():  # nothing is said in a graph
+            return
+        reason = self.unfused()
+        if reason not in _told:
+            _told.add(reason)
+            logger.warning(
+                "da_ops: DAModule calls its convolutions in plain PyTorch operations, not the fused"
+                " kernels: %s",
+                reason,
+            )
+
+    def _through_children(self, x: Tensor) -> Tensor:
+        """The layer in plain operations, its convolutions called as what they have become."""
+        y = x
+        if isinstance(x, Tensor):  # what FX traces stays in the dtype of x
+            y = x.to(accumulation_dtype(x.dtype))
+        first = y
+        for half in self.order.replace("parallel", "spatial_channel").split("_"):
+            seen = first if self.order == "parallel" else y  # by the mask
+            if half == "spatial":
+                y = y * self._spatial_mask(seen)
+            else:
+                mask = channel_mask(pooled(seen), self.gate, self.gate_weight, self.gate_bias)
+                y = y * mask[:, :, None, None]
+        return y.to(x.dtype)
+
+    def _spatial_mask(self, x: Tensor) -> Tensor:
+        assert self.conv is not None and self.dilated_conv is not None and self.merge is not None
+        m = channel_mean(x)
+        if torch.jit.is_scripting():
+            m = m.to(self.conv.weight.dtype)
+        elif isinstance(x, Tensor):
+            for p in self.conv.parameters():
+                m = m.to(p.dtype) if p.is_floating_point() else m
+        z = self.merge(torch.cat([self.conv(m), self.dilated_conv(m)], 1))
+        return torch.sigmoid(z.to(x.dtype))
 
     def extra_repr(self) -> str:
         parts = [str(self.channels), f"order={self.order!r}", f"gate={self.gate!r}"]
@@ -127,12 +199,60 @@ class DAModule(nn.Module):
         return ", ".join(parts)
 
 
-def _parameter(module: nn.Module | None, name: str) -> Any:
-    """``module.name``, past nn.Module's own look-up, which takes ten times as long."""
-    if module is None:
+# What kernels know of each convolution: in_channels, out_channels, kernel_size, stride, padding,
+# dilation, groups, padding_mode.
+_CONV = (1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+_DILATED_CONV = (1, 1, (3, 3), (1, 1), (3, 3), (3, 3), 1, "zeros")
+_MERGE = (2, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_told: set[str | None] = set()  # reasons
+
+
+def _weights(child: Any, made: tuple[Any, ...]) -> tuple[Any, Any] | None:
+    """Weight and bias of a convolution that computes what the kernels do, else None.
+
+    On every call's path, and so written out.
+    """
+    own = child.__dict__
+    if (
+        type(child) is not nn.Conv2d
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or made
+        != (
+            own["in_channels"],
+            own["out_channels"],
+            own["kernel_size"],
+            own["stride"],
+            own["padding"],
+            own["dilation"],
+            own["groups"],
+            own["padding_mode"],
+        )
+    ):
         return None
+    return _parameter(child, "weight"), _parameter(child, "bias")
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """``module.name``, past nn.Module's own look-up, which takes ten times as long."""
     own = module._parameters
-    return own[name] if name in own else getattr(module, name)  # it may be parametrised
+    return own[name] if name in own else getattr(module, name)  # it may be computed
+
+
+def _folded_bias(conv_bias: Any, dilated_bias: Any, merge_weight: Any, bias: Any) -> Any:
+    """One number for three: a constant on either side of the merge is a constant after it."""
+    if conv_bias is None and dilated_bias is None:
+        return bias
+    for i, constant in enumerate((conv_bias, dilated_bias)):
+        if constant is not None:
+            term = merge_weight[:, i, 0, 0] * constant
+            bias = term if bias is None else bias + term
+    return bias
 
 
 def _adaptive_kernel_size(channels: int, gamma: int = 2, b: int = 1) -> int:

@@ -37,7 +37,7 @@ def spatial_mask(
     conv_weight: Tensor,
     dilated_weight: Tensor,
     merge_weight: Tensor,
-    spatial_bias: Weight = None,
+    spatial_bias: Tensor | None = None,
 ) -> Tensor:
     """Two receptive fields over the channel mean, merged: ``[N, 1, H, W] -> [N, 1, H, W]``."""
     near = F.conv2d(mean, conv_weight, padding=1)
@@ -46,17 +46,18 @@ def spatial_mask(
 
 
 def channel_mask(
-    pooled: Tensor, gate: str, gate_weight: Weight = None, gate_bias: Weight = None
+    pooled: Tensor, gate: str, gate_weight: Tensor | None = None, gate_bias: Tensor | None = None
 ) -> Tensor:
     """The gate over the pooled channels, ``[N, C] -> [N, C]``."""
+    if gate == "sigmoid":
+        return torch.sigmoid(pooled)
+    assert gate_weight is not None
     if gate == "eca":
-        half = gate_weight.numel() // 2
-        logit = F.conv1d(pooled[:, None], gate_weight.view(1, 1, -1), padding=half)[:, 0]
-    elif gate == "sigmoid":
-        logit = pooled
-    else:  # "affine" has a weight and a bias per channel, "scalar" one for all
-        logit = gate_weight * pooled + gate_bias
-    return torch.sigmoid(logit)
+        kernel, half = gate_weight.view(1, 1, -1), gate_weight.numel() // 2
+        return torch.sigmoid(F.conv1d(pooled[:, None], kernel, padding=half)[:, 0])
+    # "affine" has a weight and a bias per channel, "scalar" one for all.
+    assert gate_bias is not None
+    return torch.sigmoid(gate_weight * pooled + gate_bias)
 
 
 def formula(
@@ -72,20 +73,33 @@ def formula(
     gate: str = "affine",
 ) -> Tensor:
     """The operator, computed in the dtype of its tensors, which must agree."""
+    weights = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
+    return _formula(x, *weights, order, gate)
 
-    def s(t: Tensor) -> Tensor:
-        return spatial_mask(
-            channel_mean(t), conv_weight, dilated_weight, merge_weight, spatial_bias
-        )
 
-    def c(t: Tensor) -> Tensor:
-        return channel_mask(pooled(t), gate, gate_weight, gate_bias)[:, :, None, None]
-
-    if order == "parallel":
-        return x * s(x) * c(x)
-    for half in order.split("_"):
-        x = x * (s(x) if half == "spatial" else c(x))
-    return x
+def _formula(
+    x: Tensor,
+    conv_weight: Tensor | None,
+    dilated_weight: Tensor | None,
+    merge_weight: Tensor | None,
+    spatial_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    order: str,
+    gate: str,
+) -> Tensor:
+    y = x
+    for half in order.replace("parallel", "spatial_channel").split("_"):
+        seen = x if order == "parallel" else y  # by the mask
+        if half == "channel":
+            y = y * channel_mask(pooled(seen), gate, gate_weight, gate_bias)[:, :, None, None]
+        else:
+            assert conv_weight is not None
+            assert dilated_weight is not None
+            assert merge_weight is not None
+            m = channel_mean(seen)
+            y = y * spatial_mask(m, conv_weight, dilated_weight, merge_weight, spatial_bias)
+    return y
 
 
 def da_attention(
@@ -104,12 +118,41 @@ def da_attention(
 
     Arguments, shapes and errors are those of :func:`da_ops.da_attention`, less ``backend``.
     """
-    acc = accumulation_dtype(x.dtype)
-    parameters = (conv_weight, dilated_weight, merge_weight, gate_weight, gate_bias, spatial_bias)
-    *weights, bias = (None if p is None else p.to(acc) for p in parameters)
+    weights = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
     with _autocast_off(x):
-        y = formula(x.to(acc), *weights, spatial_bias=bias, order=order, gate=gate)
+        return rounded_once(x, *weights, order, gate)
+
+
+def rounded_once(
+    x: Tensor,
+    conv_weight: Tensor | None,
+    dilated_weight: Tensor | None,
+    merge_weight: Tensor | None,
+    spatial_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    order: str,
+    gate: str,
+) -> Tensor:
+    """``da_attention`` for TorchScript, which knows neither keyword-only arguments nor how to
+    switch autocast off."""
+    acc = accumulation_dtype(x.dtype)
+    y = _formula(
+        x.to(acc),
+        _to(conv_weight, acc),
+        _to(dilated_weight, acc),
+        _to(merge_weight, acc),
+        _to(spatial_bias, acc),
+        _to(gate_weight, acc),
+        _to(gate_bias, acc),
+        order,
+        gate,
+    )
     return y.to(x.dtype)
+
+
+def _to(p: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if p is None else p.to(dtype)
 
 
 def da_attention_backward(

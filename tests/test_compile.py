@@ -69,6 +69,53 @@ def test_compiled_graph(backend, device, order, gate, layout, dynamic):
         assert strides(got) == strides(want)
 
 
+def hvp(f):
+    """The Hessian of f times its argument."""
+    return lambda x: torch.func.jvp(torch.func.grad(f), (x,), (x,))[1]
+
+
+def vjp(f):
+    return lambda x: torch.func.vjp(f, x)[1](torch.ones(()).to(x))[0]
+
+
+def jvp(f):
+    return lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+
+def vmap_of_grad(f):
+    return lambda x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x]))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.grad,
+        vjp,
+        jvp,
+        torch.func.jacrev,
+        torch.func.jacfwd,
+        vmap_of_grad,
+        hvp,
+        torch.func.hessian,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_transforms_in_a_graph(backend, device, transform):
+    """torch.func inside torch.compile, by the plain formula."""
+    call = make((2, 3, 4, 3), dtype=torch.float64, device=device)
+    weights = {name: call.parameters.get(name) for name in call.parameters}
+
+    def loss(x, function=da_ops.da_attention):
+        options = {} if function is formula else {"backend": backend}
+        return function(x, **weights, **options).square().mean()
+
+    def true_loss(x):
+        return loss(x, formula)
+
+    compiled = torch.compile(transform(loss), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(call.x), transform(true_loss)(call.x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "dynamic"),

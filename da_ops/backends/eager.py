@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
+from ..layout import empty_gradient
 from .base import Backend, Call, Direction, Gradients, Pass, Plan
 
 
@@ -52,7 +53,7 @@ def _backward(
     order: str,
     gate: str,
 ) -> Gradients:
-    return reference.da_attention_backward(
+    dx, *gradients = reference.da_attention_backward(
         dy,
         x,
         conv_weight,
@@ -63,6 +64,11 @@ def _backward(
         spatial_bias=spatial_bias,
         order=order,
         gate=gate,
+    )
+    given = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
+    return dx, *(
+        None if g is None or p is None else empty_gradient(p).copy_(g)
+        for g, p in zip(gradients, given)
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..layout import empty_gradient
 from .base import Gradients
 
 _FOLDER = Path(__file__).resolve().parent.parent
@@ -111,10 +112,7 @@ def fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     parameters = args[:6]
     return (
         torch.empty_like(x),
-        *(
-            x.new_empty(0) if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-            for p in parameters
-        ),
+        *(x.new_empty(0) if p is None else empty_gradient(p) for p in parameters),
     )
 
 

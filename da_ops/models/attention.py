@@ -5,15 +5,16 @@ dtype of ``x``, or float32 with half-precision ``x``. Each takes ``(channels, de
 so serves as an ``attn_layer`` of timm.
 """
 
-from __future__ import annotations
+# Annotations are no strings here: FX copies those of `forward`, and TorchScript reads them.
 
 import inspect
-import math
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
+from ..checks import odd_int, positive_int
 from ..module import DAModule, _adaptive_kernel_size
 from ..reference import accumulation_dtype
 
@@ -41,6 +42,7 @@ class SEModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        channels = positive_int("SEModule: channels", channels)
         if not 1 <= reduction <= channels:
             raise ValueError(
                 f"SEModule: reduction must be between 1 and channels={channels}, got {reduction}; "
@@ -52,7 +54,9 @@ class SEModule(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3), keepdim=True).to(self.fc1.weight.dtype)
+        pooled = x.mean((2, 3), keepdim=True)
+        if isinstance(x, Tensor):  # a graph of FX takes x in the parameters' dtype alone
+            pooled = pooled.to(self.fc1.weight.dtype)
         mask = torch.sigmoid(self.fc2(self.relu(self.fc1(pooled))))
         return x * mask.to(x.dtype)
 
@@ -83,7 +87,8 @@ class SGEModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if groups < 1 or channels < 1 or channels % groups:
+        channels = positive_int("SGEModule: channels", channels)
+        if groups < 1 or channels % groups:
             raise ValueError(
                 f"SGEModule: channels must be a multiple of groups, got channels={channels} and "
                 f"groups={groups}; pass groups that divide it"
@@ -96,11 +101,12 @@ class SGEModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(1, (self.groups, -1))  # [N, groups, C / groups, H, W], a view
         mean = grouped.mean((3, 4), keepdim=True)
-        t = (grouped * mean).sum(2, dtype=accumulation_dtype(x.dtype))
+        t = _accumulated_sum(grouped * mean)
         t = t - t.mean((2, 3), keepdim=True)
-        # Not torch.std, which is NaN over a single position.
-        freedom = max(t.shape[2] * t.shape[3] - 1, 1)
-        deviation = torch.linalg.vector_norm(t, dim=(2, 3), keepdim=True) / math.sqrt(freedom)
+        # Not torch.std, which is NaN over a single position; there 1 // positions is 1.
+        positions = x.shape[2] * x.shape[3]
+        freedom = positions - 1 + 1 // positions
+        deviation = torch.linalg.vector_norm(t, dim=(2, 3), keepdim=True) / freedom**0.5
         t = t / (deviation + 1e-5)
         mask = torch.sigmoid(t * self.weight[:, None, None] + self.bias[:, None, None])
         return (grouped * mask.to(x.dtype).unsqueeze(2)).flatten(1, 2)
@@ -131,17 +137,23 @@ class ECAModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"ECAModule: channels must be a positive int, got {channels}")
+        channels = positive_int("ECAModule: channels", channels)
         k = _adaptive_kernel_size(channels) if kernel_size is None else kernel_size
-        if k < 1 or k % 2 == 0:
-            raise ValueError(f"ECAModule: kernel_size must be odd, got {k}")
+        k = odd_int("ECAModule: kernel_size", k)
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3)).to(self.conv.weight.dtype)
+        pooled = x.mean((2, 3))
+        if isinstance(x, Tensor):  # a graph of FX takes x in the parameters' dtype alone
+            pooled = pooled.to(self.conv.weight.dtype)
         mask = torch.sigmoid(self.conv(pooled[:, None])[:, 0])
         return x * mask.to(x.dtype)[:, :, None, None]
+
+
+@torch.fx.wrap  # a node of its own, for its choice of a dtype cannot be traced
+def _accumulated_sum(t: Tensor) -> Tensor:
+    """Over dimension 2, in the dtype of accumulation."""
+    return t.sum(2, dtype=accumulation_dtype(t.dtype))
 
 
 ATTENTIONS: dict[str, type[nn.Module]] = {

@@ -1,6 +1,6 @@
 """Attention in the residual blocks of a network that exists."""
 
-from __future__ import annotations
+# Annotations are no strings here: FX copies those of `forward`, and TorchScript reads them.
 
 import math
 import sys
@@ -20,8 +20,6 @@ from .attention import ECAModule, SEModule, SGEModule, make_attention
 class BasicBlock(tv.BasicBlock):
     """torchvision's, with ``attention`` at the end of the residual branch."""
 
-    attention: nn.Module
-
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.attention(self.bn2(self.conv2(out)))
@@ -31,8 +29,6 @@ class BasicBlock(tv.BasicBlock):
 
 class Bottleneck(tv.Bottleneck):
     """torchvision's, with ``attention`` at the end of the residual branch."""
-
-    attention: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))

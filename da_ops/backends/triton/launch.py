@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...layout import empty_gradient
 from ..base import Gradients
 from . import maps, passes, tune
 from .run import INTERPRETED, run
@@ -211,11 +212,8 @@ class Image:
         )  # fmt: skip
 
     def parameter_gradients(self, back: Back) -> Parameters:
-        def like(p: Tensor | None) -> Tensor | None:
-            return None if p is None else torch.empty_like(p)
-
         given = (self.conv, self.dilated, self.merge, self.bias, self.gate_weight, self.gate_bias)
-        results = [like(p) for p in given]
+        results = [None if p is None else empty_gradient(p) for p in given]
         b = self._blocks(self.spatial, self.channel)
         length = self.channels if self.gate == "affine" else self.taps
         block = min(power_of_two(max(length, 2)), LIMITS.channel_block)
