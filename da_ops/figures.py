@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from . import models
 from .cam import grad_cam, strongest
 from .detection.checkpoint import load_detector
+from .detection.pictures import open_picture, to_rgb
 from .settings import BACKBONES
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -36,7 +37,7 @@ class Network:
 
     def see(self, image: Image.Image) -> Tensor:
         """The part of an image that the network takes, float [3, H, W] in 0 to 1."""
-        picture: Tensor = F.to_dtype(F.pil_to_tensor(image.convert("RGB")), scale=True)
+        picture: Tensor = F.to_dtype(F.pil_to_tensor(to_rgb(image)), scale=True)
         if self.detector:
             return picture
         picture = F.center_crop(F.resize(picture, [_SIDE], antialias=True), [_CROP])
@@ -108,15 +109,16 @@ def draw_comparison(
             network is surest of.
 
     Raises:
+        FileNotFoundError: there is no such image.
         ValueError: an image that cannot be read, or an unknown class.
     """
     rows, columns = len(paths), 1 + len(networks)
     figure = Figure(figsize=(2.8 * columns, 2.95 * rows), dpi=150, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, path in zip(grid, paths):
-        image, name = _opened(path), label
+        image, name = open_picture(path), label
         row[0].imshow(image)
-        row[0].set_title(path.name, fontsize=9)
+        row[0].set_title(path.name, fontsize=9, parse_math=False)
         for axes, network in zip(row[1:], networks):
             picture = network.see(image)
             inputs = network.inputs(picture)
@@ -124,18 +126,10 @@ def draw_comparison(
                 name = network.classes[strongest(network.model, inputs)[0]]
             heat = grad_cam(network.model, inputs, [network.number(name)])[0]
             show_map(axes, picture, heat)
-            axes.set_title(f"{network.title}: {name}", fontsize=9)
+            axes.set_title(f"{network.title}: {name}", fontsize=9, parse_math=False)
         for axes in row:
             axes.set_axis_off()
     figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: expected an image file, got {error}") from error
 
 
 def show_map(axes: Axes, picture: Tensor, heat: Tensor) -> None:

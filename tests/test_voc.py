@@ -20,47 +20,7 @@ from da_ops.detection.voc import (
     read_classes,
 )
 
-DOG = {"name": "dog", "difficult": "0", "box": (10, 20, 30, 40)}
-HARD_CAT = {"name": "cat", "difficult": "1", "box": (1, 1, 60, 48)}
-
-
-class Devkit:
-    """A tree as VOC's, written file by file."""
-
-    def __init__(self, root):
-        self.root = root
-
-    def add(self, name, *objects, year="2007", split="trainval", size=(60, 48)):
-        folder = self.root / f"VOC{year}"
-        for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        with (folder / "ImageSets/Main" / f"{split}.txt").open("a") as file:
-            file.write(f"{name}\n")
-        pixels = np.random.default_rng(len(name)).integers(0, 256, (size[1], size[0], 3), np.uint8)
-        Image.fromarray(pixels).save(self.image(name, year), quality=95)
-        self.annotation(name, year).write_text(self.xml(size, objects))
-
-    def annotation(self, name, year="2007"):
-        return self.root / f"VOC{year}" / "Annotations" / f"{name}.xml"
-
-    def image(self, name, year="2007"):
-        return self.root / f"VOC{year}" / "JPEGImages" / f"{name}.jpg"
-
-    @staticmethod
-    def xml(size, objects):
-        things = ""
-        for thing in objects:
-            corners = zip(("xmin", "ymin", "xmax", "ymax"), thing["box"])
-            box = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
-            part = f"<part><name>head</name><bndbox>{box}</bndbox></part>"
-            things += (
-                f"<object><name>{thing['name']}</name><pose>Left</pose><truncated>0</truncated>"
-                f"<difficult>{thing['difficult']}</difficult><bndbox>{box}</bndbox>{part}</object>"
-            )
-        return (
-            f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth>"
-            f"</size><segmented>0</segmented>{things}</annotation>"
-        )
+from .devkit import DOG, HARD_CAT, Devkit
 
 
 @pytest.fixture
@@ -72,12 +32,8 @@ def devkit(tmp_path):
     return kit
 
 
-def read(devkit, splits=(("2007", "trainval"),), **options):
-    return VOCDetection(devkit.root, splits, **options)
-
-
 def test_an_image_and_its_objects(devkit):
-    image, target = read(devkit)[0]
+    image, target = devkit.read()[0]
     assert isinstance(image, tv_tensors.Image) and isinstance(
         target["boxes"], tv_tensors.BoundingBoxes
     )
@@ -94,7 +50,7 @@ def test_an_image_and_its_objects(devkit):
 
 
 def test_an_image_without_objects(devkit):
-    _, target = read(devkit)[1]
+    _, target = devkit.read()[1]
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == target["difficult"].shape == (0,)
 
@@ -115,7 +71,7 @@ def test_classes_come_from_the_data_if_it_says_so(devkit):
     assert read_classes(devkit.root) == VOC_CLASSES
     (devkit.root / "classes.txt").write_text("cat\ndog\n")
     assert read_classes(devkit.root.parent) == ("cat", "dog")
-    assert read(devkit, classes=("cat", "dog"))[0][1]["labels"].tolist() == [2, 1]
+    assert devkit.read(classes=("cat", "dog"))[0][1]["labels"].tolist() == [2, 1]
     (devkit.root / "classes.txt").write_text("cat\ncat\n")
     with pytest.raises(BadFileError, match=r"classes\.txt: expected one class name a line"):
         read_classes(devkit.root)
@@ -131,7 +87,7 @@ def test_collate_and_pickle(devkit):
 def test_sets_of_one_class_can_be_read_too(devkit):
     path = devkit.root / "VOC2007/ImageSets/Main/dog_trainval.txt"
     path.write_text("000005  1\n000007 -1\n\n")
-    assert len(read(devkit, [("2007", "dog_trainval")])) == 2
+    assert len(devkit.read([("2007", "dog_trainval")])) == 2
     assert available_splits(devkit.root) == [("2007", "trainval"), ("2012", "trainval")]
 
 
@@ -147,13 +103,13 @@ def test_a_folder_without_voc_is_named(tmp_path):
 def test_a_missing_split_is_named_with_those_that_exist(devkit):
     message = r"test\.txt: there is no such split, expected one of 2007 trainval, 2012 trainval"
     with pytest.raises(FileNotFoundError, match=message):
-        read(devkit, [("2007", "test")])
+        devkit.read([("2007", "test")])
 
 
 def test_an_empty_split_is_refused(devkit):
     (devkit.root / "VOC2007/ImageSets/Main/val.txt").write_text("\n")
     with pytest.raises(BadFileError, match="expected images in 2007 val, got none"):
-        read(devkit, [("2007", "val")])
+        devkit.read([("2007", "val")])
 
 
 BAD_ANNOTATIONS = {
@@ -188,14 +144,14 @@ def test_a_bad_annotation_is_named_with_what_is_wrong_and_what_to_do(devkit, cas
     text, message = BAD_ANNOTATIONS[case]
     devkit.annotation("000005").write_text(text)
     with pytest.raises(BadFileError, match=rf"000005\.xml: {message}.*--skip-bad"):
-        read(devkit)
-    assert read(devkit, skip_bad=True).image_ids == ("2007/000007",)
+        devkit.read()
+    assert devkit.read(skip_bad=True).image_ids == ("2007/000007",)
 
 
 def test_a_missing_annotation_is_named(devkit):
     devkit.annotation("000005").unlink()
     with pytest.raises(BadFileError, match=r"000005\.xml: cannot be read .*--skip-bad"):
-        read(devkit)
+        devkit.read()
 
 
 def truncate(path):
@@ -204,8 +160,11 @@ def truncate(path):
 
 BAD_IMAGES = {
     "missing": (lambda path: path.unlink(), "there is no such file, though a split lists it"),
-    "empty": (lambda path: path.write_bytes(b""), "expected an image, got a broken file"),
-    "truncated": (truncate, "expected an image, got a broken file"),
+    "empty": (
+        lambda path: path.write_bytes(b""),
+        "expected an image file, got one that cannot be read",
+    ),
+    "truncated": (truncate, "expected an image file, got one that cannot be read"),
     "other size": (
         lambda path: Image.new("RGB", (48, 60)).save(path),
         "is 48x60, its annotation says 60x48",
@@ -217,10 +176,10 @@ BAD_IMAGES = {
 def test_a_bad_image_is_named_when_it_is_read(devkit, case):
     damage, message = BAD_IMAGES[case]
     damage(devkit.image("000005"))
-    data = read(devkit)
+    data = devkit.read()
     with pytest.raises(BadFileError, match=rf"000005\.jpg: {message}.*--skip-bad"):
         data[0]
-    assert read(devkit, skip_bad=True).image_ids == ("2007/000007",)
+    assert devkit.read(skip_bad=True).image_ids == ("2007/000007",)
 
 
 def test_what_is_skipped_is_counted_and_named(devkit, caplog):
@@ -238,18 +197,18 @@ def test_if_all_is_bad_there_is_nothing_to_train_on(devkit):
     for name in ("000005", "000007"):
         devkit.image(name).unlink()
     with pytest.raises(BadFileError, match="got none that can be used"):
-        read(devkit, skip_bad=True)
+        devkit.read(skip_bad=True)
 
 
 def test_a_box_may_be_one_pixel(devkit):
     devkit.add("000009", {**DOG, "box": (10, 20, 10, 20)})
-    assert read(devkit)[2][1]["boxes"].tolist() == [[9, 19, 10, 20]]
+    assert devkit.read()[2][1]["boxes"].tolist() == [[9, 19, 10, 20]]
 
 
 def test_coordinates_may_be_fractions_and_miss_by_a_pixel(devkit):
     boxes = [{**DOG, "box": box} for box in ((0, 1, 60.5, 49), ("45.70000076", 20, 50, 40))]
     devkit.annotation("000005").write_text(devkit.xml((60, 48), boxes))
-    _, target = read(devkit)[0]
+    _, target = devkit.read()[0]
     torch.testing.assert_close(
         torch.Tensor(target["boxes"]), torch.tensor([[0, 0, 60, 48], [44.70000076, 19, 50, 40]])
     )
@@ -257,7 +216,7 @@ def test_coordinates_may_be_fractions_and_miss_by_a_pixel(devkit):
 
 def test_grey_images_have_three_channels(devkit):
     Image.new("L", (60, 48), 77).save(devkit.image("000005"))
-    image, _ = read(devkit)[0]
+    image, _ = devkit.read()[0]
     assert image.shape == (3, 48, 60) and (image == 77).all()
 
 

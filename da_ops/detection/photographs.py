@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from .pictures import open_picture
 
 # Where each package keeps its pictures: those in colour, or of one whole texture.
 SHIPPED: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -42,11 +43,7 @@ def photographs(names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
             "expected the photographs that scikit-image and scikit-learn ship, got none of "
             f"{', '.join(missing) or 'them'}; pip install scikit-image scikit-learn"
         )
-    found = {}
-    for name in names or paths:
-        with Image.open(paths[name]) as image:
-            found[name] = np.asarray(image.convert("RGB"))
-    return found
+    return {name: np.asarray(open_picture(paths[name])) for name in names or paths}
 
 
 def _folder(package: str, within: str) -> list[Path]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
+
+from .files import BadFileError, Files, decoded, read_lines
+from .pictures import SUFFIXES, open_picture
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -29,10 +32,6 @@ CLASSES_FILE = "classes.txt"
 Target = dict[str, Any]
 
 logger = logging.getLogger("da_ops")
-
-
-class BadFileError(ValueError):
-    """A file of a data set that is missing, broken or makes no sense; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,17 @@ class VOCDetection(Dataset[tuple[tv_tensors.Image, Target]]):
 
     where K may be 0. Annotations are read at construction, images when asked for.
 
+    A name is a line of a split's file and may have spaces and slashes; an image that is listed
+    twice counts once. Its picture has one of ``pictures.SUFFIXES``, in any case; where there are
+    several, the line may have the suffix, or else the first of them in that order is taken.
+    Pictures are turned as their EXIF data says, unless only the stored one has the size that its
+    annotation gives: :func:`~da_ops.detection.pictures.open_picture` says more, and
+    :func:`~da_ops.detection.pictures.to_rgb` how each kind becomes RGB of 8 bits.
+
     Args:
         root: VOC's ``VOCdevkit`` folder, or the one that holds it.
-        splits: (year, split) each; a split is a file in ``ImageSets/Main``.
+        splits: (year, split) each; a split is a file in ``ImageSets/Main``. Of VOC's sets of one
+            class, such as ``dog_trainval``, all images are taken.
         classes: names of the classes, without the background.
         transforms: of image and target, as those of :mod:`torchvision.transforms.v2`.
         skip_bad: leave out images that are missing or broken, or whose annotation is, and log how
@@ -85,22 +92,21 @@ class VOCDetection(Dataset[tuple[tv_tensors.Image, Target]]):
         self.classes = tuple(classes)
         self.transforms = transforms
         self.annotations: dict[str, Annotation] = {}
+        self._pictures: dict[str, Path] = {}
         labels = {name: label for label, name in enumerate(self.classes, 1)}
         reasons: list[str] = []
-        for year, split in self.splits:
-            for name in _names(self.root, year, split):
-                folder = self.root / f"VOC{year}"
-                try:
-                    annotation = read_annotation(folder / "Annotations" / f"{name}.xml", labels)
-                    if skip_bad:
-                        _read_image(self._image_path(f"{year}/{name}"), annotation.size)
-                except BadFileError as error:
-                    if not skip_bad:
-                        raise
-                    reasons.append(str(error))
-                    logger.info("da_ops: skipped: %s", error)
-                    continue
-                self.annotations[f"{year}/{name}"] = annotation
+        for image_id, xml, picture in self._listed():
+            try:
+                annotation = read_annotation(xml, labels)
+                if skip_bad:
+                    _read_image(picture, annotation.size)
+            except BadFileError as error:
+                if not skip_bad:
+                    raise
+                reasons.append(str(error))
+                logger.info("da_ops: skipped: %s", error)
+                continue
+            self.annotations[image_id], self._pictures[image_id] = annotation, picture
         self.image_ids = tuple(self.annotations)
         if reasons:
             logger.warning(
@@ -121,7 +127,7 @@ class VOCDetection(Dataset[tuple[tv_tensors.Image, Target]]):
     def __getitem__(self, index: int) -> tuple[Any, Target]:
         image_id = self.image_ids[index]
         annotation = self.annotations[image_id]
-        image = tv_tensors.Image(_read_image(self._image_path(image_id), annotation.size))
+        image = tv_tensors.Image(_read_image(self._pictures[image_id], annotation.size))
         boxes = torch.from_numpy(annotation.boxes.copy())
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=annotation.size),
@@ -136,9 +142,18 @@ class VOCDetection(Dataset[tuple[tv_tensors.Image, Target]]):
         found = Counter(int(k) for a in self.annotations.values() for k in a.labels)
         return {name: found[label] for label, name in enumerate(self.classes, 1)}
 
-    def _image_path(self, image_id: str) -> Path:
-        year, name = image_id.split("/")
-        return self.root / f"VOC{year}" / "JPEGImages" / f"{name}.jpg"
+    def _listed(self) -> Iterator[tuple[str, Path, Path]]:
+        """Id, annotation and picture of each image that the splits list."""
+        seen = set()
+        for year, split in self.splits:
+            folder = self.root / f"VOC{year}"
+            annotations = Files(folder / "Annotations", (".xml",))
+            pictures = Files(folder / "JPEGImages", SUFFIXES)
+            for name in _names(self.root, year, split, self.classes, annotations):
+                if (year, name) not in seen:
+                    seen.add((year, name))
+                    xml = annotations.find(name) or annotations.path(pictures.stem(name))
+                    yield f"{year}/{name}", xml, pictures.path(name)
 
 
 def collate(batch: Sequence[tuple[Any, Target]]) -> tuple[list[Any], list[Target]]:
@@ -173,12 +188,12 @@ def read_classes(root: str | os.PathLike[str]) -> tuple[str, ...]:
     """Names of the data's classes: one a line of ``classes.txt``, VOC's where there is none.
 
     Raises:
-        BadFileError: the file has no names, or one twice.
+        BadFileError: the file is no text, has no names, or one twice.
     """
     path = devkit(root) / CLASSES_FILE
     if not path.is_file():
         return VOC_CLASSES
-    names = tuple(path.read_text(encoding="utf-8").split())
+    names = tuple(read_lines(path))
     if not names or len(set(names)) < len(names):
         raise BadFileError(f"{path}: expected one class name a line, each once, got {list(names)}")
     return names
@@ -191,17 +206,19 @@ def read_annotation(path: Path, labels: dict[str, int]) -> Annotation:
         BadFileError: naming the file, what is wrong with it and what to do.
     """
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.fromstring(decoded(path.read_bytes()))
     except OSError as error:
         raise _bad(path, f"cannot be read ({error.strerror})") from None
     except ElementTree.ParseError as error:
         raise _bad(path, f"expected XML, got a broken file ({error})") from None
+    except ValueError as error:
+        raise _bad(path, str(error)) from None
     size = _number(root, "size/height", path), _number(root, "size/width", path)
     if min(size) < 1:
         raise _bad(path, f"expected a size of at least 1x1, got {size[1]:g}x{size[0]:g}")
     boxes, classes, difficult = [], [], []
     for thing in root.iterfind("object"):
-        name = (thing.findtext("name") or "").strip()
+        name = _text(thing, "name", path)
         if name not in labels:
             known = ", ".join(labels)
             raise _bad(path, f"unknown class {name!r}, expected one of {known}")
@@ -216,7 +233,7 @@ def read_annotation(path: Path, labels: dict[str, int]) -> Annotation:
             raise _bad(path, f"a {name} has a box out of the image, {told}")
         boxes.append(inside)
         classes.append(labels[name])
-        difficult.append((thing.findtext("difficult") or "0").strip() == "1")
+        difficult.append(_flag(thing, "difficult", path))
     return Annotation(
         (int(size[0]), int(size[1])),
         np.array(boxes, np.float32).reshape(-1, 4),
@@ -232,10 +249,23 @@ def _box_text(*corners: float) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in zip(_CORNERS, corners))
 
 
+def _text(element: ElementTree.Element, tag: str, path: Path) -> str:
+    """What stands at ``tag``, a path of names that must each be there once or not at all."""
+    found: ElementTree.Element | None = element
+    for part in tag.split("/"):
+        if found is not None:
+            parent, children = found, found.findall(part)
+            if len(children) > 1:
+                told = f"<{part}> in <{parent.tag}>"
+                raise _bad(path, f"expected one {told}, got {len(children)}")
+            found = children[0] if children else None
+    return "" if found is None else (found.text or "").strip()
+
+
 def _number(element: ElementTree.Element, tag: str, path: Path) -> float:
-    text = element.findtext(tag)
+    text = _text(element, tag, path)
     try:
-        number = float(text or "")
+        number = float(text)
     except ValueError:
         number = float("nan")
     if not np.isfinite(number):
@@ -243,37 +273,61 @@ def _number(element: ElementTree.Element, tag: str, path: Path) -> float:
     return number
 
 
+def _flag(element: ElementTree.Element, tag: str, path: Path) -> bool:
+    text = _text(element, tag, path)
+    if text.lower() not in _FLAGS:
+        told = f"<{tag}> of <{element.tag}>"
+        raise _bad(path, f"expected 0 or 1, true or false, yes or no in {told}, got {text!r}")
+    return _FLAGS[text.lower()]
+
+
+_FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+
+
 def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
     """Decoded pixels, uint8 [3, H, W]."""
+    height, width = size
     try:
-        with Image.open(path) as file:
-            image: Tensor = pil_to_tensor(file.convert("RGB"))
-    except FileNotFoundError:
-        raise _bad(path, "there is no such file, though a split lists it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _bad(path, f"expected an image, got a broken file ({error})") from None
-    if tuple(image.shape[1:]) != size:
-        height, width = image.shape[1:]
-        told = f"is {width}x{height}, its annotation says {size[1]}x{size[0]}"
+        picture = open_picture(path, (width, height))
+    except FileNotFoundError as error:
+        raise BadFileError(f"{error}, though a split lists it; {_REMEDY}") from None
+    except ValueError as error:
+        raise BadFileError(f"{error}; {_REMEDY}") from None
+    if picture.size != (width, height):
+        told = "is {}x{}, its annotation says {}x{}".format(*picture.size, width, height)
         raise _bad(path, told)
+    image: Tensor = pil_to_tensor(picture)
     return image
 
 
+_REMEDY = "repair it, or leave such images out with skip_bad=True (--skip-bad)"
+
+
 def _bad(path: Path, what: str) -> BadFileError:
-    return BadFileError(
-        f"{path}: {what}; repair it, or leave such images out with skip_bad=True (--skip-bad)"
-    )
+    return BadFileError(f"{path}: {what}; {_REMEDY}")
 
 
-def _names(root: Path, year: str, split: str) -> list[str]:
+def _names(
+    root: Path, year: str, split: str, classes: Sequence[str], annotations: Files
+) -> list[str]:
+    """Names of a split's images: its lines, but for the flags of VOC's sets of one class."""
     path = root / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: there is no such split, expected one of {_told(available_splits(root))}"
         )
-    return [
-        line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    lines = list(dict.fromkeys(read_lines(path)))
+    # A line "img 1" of <class>_<split> may be the image "img" with its flag, or one called "img 1":
+    # it is the latter if such an image is there, or if "img" would be listed twice.
+    if any(split.startswith(f"{name}_") for name in classes):
+        flagged = [_FLAGGED.fullmatch(line) for line in lines]
+        names = {match[1] for match in flagged if match}
+        if len(names) == len(lines) and not any(map(annotations.find, lines)):
+            return [match[1] for match in flagged if match]
+    return lines
+
+
+_FLAGGED = re.compile(r"(.*\S)\s+(?:1|-1|0)")
 
 
 def _told(splits: Sequence[tuple[str, str]]) -> str:
