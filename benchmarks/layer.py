@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,12 +17,26 @@ from benchmarks import environment, fused, graphs, measure, rivals, summary
 from benchmarks.cases import DTYPES, LAYOUTS, Case
 from benchmarks.environment import GIB
 
+if TYPE_CHECKING:
+    from da_ops.accuracy import Exact
+
 # Cold: as many inputs as fill the last-level cache so many times.
 CACHES = {"cpu": 2, "cuda": 4}
-# Relative L2 error against float64 above which a contender is wrong, not merely rounded: plain
-# PyTorch in half precision rounds at every step, and sums gradients of small size.
+# L2 error over the magnitudes of the terms (da_ops.accuracy) above which a contender is wrong, not
+# merely rounded: plain PyTorch in half precision rounds at every step, and sums gradients of small
+# size. What is promised of the fused layer is far less: see summary.accuracy_checks.
 WRONG = {"float64": 1e-11, "float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}
-
+# Results as they are called here, and in da_ops.accuracy.
+RESULTS = {
+    "inference": "y",
+    "y": "y",
+    "x": "dx",
+    "conv.weight": "d_conv_weight",
+    "dilated_conv.weight": "d_dilated_weight",
+    "merge.weight": "d_merge_weight",
+    "gate_weight": "d_gate_weight",
+    "gate_bias": "d_gate_bias",
+}
 
 Key = tuple[str, str]  # rival, layout
 
@@ -30,24 +45,21 @@ class Failed(Exception):
     """A contender that cannot be timed, and why."""
 
 
-def reference(x: torch.Tensor, dy: torch.Tensor, plain: nn.Module) -> dict[str, torch.Tensor]:
-    """y and all gradients by the formula in float64, on the values that the contenders get."""
-    import da_ops
+def reference(x: torch.Tensor, dy: torch.Tensor, plain: nn.Module) -> dict[str, Exact]:
+    """y and all gradients in float64, on the values that the contenders get."""
+    from da_ops import accuracy
 
-    parameters = dict(plain.named_parameters())
-    names = ("conv.weight", "dilated_conv.weight", "merge.weight", "gate_weight", "gate_bias")
-    leaves = [
-        t.detach().double().requires_grad_() for t in (x, *(parameters[name] for name in names))
-    ]
-    y = da_ops.reference.da_attention(*leaves)
-    gradients = torch.autograd.grad(y, leaves, dy.double())
-    return {"y": y.detach(), **dict(zip(("x", *names), gradients, strict=True))}
+    conv, dilated, merge, *gate = (dict(plain.named_parameters())[n] for n in list(RESULTS)[3:])
+    exact = accuracy.exact(dy, x, conv, dilated, merge, None, *gate)
+    return {name: exact[result] for name, result in RESULTS.items()}
 
 
 def check(
-    layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, truth: dict[str, torch.Tensor], dtype: str
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative L2 errors of y and each gradient, and the seconds of each first call."""
+    layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, exact: dict[str, Exact], dtype: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """The errors of y and each gradient, and the seconds of each first call."""
+    from da_ops import accuracy
+
     start = time.perf_counter()
     with torch.no_grad():
         inferred = layer(x).clone()  # a graph's output lasts until its next replay
@@ -63,13 +75,12 @@ def check(
         **dict(zip(("x", *names), gradients, strict=True)),
     }
     errors = {}
-    for name, value in found.items():
-        true = truth["y" if name == "inference" else name]
-        error = (value.double() - true).norm() / true.norm().clamp_min(1e-300)
-        errors[name] = error.item()
-        if not errors[name] <= WRONG[dtype]:  # NaN is wrong too
+    for name, result in found.items():
+        error = accuracy.errors({name: result}, exact)[name]
+        errors[name] = dataclasses.asdict(error)
+        if not error.error <= WRONG[dtype]:  # NaN is wrong too
             raise Failed(
-                f"wrong {name}: relative L2 error {errors[name]:.1e}, expected at most"
+                f"wrong {name}: error {error.error:.1e} of its terms, expected at most"
                 f" {WRONG[dtype]:.0e}"
             )
     return errors, seconds
@@ -112,7 +123,7 @@ def measure_case(
         plain.gate_weight.normal_(0, 0.5)
     data = torch.randn(case.shape, device=device, dtype=dtype)
     data_dy = torch.randn(case.shape, device=device, dtype=dtype)
-    truth = reference(data, data_dy, plain)
+    exact = reference(data, data_dy, plain)
 
     layers: dict[Key, nn.Module] = {}
     results: dict[Key, dict[str, Any]] = {}
@@ -132,14 +143,14 @@ def measure_case(
             try:
                 layer = build(rival, plain, channels, x)
                 with fused.under(rival):
-                    errors, seconds = check(layer, x, dy, truth, case.dtype)
+                    errors, seconds = check(layer, x, dy, exact, case.dtype)
                     memory = layer_memory(layer, x, dy)
             except Exception as error:  # whatever a compiler or backend may raise
                 result |= {"status": "failed", "reason": reason(error)}
                 continue
             layers[rival, layout] = layer
-            result |= {"errors": errors, "first_call": seconds, "memory": memory}
-    del truth, data_dy
+            result |= {"accuracy": errors, "first_call": seconds, "memory": memory}
+    del exact, data_dy
 
     records = []
     for regime in case.regimes:

@@ -18,9 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
-
-from benchmarks.layer import WRONG
 
 SHAPES = ((2, 16, 7, 7), (3, 33, 5, 6), (1, 64, 14, 14), (1, 3, 40, 41))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,7 +28,7 @@ NO_TOOL = "compute-sanitizer is not on the PATH nor in CUDA_HOME: it comes with 
 
 def run(backend: str, device: str, few: bool = False) -> list[str]:
     """Orders, gates, layouts and types forward and backward; what was wrong."""
-    import da_ops
+    from da_ops import accuracy
     from da_ops.reference import GATES, ORDERS
 
     wrong = []
@@ -41,33 +38,44 @@ def run(backend: str, device: str, few: bool = False) -> list[str]:
     most = FEW if few or backend == "triton" else None
     torch.manual_seed(0)
     for shape, (order, gate) in itertools.product(SHAPES[:most], pairs):
-        layer = da_ops.DAModule(
-            shape[1], order=order, gate=gate, bias=True, backend=backend, device=device
-        )
-        truth = da_ops.DAModule(shape[1], order=order, gate=gate, bias=True, backend="eager")
-        truth.load_state_dict(layer.state_dict())
-        truth.double()
         for layout, dtype in itertools.product(layouts, DTYPES[:most]):
             name = f"{backend} {shape} {order} {gate} {dtype} {layout}"
-            x, dy = (torch.randn(shape).to(dtype).to(memory_format=layout) for _ in range(2))
-            want = gradients(truth, x.double(), dy.double())
-            got = gradients(layer, x.to(device), dy.to(device))
-            allowed = 10 * WRONG[str(dtype).removeprefix("torch.")]
-            for a, b in zip(got[:2], want[:2], strict=True):  # sums of parameters may cancel
-                error = (a.double().cpu() - b).norm() / b.norm()
-                if not error <= allowed:
-                    wrong.append(f"{name}: relative L2 error {error:.1e}")
-            if not all(t.isfinite().all() for t in got):
-                wrong.append(f"{name}: not finite")
+            x, dy = (torch.randn(shape).to(device, dtype, memory_format=layout) for _ in range(2))
+            given = [
+                None if p is None else p.to(device, dtype) for p in weights(shape[1], order, gate)
+            ]
+            got = results(x, dy, given, (order, gate, backend))
+            want = accuracy.exact(dy, x, *given, order=order, gate=gate)
+            broken = accuracy.broken([accuracy.errors(got, want)])
+            wrong += [f"{name}: {text}" for text in broken]
     return wrong
 
 
-def gradients(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
-    """y, then the gradients of x and every parameter."""
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    leaves = [x, *layer.parameters()]
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+def weights(channels: int, order: str, gate: str) -> list[torch.Tensor | None]:
+    """As a layer starts with them, and a gate that makes use of what was pooled."""
+    conv, dilated = (torch.randn(1, 1, 3, 3) / 3 for _ in range(2))
+    spatial = [conv, dilated, torch.randn(1, 2, 1, 1), torch.randn(1)]
+    size = {"affine": channels, "scalar": 1, "eca": 3, "sigmoid": 0}[gate]
+    weight = torch.randn(size) if size else None
+    bias = torch.randn(size) if gate in ("affine", "scalar") else None
+    return [
+        *(spatial if order != "channel" else [None] * 4),
+        *([weight, bias] if order != "spatial" else [None] * 2),
+    ]
+
+
+def results(
+    x: torch.Tensor, dy: torch.Tensor, weights: list[torch.Tensor | None], how: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """y, dx and the gradient of every weight, named as in da_ops.accuracy."""
+    import da_ops
+    from da_ops.accuracy import PARAMETERS
+
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *weights)]
+    y = da_ops.DAFunction.apply(*leaves, *how)
+    names = ("dx", *(f"d_{name}" for name in PARAMETERS))
+    given = {name: t for name, t in zip(names, leaves, strict=True) if t is not None}
+    return {"y": y.detach(), **dict(zip(given, torch.autograd.grad(y, [*given.values()], dy)))}
 
 
 def sanitizer() -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_options, odd_int, positive_int
 from .functional import attention
-from .reference import accumulation_dtype, channel_mask, channel_mean, pooled
+from .reference import accumulation_dtype, channel_logit, channel_mean, pooled
 
 logger = logging.getLogger("da_ops")
 
@@ -175,8 +175,8 @@ class DAModule(nn.Module):
             if half == "spatial":
                 y = y * self._spatial_mask(seen)
             else:
-                mask = channel_mask(pooled(seen), self.gate, self.gate_weight, self.gate_bias)
-                y = y * mask[:, :, None, None]
+                logit = channel_logit(pooled(seen), self.gate, self.gate_weight, self.gate_bias)
+                y = y * torch.sigmoid(logit)[:, :, None, None]
         return y.to(x.dtype)
 
     def _spatial_mask(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ differentiated again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,7 +33,7 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def spatial_mask(
+def spatial_logit(
     mean: Tensor,
     conv_weight: Tensor,
     dilated_weight: Tensor,
@@ -42,22 +43,22 @@ def spatial_mask(
     """Two receptive fields over the channel mean, merged: ``[N, 1, H, W] -> [N, 1, H, W]``."""
     near = F.conv2d(mean, conv_weight, padding=1)
     far = F.conv2d(mean, dilated_weight, padding=3, dilation=3)
-    return torch.sigmoid(F.conv2d(torch.cat([near, far], 1), merge_weight, spatial_bias))
+    return F.conv2d(torch.cat([near, far], 1), merge_weight, spatial_bias)
 
 
-def channel_mask(
+def channel_logit(
     pooled: Tensor, gate: str, gate_weight: Tensor | None = None, gate_bias: Tensor | None = None
 ) -> Tensor:
     """The gate over the pooled channels, ``[N, C] -> [N, C]``."""
     if gate == "sigmoid":
-        return torch.sigmoid(pooled)
+        return pooled
     assert gate_weight is not None
     if gate == "eca":
         kernel, half = gate_weight.view(1, 1, -1), gate_weight.numel() // 2
-        return torch.sigmoid(F.conv1d(pooled[:, None], kernel, padding=half)[:, 0])
+        return F.conv1d(pooled[:, None], kernel, padding=half)[:, 0]
     # "affine" has a weight and a bias per channel, "scalar" one for all.
     assert gate_bias is not None
-    return torch.sigmoid(gate_weight * pooled + gate_bias)
+    return gate_weight * pooled + gate_bias
 
 
 def formula(
@@ -92,13 +93,14 @@ def _formula(
     for half in order.replace("parallel", "spatial_channel").split("_"):
         seen = x if order == "parallel" else y  # by the mask
         if half == "channel":
-            y = y * channel_mask(pooled(seen), gate, gate_weight, gate_bias)[:, :, None, None]
+            logit = channel_logit(pooled(seen), gate, gate_weight, gate_bias)[:, :, None, None]
         else:
             assert conv_weight is not None
             assert dilated_weight is not None
             assert merge_weight is not None
             m = channel_mean(seen)
-            y = y * spatial_mask(m, conv_weight, dilated_weight, merge_weight, spatial_bias)
+            logit = spatial_logit(m, conv_weight, dilated_weight, merge_weight, spatial_bias)
+        y = y * torch.sigmoid(logit)
     return y
 
 
@@ -185,14 +187,47 @@ def da_attention_backward(
     acc = accumulation_dtype(x.dtype)
     with _autocast_off(x):
         converted: list[Weight] = [None if t is None else t.to(acc) for t in given]
-        gradients = _backward(dy.to(acc), *converted, order=order, gate=gate)
+        both = masks(*converted, order=order, gate=gate)
+        slopes = [mask * (1 - mask) for mask in both]
+        found = gradients(dy.to(acc), *converted, order=order, gate=gate, masks=both, slopes=slopes)
     return tuple(
         None if g is None or t is None else g.reshape(t.shape).to(t.dtype)
-        for g, t in zip(gradients, given, strict=True)
+        for g, t in zip(found, given, strict=True)
     )
 
 
-def _backward(
+def masks(
+    x: Tensor,
+    conv_weight: Weight,
+    dilated_weight: Weight,
+    merge_weight: Weight,
+    spatial_bias: Weight,
+    gate_weight: Weight,
+    gate_bias: Weight,
+    *,
+    order: str,
+    gate: str,
+    sigmoids: Sequence[Callable[[Tensor], Tensor]] = (torch.sigmoid, torch.sigmoid),
+) -> tuple[Tensor, Tensor]:
+    """``s [N, 1, H, W]`` and ``c [N, C, 1, 1]`` with ``y = x * s * c``; 1 where there is none.
+
+    ``sigmoids`` make a mask of its logit: the spatial one, the channel one.
+    """
+    s = c = torch.ones((), dtype=x.dtype, device=x.device)
+    of_x = order == "parallel"  # both, not one of the other's result
+    for half in ("spatial", "channel") if of_x else order.split("_"):
+        if half == "spatial":
+            m = channel_mean(x if of_x else x * c)
+            logit = spatial_logit(m, conv_weight, dilated_weight, merge_weight, spatial_bias)
+            s = sigmoids[0](logit)
+        else:
+            g = pooled(x if of_x else x * s)
+            logit = channel_logit(g, gate, gate_weight, gate_bias)
+            c = sigmoids[1](logit[:, :, None, None])
+    return s, c
+
+
+def gradients(
     dy: Tensor,
     x: Tensor,
     conv_weight: Weight,
@@ -204,30 +239,28 @@ def _backward(
     *,
     order: str,
     gate: str,
+    masks: Sequence[Tensor],
+    slopes: Sequence[Tensor],
 ) -> Gradients:
+    """The gradients at the masks of :func:`masks` and the slopes of their sigmoids.
+
+    All tensors have one dtype. Here nothing is subtracted: absolute values give the gradients with
+    the magnitudes of their terms added up.
+    """
     channels, height, width = x.shape[1:]
     pixels = height * width
     has_spatial, has_channel = order != "channel", order != "spatial"
 
-    # What forward computed, in its order. `s` is [N, 1, H, W], `c` is [N, C, 1, 1].
-    s = c = torch.ones((), dtype=x.dtype, device=x.device)
-    m = g = x
-    if order == "channel_spatial" or order == "channel":
-        g = pooled(x)
-        c = channel_mask(g, gate, gate_weight, gate_bias)[:, :, None, None]
-    if has_spatial:
-        m = channel_mean(x * c)
-        s = spatial_mask(m, conv_weight, dilated_weight, merge_weight, spatial_bias)
-    if order == "spatial_channel" or order == "parallel":
-        g = pooled(x * s if order == "spatial_channel" else x)
-        c = channel_mask(g, gate, gate_weight, gate_bias)[:, :, None, None]
+    s, c = masks
+    m = channel_mean(x * c if order == "channel_spatial" else x)
+    g = pooled(x * s if order == "spatial_channel" else x)
 
     d_conv = d_dilated = d_merge = d_spatial_bias = d_gate_weight = d_gate_bias = None
     dg = dm = torch.zeros((), dtype=x.dtype, device=x.device)
 
     def through_spatial_mask(ds: Tensor) -> None:
         nonlocal d_conv, d_dilated, d_merge, d_spatial_bias, dm
-        dz = ds * s * (1 - s)
+        dz = ds * slopes[0]
         near, far = _tap_sums(dz, m, 1), _tap_sums(dz, m, 3)
         v = merge_weight.reshape(2)
         d_conv, d_dilated = v[0] * near, v[1] * far
@@ -238,8 +271,7 @@ def _backward(
 
     def through_channel_mask(dc: Tensor) -> None:
         nonlocal d_gate_weight, d_gate_bias, dg
-        mask = c[:, :, 0, 0]
-        dt = dc * mask * (1 - mask)
+        dt = dc * slopes[1][:, :, 0, 0]
         if gate == "sigmoid":
             dg = dt
         elif gate == "eca":

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import da_ops
+from da_ops import accuracy
+from da_ops.accuracy import PARAMETERS, Error, Exact
 from da_ops.reference import GATES, ORDERS, formula
 
 FULL = os.environ.get("DA_OPS_TEST_FULL") == "1"  # `make test-full`
@@ -30,17 +32,9 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
 # x's and the parameters'
 DTYPE_PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(dtype, torch.float32) for dtype in HALF]
-# The relative L2 error against float64 that the library promises.
-PROMISED = {
-    torch.float32: 1e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
-    torch.float64: 1e-12,
-}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-CONVOLUTIONS = ("conv_weight", "dilated_weight", "merge_weight")
-PARAMETERS = (*CONVOLUTIONS, "spatial_bias", "gate_weight", "gate_bias")
+CONVOLUTIONS = PARAMETERS[:3]
 
 
 @dataclass
@@ -84,6 +78,17 @@ class Call:
 
     def truth(self) -> dict[str, Tensor]:
         return self.to(torch.float64).results(formula)
+
+    def exact(self) -> dict[str, Exact]:
+        """What the results are measured by."""
+        parameters = map(self.parameters.get, PARAMETERS)
+        return accuracy.exact(self.dy, self.x, *parameters, order=self.order, gate=self.gate)
+
+    def errors(self, got: dict[str, Tensor], *, truncated: bool = False) -> dict[str, Error]:
+        """How far off all its results are."""
+        exact = self.exact()
+        assert got.keys() == exact.keys()
+        return accuracy.errors(got, exact, truncated=truncated)
 
 
 def make(
@@ -141,6 +146,12 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
     assert got.keys() == want.keys()
     errors = {name: distance(got[name], want[name]) for name in got}
     assert all(error <= tolerance for error in errors.values()), errors
+
+
+def assert_promised(call: Call, got: dict[str, Tensor], *, truncated: bool = False) -> None:
+    """The results of a call are as accurate as the library promises."""
+    broken = accuracy.broken([call.errors(got, truncated=truncated)])
+    assert not broken, (call.x.shape, call.order, call.gate, broken)
 
 
 def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import da_ops
+from da_ops.accuracy import PROMISED
 from da_ops.reference import formula
 
 from .cases import (
@@ -24,7 +25,6 @@ from .cases import (
     FULL,
     LAYOUTS,
     PARAMETERS,
-    PROMISED,
     assert_close,
     assert_equal,
     distance,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import da_ops
+from da_ops.accuracy import PROMISED
 from da_ops.reference import formula
 
 from .cases import (
@@ -19,9 +20,9 @@ from .cases import (
     DTYPES,
     FULL,
     LAYOUTS,
-    PROMISED,
     assert_close,
     assert_equal,
+    assert_promised,
     make,
 )
 from .conftest import POISONED, interpreted
@@ -48,25 +49,6 @@ def calls(draw, device):
     )
 
 
-def assert_right(call, got):
-    """Each result is as close to the truth as its terms allow.
-
-    At these sizes a sum may cancel to almost nothing, and with it any relative bound. So the bound
-    is relative to the sum of the magnitudes of its terms, which is at most about that of dy times
-    x: times HW for a channel, C for a pixel, both for a parameter.
-    """
-    n, c, h, w = call.x.shape
-    eps = torch.finfo(call.x.dtype).eps
-    sums = min(eps, torch.finfo(torch.float32).eps)
-    weights = max((float(p.abs().max()) for p in call.parameters.values()), default=1.0)
-    x, dy = float(call.x.abs().max()), float(call.dy.abs().max())
-    terms = {"y": x, "dx": dy * (1 + x) ** 2 * (1 + weights) ** 3}
-    for name, want in call.truth().items():
-        scale = terms.get(name, dy * (1 + x) ** 3 * (1 + weights) ** 3 * n * c * h * w)
-        result = got[name].double()
-        assert (result - want).abs().le(2 * eps * want.abs() + 16 * sums * scale).all(), name
-
-
 def test_any_size(backend, device):
     fewer = {"max_examples": 12} if interpreted(backend) and not FULL else {}
 
@@ -74,7 +56,9 @@ def test_any_size(backend, device):
     @given(calls(device))
     def check(call):
         got = call.results(backend=backend)
-        assert_right(call, got)
+        # Triton's interpreter cuts bfloat16 off where a GPU rounds.
+        truncated = interpreted(backend) and call.x.dtype == torch.bfloat16
+        assert_promised(call, got, truncated=truncated)
         # The stride of a dimension of 1 means nothing.
         strides = [
             [stride for size, stride in zip(t.shape, t.stride()) if size > 1]
@@ -136,7 +120,7 @@ def test_any_strides_of_x(backend, device, order, layout, view):
     before = x.clone()
     got = call.results(backend=backend)
     assert torch.equal(x, before)
-    assert_right(call, got)
+    assert_promised(call, got)
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
@@ -170,8 +154,8 @@ def test_strides_of_dimensions_of_one(backend, device, shape):
         strides[dim] = 12345
         for name in ("x", "dy"):
             odd = replace(call, **{name: getattr(call, name).as_strided(shape, strides)})
-            assert_right(odd, odd.results(backend=backend))
-    assert_right(call, want)
+            assert_promised(odd, odd.results(backend=backend))
+    assert_promised(call, want)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -197,7 +181,7 @@ def test_any_strides_of_parameters(backend, device, view):
     gate = {name: view(wide.parameters[name]) for name in ("gate_weight", "gate_bias")}
     kernel = torch.randn(1, 1, 6, 6, device=device)[..., ::2, ::2].transpose(2, 3)
     call.parameters |= gate | {"conv_weight": kernel}
-    assert_right(call, call.results(backend=backend))
+    assert_promised(call, call.results(backend=backend))
 
 
 @pytest.mark.slow
