@@ -85,13 +85,20 @@ def library_folders(home: Path) -> list[str]:
     return _folders(home, "lib64", "lib")
 
 
-def runtime_flag(home: Path) -> str:
-    """What links the CUDA runtime: pip's toolkit has it under its full name only."""
+def runtime_flags(home: Path) -> list[str]:
+    """What links the CUDA runtime: into the library, so that it needs none of torch's version.
+
+    A toolkit without the static one has the shared one, pip's under its full name only.
+    """
+    static = "libcudart_static.a"
+    folders = [Path(folder) for folder in library_folders(home)]
+    if any((folder / static).exists() for folder in folders):
+        return [f"-l:{static}", f"-Wl,--exclude-libs,{static}", "-lrt", "-ldl", "-lpthread"]
     for name in ("libcudart.so", "libcudart.so.*"):
-        for folder in library_folders(home):
-            for library in sorted(Path(folder).glob(name)):
-                return f"-l:{library.name}"
-    return "-lcudart"  # the linker may know where
+        for folder in folders:
+            for library in sorted(folder.glob(name)):
+                return [f"-l:{library.name}"]
+    return ["-lcudart"]  # the linker may know where
 
 
 def _folders(home: Path, *names: str) -> list[str]:

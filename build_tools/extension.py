@@ -25,7 +25,7 @@ from .cuda import (
     gencode,
     include_folders,
     library_folders,
-    runtime_flag,
+    runtime_flags,
     unknown_archs,
 )
 from .record import RECORD, summary
@@ -105,7 +105,7 @@ def use_toolkit(ext: Extension, home: Path, archs: list[str], cxx: str) -> None:
     # New lists: other extensions share the old ones.
     ext.include_dirs = [*ext.include_dirs, *include_folders(home)]
     ext.library_dirs = [*ext.library_dirs, *library_folders(home)]
-    ext.extra_link_args = [*ext.extra_link_args, runtime_flag(home)]
+    ext.extra_link_args = [*ext.extra_link_args, *runtime_flags(home)]
 
 
 def pybind11_include() -> str:
@@ -197,7 +197,12 @@ def survey(
         "version": Path("da_ops/_version.py").read_text().split('"')[1],
         "cpu": cpu,
         "plan": part(None, no_cxx or no_python_h, environ),
-        "cuda": {**part("DA_OPS_CUDA", no_cuda, environ), "arch_list": [], "compiler": found},
+        "cuda": {
+            **part("DA_OPS_CUDA", no_cuda, environ),
+            "arch_list": [],
+            "compiler": found,
+            "version": cuda.version,
+        },
         "compiler": compiler,
         "flags": FLAGS,
         "torch": torch.__version__,

@@ -47,6 +47,14 @@ def test_the_library_loads_without_a_gpu():
     run(sys.executable, "-c", LOAD, ROOT, CUDA_VISIBLE_DEVICES="")
 
 
+def test_the_library_brings_its_runtime():
+    """No libcudart, whose name has CUDA's version in it: one binary for every torch with CUDA."""
+    library = ROOT / "da_ops" / "_cuda.abi3.so"
+    if not library.exists():
+        pytest.skip("the CUDA part was not built")
+    assert b"libcudart.so" not in library.read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not FULL or torch.version.cuda is None, reason="DA_OPS_TEST_FULL=1 with a CUDA torch"

@@ -16,7 +16,7 @@ from build_tools.cuda import (
     find_cuda,
     gencode,
     include_folders,
-    runtime_flag,
+    runtime_flags,
 )
 from build_tools.extension import find_cxx, part, survey
 from da_ops.backends import cuda, native
@@ -138,13 +138,15 @@ def test_gencode_has_code_for_every_arch_and_ptx_where_asked():
 def test_the_runtime_is_linked_by_the_name_that_the_toolkit_has(tmp_path):
     home = make_toolkit(tmp_path / "cuda")
     assert include_folders(home) == [str(home / "include")]
-    assert runtime_flag(home) == "-lcudart"
+    assert runtime_flags(home) == ["-lcudart"]
     (home / "lib").mkdir()
     (home / "lib" / "libcudart.so.13").touch()
-    assert runtime_flag(home) == "-l:libcudart.so.13"
+    assert runtime_flags(home) == ["-l:libcudart.so.13"]
     (home / "targets" / "x86_64-linux" / "lib").mkdir(parents=True)
     (home / "targets" / "x86_64-linux" / "lib" / "libcudart.so").touch()
-    assert runtime_flag(home) == "-l:libcudart.so"
+    assert runtime_flags(home) == ["-l:libcudart.so"]
+    (home / "lib" / "libcudart_static.a").touch()
+    assert runtime_flags(home)[0] == "-l:libcudart_static.a"
 
 
 # What is built
@@ -198,10 +200,16 @@ def test_a_compiler_asked_for_and_not_there_fails():
         (["8.0", "9.0+PTX"], (12, 0), True),  # PTX serves all that come later
         (["9.0+PTX"], (8, 9), False),
         ([], (9, 0), False),
+        (["9.0a"], (9, 0), True),  # one capability alone
+        (["9.0a+PTX"], (10, 0), False),
+        (["10.0a"], (10, 3), False),
+        (["10.0f"], (10, 3), True),  # a family: one major version
+        (["10.0f+PTX"], (12, 0), False),
     ],
 )
 def test_a_gpu_that_nothing_was_built_for_is_told_so(monkeypatch, built, capability, usable):
     monkeypatch.setattr(native, "build_record", lambda: {"cuda": {"arch_list": built}})
+    monkeypatch.setattr(cuda, "driver_version", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
@@ -211,3 +219,19 @@ def test_a_gpu_that_nothing_was_built_for_is_told_so(monkeypatch, built, capabil
     else:
         assert f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}" in reason
         assert "A GPU" in reason
+
+
+@pytest.mark.parametrize(
+    ("needed", "driver", "usable"),
+    [("13.0", 13000, True), ("13.0", 13020, True), ("13.1", 13000, True), ("13.0", 12080, False)],
+)
+def test_an_old_driver_is_told_so(monkeypatch, needed, driver, usable):
+    """The runtime is in the library, whichever torch loads it, and so wants a driver of its own."""
+    monkeypatch.setattr(native, "build_record", lambda: {"cuda": {"version": needed}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    reason = cuda.BACKEND.unfit.__wrapped__()
+    assert (reason is None) == usable
+    assert usable or "driver for CUDA 13 (580 or later), and this one is for CUDA 12.8" in reason

@@ -56,23 +56,54 @@ def _missing() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
 
 
+# The first driver for each major version of CUDA, on Linux.
+_DRIVERS = {12: "525", 13: "580"}
+
+
+def driver_version() -> str | None:
+    """The newest CUDA that the NVIDIA driver knows, such as "13.0"; None where there is none."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return None
+    version = torch._C._cuda_getDriverVersion()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 @cache
 def _unfit() -> str | None:
-    """Why the library cannot run on one of this machine's GPUs."""
-    built = native.build_record().get("cuda", {}).get("arch_list", [])
-    exact = {int(a.split("+")[0].replace(".", "")) for a in built}
-    ptx = [int(a.split("+")[0].replace(".", "")) for a in built if a.endswith("+PTX")]
+    """Why the library cannot run with this machine's driver or on one of its GPUs."""
+    record = native.build_record().get("cuda", {})
+    driver, needed = driver_version(), record.get("version")
+    if driver and needed and int(driver.split(".")[0]) < (major := int(needed.split(".")[0])):
+        return (
+            f"built with CUDA {needed}, which needs a driver for CUDA {major} "
+            f"({_DRIVERS.get(major, 'a newer one')} or later), and this one is for CUDA {driver}: "
+            f"update the driver, or reinstall da-ops beside a torch for CUDA {driver.split('.')[0]}"
+        )
+    built = record.get("arch_list", [])
     for device in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(device)
-        sm = 10 * major + minor
-        # A binary runs on its own major version from its minor one on, PTX on all that come later.
-        if not any(a // 10 == major and a <= sm for a in exact) and not any(a <= sm for a in ptx):
+        capability = torch.cuda.get_device_capability(device)
+        if not any(_runs_on(capability, arch) for arch in built):
+            major, minor = capability
             return (
                 f"built for compute capability {', '.join(built)}, and "
                 f"{torch.cuda.get_device_name(device)} has {major}.{minor}: "
                 f"reinstall da-ops with TORCH_CUDA_ARCH_LIST={major}.{minor}"
             )
     return None
+
+
+def _runs_on(capability: tuple[int, int], arch: str) -> bool:
+    """Whether a GPU runs what was built for ``arch``, such as "9.0", "9.0a", "10.0f", "12.0+PTX".
+
+    A binary runs on its own major version from its minor one on, and PTX on all that come later,
+    but neither beyond its capability where that ends in a, nor beyond its major version where in f.
+    """
+    number, _, ptx = arch.partition("+")
+    least = tuple(int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return capability == least
+    portable = bool(ptx) and not number.endswith("f")
+    return capability >= least and (portable or capability[0] == least[0])
 
 
 BACKEND = Backend(

@@ -11,6 +11,7 @@ import torch
 
 from .._version import __version__
 from ..backends import backends, select
+from ..backends.cuda import driver_version
 from ..backends.native import build_record
 
 
@@ -31,6 +32,7 @@ def _info(args: argparse.Namespace) -> int:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": driver_version(),
         "backends": backends(),
         "auto_on_cpu": select("auto", "cpu"),
         "build": record or None,
@@ -39,7 +41,8 @@ def _info(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     print(f"da_ops {__version__}, torch {facts['torch']}, Python {facts['python']}")
-    print(f"{facts['machine']}, {facts['threads']} threads, GPU: {facts['cuda'] or 'none'}")
+    gpu = f"{facts['cuda']}, driver for CUDA {facts['driver']}" if facts["cuda"] else "none"
+    print(f"{facts['machine']}, {facts['threads']} threads, GPU: {gpu}")
     print("backends, the best first:")
     for name, reason in facts["backends"].items():
         print(f"  {name:7s}{'usable' if reason is None else 'not usable: ' + reason}")
