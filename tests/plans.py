@@ -121,7 +121,8 @@ def plans(draw: st.DrawFn, backend: str, call: Call) -> Plan:
         return Plan(backend, draw(st.integers(1, 4)), draw(_CPU_WAYS), draw(_CPU_SUMS))
     if backend == "cuda":
         wish = draw(st.sampled_from(["portable", "onchip"]))
-        return Plan(backend, 1, wish, f"{draw(CUDA)},{draw(CUDA_ON_CHIP)}")
+        limits = draw(CUDA), draw(CUDA_ON_CHIP), text(kept=draw(st.sampled_from([16, 0, 1, 5])))
+        return Plan(backend, 1, wish, ",".join(limits))
     if backend == "triton":
         return Plan(backend, limits=draw(triton_limits(call, interpreted(backend))))
     return Plan(backend)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import da_ops
+from da_ops.backends.native import planner
 from da_ops.reference import formula
 
 from .cases import (
@@ -82,7 +83,7 @@ def cpu_choices(call, plan):
     """Which way each choice by size went."""
     dtype = str(call.x.dtype).removeprefix("torch.")
     last, shape = not call.x.is_contiguous(), tuple(call.x.shape)
-    chosen = da_ops._plan.cpu(shape, last, dtype, call.order, plan.threads, plan.text)
+    chosen = planner().cpu(shape, last, dtype, call.order, plan.threads, plan.text)
     return {
         (choice, int(chosen[choice]) > (choice in ("threads", "slabs"))) for choice in CPU_CHOICES
     }
