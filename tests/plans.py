@@ -133,7 +133,7 @@ def triton_limits(draw: st.DrawFn, call: Call, interpreted: bool) -> tiles.Limit
     """Tiles of few elements; interpreted, of no fewer than make some dozen programs of a call."""
     if draw(st.integers(0, 3)) == 0:
         return None
-    programs = 32 if interpreted else 4096
+    programs = 16 if interpreted else 4096
     least = call.x.numel() * call.x.element_size() // programs
     row = draw(st.sampled_from([64, 128, 512]))
     block = tiles.power_of_two(
