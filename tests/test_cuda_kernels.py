@@ -20,8 +20,7 @@ from .cases import (
     distance,
     make,
 )
-from .plans import CUDA, CUDA_ON_CHIP, text
-from .simt.build import ROOT
+from .plans import CUDA, CUDA_ON_CHIP
 from .simt.calls import OnChip, Refused, results
 
 # Whole vectors, rows that begin within one, one pixel, one channel, one element short of a vector.
@@ -37,12 +36,6 @@ LARGE = [
     (1, 300, 2, 2),
     (1, 8, 75, 75),
 ]
-
-
-@pytest.fixture(scope="session")
-def kernels(executable):
-    """kernels(kind): the executable that runs them."""
-    return lambda kind="plain": executable(ROOT / "tests" / "simt" / "run.cpp", kind)
 
 
 def check(calls, answers):
@@ -77,47 +70,6 @@ def test_many_tiles(kernels, shape, layout, multiprocessors):
         for order, gate in FEW_CASES[:: 1 if FULL else 3]
     ]
     check(calls, results(kernels(), calls, multiprocessors=multiprocessors))
-
-
-# What only large tensors get by themselves: several launches a step, the last of them smaller; sums
-# folded along either axis; a map staged by rows, of which a tile has a part.
-LIMITS = [text(grid=1), text(grid=7), text(terms=2, lanes=2, height=32), text(lanes=3, max_reads=1)]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("limits", LIMITS)
-def test_small_limits(kernels, limits, layout):
-    calls = [
-        make((3, 40, 5, 16), order, gate, dtype=dtype, layout=layout)
-        for order, gate in FEW_CASES
-        for dtype in (torch.float16, torch.float32)
-    ]
-    check(calls, results(kernels(), calls, limits=limits))
-    check(calls, results(kernels(), calls, limits=text(grid=5, scalar_lanes=3), aligned=False))
-
-
-# Images of which 32 bits do not count the elements of so many; nor those of a map by pixel, by
-# channel. Those of one row are one block's.
-FAR = [((64, 32, 32), "affine", group) for group in (OnChip("group", 2), OnChip("cluster", 2))]
-FAR += [
-    (image, gate, group)
-    for image, gate in (((64, 32, 32), "affine"), ((1, 256, 256), "eca"), ((65536, 1, 1), "scalar"))
-    for group in (None, OnChip())
-]
-
-
-@pytest.mark.parametrize("order", ["spatial_channel", "channel_spatial"])
-@pytest.mark.parametrize(("image", "gate", "on_chip"), FAR)
-def test_offsets_beyond_32_bits(kernels, image, gate, on_chip, order):
-    """The last image of a tensor whose others are zeros, that take no memory and are not run."""
-    far = 2**32 // torch.Size(image).numel() + 1
-    options = {"far": far, "limits": text(grid=2**30)}
-    if on_chip:
-        options["on_chip"] = on_chip._replace(images_at_once=far + 1)
-    dtypes = {"dtype": torch.float16, "parameter_dtype": torch.float32}
-    for layout in LAYOUTS:
-        call = make((1, *image), order, gate, **dtypes, layout=layout)
-        check([call], results(kernels(), [call], **options))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
