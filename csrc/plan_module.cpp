@@ -29,9 +29,10 @@ py::list passes(const std::vector<da::cpu::Pass>& passes) {
 }
 
 py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtype,
-             const std::string& order, int64_t threads) {
+             const std::string& order, int64_t threads, const std::string& limits) {
   const da::Problem p = problem(shape, channels_last, dtype, order);
-  const da::cpu::Machine machine = da::cpu::this_machine(threads);
+  da::cpu::Machine machine{threads, {}};
+  if (!da::cpu::parse(limits, machine.limits)) throw py::value_error(da::cpu::kLimits + limits);
   const da::cpu::Plan plan = da::cpu::plan(p, machine);
   py::dict d;
   d["instruction_set"] = da::cpu::name(da::cpu::instruction_set());
@@ -39,6 +40,8 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   d["whole_images"] = plan.whole_images;
   d["slab_rows"] = plan.slab_rows;
   d["slabs"] = plan.slabs;
+  d["sum_together"] = plan.sum_together;
+  d["scale_together"] = plan.scale_together;
   d["stream"] = plan.stream;
   d["forward"] = passes(da::cpu::forward_passes(p.order));
   d["backward"] = passes(da::cpu::backward_passes(p.order));
@@ -86,12 +89,13 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   if (multiprocessors > 0) device.multiprocessors = multiprocessors;
   da::cuda::Wish wished;
   if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
-  da::cuda::Plan plan = da::cuda::plan(p, device, true);
+  da::cuda::Plan plan = da::cuda::plan(p, device, true, wished.limits);
   const auto choose = [&](bool backward) {
     const da::cuda::OnChip chip =
         da::cuda::choose(p, backward, device, true, wished, da::cuda::typical_residents(device));
     if (!chip.refused)
-      (backward ? plan.backward : plan.forward) = da::cuda::on_chip_direction(p, chip);
+      (backward ? plan.backward : plan.forward) =
+          da::cuda::on_chip_direction(p, chip, wished.limits);
     return one_launch(chip, p);
   };
   const py::dict forward = choose(false), backward = choose(true);
@@ -115,8 +119,9 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
 PYBIND11_MODULE(_plan, m) {
   m.doc() = "Which kernels run for which problem; see da_ops.explain.";
   m.def("cpu", &cpu, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"), py::arg("order"),
-        py::arg("threads"),
-        "How the CPU backend splits a problem: threads, slabs, and its passes over x.");
+        py::arg("threads"), py::arg("limits") = "",
+        "How the CPU backend splits a problem: threads, slabs, and its passes over x; within the "
+        "limits that DA_OPS_CPU_PLAN would set to this text.");
   m.def("cuda", &cuda, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
         py::arg("order"), py::arg("gate"), py::arg("sm"), py::arg("multiprocessors"),
         py::arg("wish") = "",

@@ -1,7 +1,12 @@
 from typing import Any
 
 def cpu(
-    shape: tuple[int, ...], channels_last: bool, dtype: str, order: str, threads: int
+    shape: tuple[int, ...],
+    channels_last: bool,
+    dtype: str,
+    order: str,
+    threads: int,
+    limits: str = "",
 ) -> dict[str, Any]: ...
 def cuda(
     shape: tuple[int, ...],

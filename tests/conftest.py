@@ -23,7 +23,7 @@ if not GPU:
 import da_ops  # noqa: E402
 
 from .cases import FULL  # noqa: E402
-from .simt.build import build, unavailable  # noqa: E402
+from .simt.build import ROOT, build, unavailable  # noqa: E402
 
 # A new backend is one line: its name and the device to run it on.
 BACKENDS = [
@@ -120,6 +120,12 @@ def executable(tmp_path_factory):
         return build(source, kind, folder)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def kernels(executable):
+    """kernels(kind): the executable that runs the CUDA kernels on the CPU."""
+    return lambda kind="plain": executable(ROOT / "tests" / "simt" / "run.cpp", kind)
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ STAGES = [(64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
-def launches(shape, layout="contiguous", dtype="float16", order="spatial_channel", sm=90):
-    return plan(shape, layout == "channels_last", dtype, order, "affine", sm, 0)
+def launches(shape, layout="contiguous", dtype="float16", order="spatial_channel", sm=90, wish=""):
+    return plan(shape, layout == "channels_last", dtype, order, "affine", sm, 0, wish)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
@@ -71,6 +71,18 @@ def test_rows_that_are_no_whole_vectors_are_read_in_super_rows():
         assert p["rows_a_super_row"] == period
         assert period * size * size * BYTES[dtype] % 16 == 0
     assert launches((8, 3, 7, 7))["vector_bytes"] == 2  # images begin within a vector
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_limits_make_a_small_tensor_a_large_one(layout):
+    shape = (2, 40, 5, 16)
+    by_itself = launches(shape, layout)
+    assert by_itself == launches(shape, layout, wish=",grid=1048576,terms=32")
+    assert all(step["grid"] == 1 for step in launches(shape, layout, wish=",grid=1")["forward"])
+    limited = launches(shape, layout, wish="portable,terms=2,lanes=2,height=32")
+    assert limited["tiles_an_image"] > 4 * by_itself["tiles_an_image"]
+    names = [step["name"] for step in limited["forward"]]
+    assert names == ["channel mean", "fold", "pooling", "fold", "scale"]
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)

@@ -93,6 +93,15 @@ def test_it_is_not_the_default_before_results_show_it_faster():
         assert len(p["forward"]) == 3 and "no results" in forward["refused"]
 
 
+def test_limits_follow_a_wish():
+    shape = (64, 512, 28, 28)
+    assert chosen(shape, wish="cluster:8,kept=0")[1]["x_kept"] == 0
+    for wish in ("onchip,kept=9,chunks=8", "group,kept=9"):
+        _, forward, backward = chosen(shape, wish=wish)
+        assert forward["x_kept"] == backward["x_kept"] == 1
+        assert backward["dy_kept"] < 1
+
+
 def test_a_wish_is_fulfilled_or_refused_with_the_reason():
     shape = (64, 512, 28, 28)
     _, forward, _ = chosen(shape, wish="cluster:8")
@@ -104,7 +113,11 @@ def test_a_wish_is_fulfilled_or_refused_with_the_reason():
     assert "float64" in chosen(shape, dtype="float64")[1]["refused"]
 
 
-@pytest.mark.parametrize("wish", ["chip", "cluster:", "cluster:0", "cluster:-1", "block:1:2", "8"])
+@pytest.mark.parametrize(
+    "wish",
+    ["chip", "cluster:", "cluster:0", "cluster:-1", "block:1:2", "8", "chip,grid=3", "portable,",
+     "portable,grid", "portable,grid=0", "onchip,chip_lanes=3", "grid=3", "portable,grids=3"],
+)  # fmt: skip
 def test_a_wish_that_is_none(wish, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"^DA_OPS_PLAN: expected portable, onchip"):
         chosen((1, 8, 8, 8), wish=wish)

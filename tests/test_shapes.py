@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import da_ops
 from da_ops.accuracy import PROMISED
+from da_ops.backends.native import planner
 from da_ops.reference import formula
 
 from .cases import (
@@ -26,10 +27,18 @@ from .cases import (
     make,
 )
 from .conftest import POISONED, interpreted
+from .plans import plans
 
 # Around the vector widths of every instruction set, with and without a remainder.
 CHANNELS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 67, 130])
 EDGES = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 17, 23, 32, 37])
+
+
+@st.composite
+def planned_calls(draw, backend, device):
+    """A call, and a plan for it: small tensors meet what otherwise only large ones do."""
+    call = draw(calls(device))
+    return call, draw(plans(backend, call))
 
 
 @st.composite
@@ -49,16 +58,37 @@ def calls(draw, device):
     )
 
 
+CPU_CHOICES = ("threads", "slabs", "sum_together", "scale_together", "stream")
+
+
+def cpu_choices(call, plan):
+    """Which way each choice by size went."""
+    dtype = str(call.x.dtype).removeprefix("torch.")
+    last, shape = not call.x.is_contiguous(), tuple(call.x.shape)
+    chosen = planner().cpu(shape, last, dtype, call.order, plan.threads, plan.text)
+    return {
+        (choice, int(chosen[choice]) > (choice in ("threads", "slabs"))) for choice in CPU_CHOICES
+    }
+
+
 def test_any_size(backend, device):
     fewer = {"max_examples": 12} if interpreted(backend) and not FULL else {}
 
+    met = set()
+
     @settings(**fewer)
-    @given(calls(device))
-    def check(call):
-        got = call.results(backend=backend)
+    @given(planned_calls(backend, device))
+    def check(planned):
+        call, plan = planned
+        with plan():
+            got = call.results(backend=backend)
         # Triton's interpreter cuts bfloat16 off where a GPU rounds.
         truncated = interpreted(backend) and call.x.dtype == torch.bfloat16
         assert_promised(call, got, truncated=truncated)
+        if backend == "cpu":
+            met.update(cpu_choices(call, plan))
+            with plan.plain()():
+                assert_equal(call.results(backend=backend), got)
         # The stride of a dimension of 1 means nothing.
         strides = [
             [stride for size, stride in zip(t.shape, t.stride()) if size > 1]
@@ -67,6 +97,8 @@ def test_any_size(backend, device):
         assert strides[0] == strides[1] == strides[2]
 
     check()
+    if backend == "cpu":
+        assert met == {(choice, way) for choice in CPU_CHOICES for way in (False, True)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -67,7 +67,7 @@ def test_tiles(itemsize, channels_last):
             assert m.group == 1 or t.bq <= m.cols
             s = tiles.split(t.blocks, shape[0] * t.windows, limits)
             assert s.splits * s.each >= t.blocks
-            assert s.splits <= tiles.SHARES
+            assert s.splits <= limits.shares
 
 
 @pytest.mark.parametrize("edge", [7, 14, 56, 75])
@@ -288,7 +288,9 @@ def test_measures_once_and_only_when_it_may(monkeypatch, wish, capturing, measur
     x = torch.empty(2, 8, 4, 4)
     m = tiles.matrix(tuple(x.shape), 4, False)
     for _ in range(2):
-        tune.scale(m, 2, (x, x, None, None, None, None, 2, 8, 16), {"ORDER": "together"})
+        tune.scale(
+            m, 2, (x, x, None, None, None, None, 2, 8, 16), {"ORDER": "together"}, tiles.DEVICE
+        )
     assert len(times) == measured
     assert taken == [tune.CANDIDATES[2 if measured else 0]] * 2
 
@@ -348,5 +350,5 @@ def test_explain(order, reads):
 def test_large_images_count_in_64_bits():
     """And do not take vectors over groups of rows, whose length 32 bits might not hold."""
     m = tiles.matrix((1, 3 * 2**28, 3, 3), 2, False)
-    assert m.rows * m.cols >= tiles.LARGE
+    assert m.rows * m.cols >= tiles.DEVICE.large
     assert m.group == 1

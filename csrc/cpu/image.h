@@ -97,7 +97,7 @@ class Image {
       const int64_t r = i * plan_.slab_rows, n = std::min(plan_.slab_rows, p_.rows() - r);
       kernels_.reduce(x + r * cols, dy ? dy + r * cols : nullptr, n, cols,
                       col_sums ? u + r : nullptr, v, row_sums ? row_sums + r : nullptr,
-                      col_sums ? partial : nullptr);
+                      col_sums ? partial : nullptr, plan_.sum_together);
     };
     const auto add = [&](int64_t i, const A* partial, int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; q++)
@@ -138,7 +138,8 @@ class Image {
     const A *b = last ? by_channel : by_pixel, *e = last ? with_pixel : with_channel;
     each_slab([&](int64_t r, int64_t n) {
       const int64_t at = r * p_.cols();
-      kernels_.combine(dy + at, dx + at, n, p_.cols(), u + r, v, a + r, f, e + r, b, plan_.stream);
+      kernels_.combine(dy + at, dx + at, n, p_.cols(), u + r, v, a + r, f, e + r, b, plan_.stream,
+                       plan_.scale_together);
     });
   }
 
@@ -189,7 +190,7 @@ class Image {
   // f(begin, end) over [0, count), shared out where that much `work` is worth waking threads for.
   template <class F>
   void each(int64_t count, int64_t work, F f) const {
-    if (!pool_ || work < kSharedWork) return f(0, count);
+    if (!pool_ || work < plan_.shared_work) return f(0, count);
     pool_->each(count, f);
   }
   template <class F>

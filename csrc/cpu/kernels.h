@@ -45,15 +45,16 @@ struct Kernels {
 
   // With t = x, or x*dy where dy is given:
   //   row_sums[r] = sum_q t[r,q] v[q]   and   col_sums[q] = sum_r u[r] t[r,q];  null skips one.
+  // `together`: several rows at a time; row sums alone are always so.
   void (*reduce)(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, const A* v,
-                 A* row_sums, A* col_sums);
+                 A* row_sums, A* col_sums, bool together);
 
   // y[r,q] = x[r,q] u[r] v[q];  `stream` bypasses the caches.
   void (*scale)(const T* x, T* y, int64_t rows, int64_t cols, const A* u, const A* v, bool stream);
 
-  // dx[r,q] = dy[r,q] u[r] v[q] + a[r] f[q] + e[r] b[q]
+  // dx[r,q] = dy[r,q] u[r] v[q] + a[r] f[q] + e[r] b[q];  `together`: several rows at a time.
   void (*combine)(const T* dy, T* dx, int64_t rows, int64_t cols, const A* u, const A* v,
-                  const A* a, const A* f, const A* e, const A* b, bool stream);
+                  const A* a, const A* f, const A* e, const A* b, bool stream, bool together);
 
   // out[i*w + j] = the stencil at (i, j) of a bordered plane, for rows begin <= i < end.
   void (*stencil)(const A* plane, int64_t w, int64_t begin, int64_t end, const Stencil<A>& stencil,

@@ -96,7 +96,7 @@ DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t c
 
 template <bool kProduct, bool kRows, bool kCols, class T, class A = accumulate_t<T>>
 void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, const A* v,
-                 A* row_sums, A* col_sums) {
+                 A* row_sums, A* col_sums, bool together) {
   constexpr int kBlock = kRows ? 4 : 8;
   const Tail<T> tail(cols);
   vec<A> tail_sums = {};
@@ -113,27 +113,26 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u
     }
   };
   if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
-  // Short rows are read faster one after the other than side by side.
-  if (!(kCols && cols <= 1024)) block(std::integral_constant<int, kBlock>());
+  if (!kCols || together) block(std::integral_constant<int, kBlock>());
   block(std::integral_constant<int, 1>());
   if (kCols && tail.n) store(col_sums + tail.begin, load(col_sums + tail.begin) + tail_sums);
 }
 
 template <class T, class A = accumulate_t<T>>
 void reduce(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, const A* v,
-            A* row_sums, A* col_sums) {
+            A* row_sums, A* col_sums, bool together) {
   if (dy && row_sums && col_sums)
-    reduce_slab<true, true, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
+    reduce_slab<true, true, true>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
   else if (dy && row_sums)
-    reduce_slab<true, true, false>(x, dy, rows, cols, u, v, row_sums, col_sums);
+    reduce_slab<true, true, false>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
   else if (dy)
-    reduce_slab<true, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
+    reduce_slab<true, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
   else if (row_sums && col_sums)
-    reduce_slab<false, true, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
+    reduce_slab<false, true, true>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
   else if (row_sums)
-    reduce_slab<false, true, false>(x, dy, rows, cols, u, v, row_sums, col_sums);
+    reduce_slab<false, true, false>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
   else
-    reduce_slab<false, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums);
+    reduce_slab<false, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
 }
 
 // out = row(q, in) for a few rows at a time, which share what `row` reads of the columns.
@@ -156,19 +155,20 @@ DA_INLINE void map_block(const T* in, T* out, int64_t cols, const Tail<T>& tail,
   }
 }
 
-// `f(r)` gives row r's function of the column and the element. `blocks`: four rows at a time.
+// `f(r)` gives row r's function of the column and the element. `together`: four rows at a time.
 template <class T, class F>
 DA_INLINE void map_rows(const T* in, T* out, int64_t rows, int64_t cols, bool streaming,
-                        bool blocks, F f) {
+                        bool together, F f) {
   const Tail<T> tail(cols);
   streaming = streaming && !tail.n && reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
   const auto all = [&](auto stream) DA_LAMBDA_INLINE {
     constexpr bool kStream = decltype(stream)::value;
     int64_t r = 0;
-    for (; blocks && r + 4 <= rows; r += 4)
+    for (; together && r + 4 <= rows; r += 4)
       map_block<kStream>(in + r * cols, out + r * cols, cols, tail, f(r), f(r + 1), f(r + 2),
                          f(r + 3));
     for (; r < rows; r++) map_block<kStream>(in + r * cols, out + r * cols, cols, tail, f(r));
+    if constexpr (kStream) finish_streams();
   };
   streaming ? all(std::true_type()) : all(std::false_type());
 }
@@ -182,10 +182,8 @@ void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* u, const A* v,
 
 template <class T, class A = accumulate_t<T>>
 void combine(const T* dy, T* dx, int64_t rows, int64_t cols, const A* u, const A* v, const A* a,
-             const A* f, const A* e, const A* b, bool streaming) {
-  // Three arrays over the columns crowd out the first-level cache where rows are long.
-  const bool blocks = 3 * cols * sizeof(A) > 12288;
-  map_rows(dy, dx, rows, cols, streaming, blocks, [=](int64_t r) DA_LAMBDA_INLINE {
+             const A* f, const A* e, const A* b, bool streaming, bool together) {
+  map_rows(dy, dx, rows, cols, streaming, together, [=](int64_t r) DA_LAMBDA_INLINE {
     return [=, ur = u[r], ar = a[r], er = e[r]](int64_t q, vec<A> t) DA_LAMBDA_INLINE {
       return t * (load(v + q) * ur) + (load(f + q) * ar + load(b + q) * er);
     };

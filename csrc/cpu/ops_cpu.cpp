@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstdlib>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -95,8 +97,26 @@ struct Converted {
   }
 };
 
+Limits limits_of(const std::string& text) {
+  Limits limits;
+  STD_TORCH_CHECK(parse(text, limits), kLimits, text);
+  return limits;
+}
+
+// Those of the environment; read once, since a small call takes a few microseconds.
+Limits& limits() {
+  static Limits limits = limits_of([] {
+    const char* text = std::getenv("DA_OPS_CPU_PLAN");
+    return text ? text : "";
+  }());
+  return limits;
+}
+
+// Other limits for all calls from now on, as DA_OPS_CPU_PLAN says them. For tests, while none runs.
+void set_limits(const std::string& text) { limits() = limits_of(text); }
+
 Plan plan_here(const Problem& problem) {
-  return plan(problem, this_machine(torch::stable::get_num_threads()));
+  return plan(problem, {torch::stable::get_num_threads(), limits()});
 }
 
 const Pool kPool = {[](int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
@@ -144,6 +164,12 @@ InputGradients backward_cpu(const Problem& p, const Tensor& dy, const Tensor& x,
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(da_ops, m) { m.def("_cpu_plan(str limits) -> ()"); }
+
+STABLE_TORCH_LIBRARY_IMPL(da_ops, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_plan", TORCH_BOX(&set_limits));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward_operator<forward_cpu>));

@@ -7,12 +7,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "sizes.h"
+
 namespace da::cpu {
 namespace {
 
-constexpr int64_t kSlabs = 16;     // aimed at per image, for threads to share
 constexpr int64_t kBlockRows = 8;  // what the kernels sum in registers
-constexpr int64_t kMaxSlabRows = 64;
 
 Isa widest() {
 #if defined(__x86_64__)
@@ -58,14 +58,23 @@ Isa instruction_set() {
   return chosen;
 }
 
-Machine this_machine(int64_t threads) {
+bool parse(const std::string& text, Limits& limits) {
   static const int64_t cache_bytes = last_level_cache_bytes();
-  return {threads, cache_bytes};
+  limits = {};
+  limits.cache_bytes = cache_bytes;
+  return da::parse(text, {{"cache", &limits.cache_bytes, 0},
+                          {"shared", &limits.shared_work, 0},
+                          {"slabs", &limits.slabs, 1},
+                          {"slab_rows", &limits.slab_rows, 1},
+                          {"long_row", &limits.long_row, 0},
+                          {"near", &limits.near_bytes, 0}});
 }
 
 Plan plan(const Problem& problem, const Machine& machine) {
+  const Limits& limits = machine.limits;
   Plan p{};
-  p.threads = problem.elements() < kSharedWork ? 1 : std::max<int64_t>(machine.threads, 1);
+  p.shared_work = limits.shared_work;
+  p.threads = problem.elements() < limits.shared_work ? 1 : std::max<int64_t>(machine.threads, 1);
 
   // One image a thread keeps each image in that thread's cache. A last round that would leave most
   // threads idle is shared out instead.
@@ -73,11 +82,17 @@ Plan plan(const Problem& problem, const Machine& machine) {
   p.whole_images = 2 * last >= p.threads ? problem.n : problem.n - last;
   if (problem.n < p.threads) p.whole_images = 0;
 
-  const int64_t blocks = (problem.rows() + kSlabs * kBlockRows - 1) / (kSlabs * kBlockRows);
-  p.slab_rows = std::min(blocks * kBlockRows, kMaxSlabRows);
+  const int64_t least = limits.slabs * kBlockRows;
+  const int64_t blocks = (problem.rows() + least - 1) / least;
+  p.slab_rows = std::min(blocks * kBlockRows, limits.slab_rows);
   p.slabs = (problem.rows() + p.slab_rows - 1) / p.slab_rows;
 
-  p.stream = machine.cache_bytes > 0 && problem.bytes() > machine.cache_bytes / 2;
+  // Short rows are read faster one after the other than side by side. Three arrays over the columns
+  // crowd out the first-level cache where rows are long.
+  const int64_t sum_bytes = problem.dtype == Dtype::float64 ? 8 : 4;
+  p.sum_together = problem.cols() > limits.long_row;
+  p.scale_together = 3 * problem.cols() * sum_bytes > limits.near_bytes;
+  p.stream = limits.cache_bytes > 0 && problem.bytes() > limits.cache_bytes / 2;
   return p;
 }
 
@@ -109,7 +124,7 @@ bool cached(const Problem& problem, const Machine& machine, bool backward) {
   const Plan p = plan(problem, machine);
   const int64_t image = problem.bytes() / std::max<int64_t>(problem.n, 1);
   const int64_t in_flight = p.whole_images ? p.threads : 1;
-  return in_flight * image * (backward ? 2 : 1) <= machine.cache_bytes;
+  return in_flight * image * (backward ? 2 : 1) <= machine.limits.cache_bytes;
 }
 
 }  // namespace da::cpu

@@ -3,6 +3,7 @@
 // does any sum's order: results are bitwise the same for every thread count.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "problem.h"
@@ -15,21 +16,37 @@ enum class Isa { generic, avx2, avx512 };
 Isa instruction_set();
 const char* name(Isa isa);
 
-struct Machine {
-  int64_t threads = 1;
-  int64_t cache_bytes = 0;  // last-level cache; 0 when unknown
+// What is decided by size. None of it shows in a result but for the slabs, and whether rows are
+// added up together: these say in which order numbers are added.
+struct Limits {
+  int64_t cache_bytes = 0;      // last-level cache; 0 when unknown
+  int64_t shared_work = 32768;  // elements below which a second thread costs more than it brings
+  int64_t slabs = 16;           // aimed at per image, for threads to share
+  int64_t slab_rows = 64;       // at most
+  int64_t long_row = 1024;      // elements above which rows are added up together
+  int64_t near_bytes = 12288;   // of what is kept by column, above which rows are scaled together
 };
 
-Machine this_machine(int64_t threads);
+// This machine's, but for those that a text such as "cache=1,slabs=4" names; false where it is
+// none.
+bool parse(const std::string& text, Limits& limits);
+constexpr const char* kLimits =
+    "DA_OPS_CPU_PLAN: expected a number for some of cache, shared, slabs, slab_rows, long_row and "
+    "near, as in cache=65536,slabs=4; got ";
 
-// Elements below which a second thread costs more than it brings.
-constexpr int64_t kSharedWork = 32768;
+struct Machine {
+  int64_t threads = 1;
+  Limits limits;
+};
 
 struct Plan {
   int64_t threads;       // that have work
   int64_t whole_images;  // the first so many images go to one thread each, the rest to all together
   int64_t slab_rows;     // rows of an image's matrix that are reduced together
   int64_t slabs;         // per image
+  int64_t shared_work;   // elements from which on threads share a step
+  bool sum_together;     // rows are added up several at a time where columns are too
+  bool scale_together;   // rows of dx are made several at a time
   bool stream;           // outputs bypass the caches
 };
 

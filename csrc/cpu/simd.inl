@@ -128,6 +128,13 @@ DA_INLINE void stream(T* p, vec<accumulate_t<T>> v) {
 #endif
 }
 
+// Who sees what is stored after this sees what was streamed before it.
+DA_INLINE void finish_streams() {
+#if DA_VECTOR_BYTES > 16
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 struct Part {
   T elements[Vector<accumulate_t<T>>::lanes];

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <iterator>
 
+#include "sizes.h"
+
 namespace da::cuda {
 namespace {
 
@@ -38,10 +40,26 @@ constexpr int kBlocks[] = {2, 4, 8, 16, 32, 64};
 
 }  // namespace
 
-bool parse(const std::string& text, Wish& wish) {
+bool parse(const std::string& all, Wish& wish) {
   using Kind = Wish::Kind;
+  const size_t comma = std::min(all.find(','), all.size());
+  const std::string text = all.substr(0, comma);
+  wish = {};
+  Limits& l = wish.limits;
+  if (comma < all.size() && !da::parse(all.substr(comma + 1), {{"grid", &l.grid, 1},
+                                                               {"terms", &l.terms, 1},
+                                                               {"lanes", &l.lanes, 2},
+                                                               {"scalar_lanes", &l.scalar_lanes, 1},
+                                                               {"height", &l.height, 1},
+                                                               {"min_reads", &l.min_reads, 1},
+                                                               {"max_reads", &l.max_reads, 1},
+                                                               {"chip_lanes", &l.chip_lanes, 4},
+                                                               {"chunks", &l.chunks, 1},
+                                                               {"kept", &l.kept, 0},
+                                                               {"fold_bytes", &l.fold_bytes, 1}}))
+    return false;
   const auto is = [&](const char* name, Kind kind) {
-    if (text == name) wish = {kind};
+    if (text == name) wish.kind = kind;
     return text == name;
   };
   if (is("", Kind::automatic) || is("portable", Kind::portable) || is("onchip", Kind::on_chip))
@@ -53,7 +71,8 @@ bool parse(const std::string& text, Wish& wish) {
   if (colon != std::string::npos && !number) return false;
   for (int i = 0; i < 3; i++)
     if (text.substr(0, colon) == kBarriers[i]) {
-      wish = {Kind::exact, static_cast<Barrier>(i), number ? std::atoi(digits.c_str()) : 0};
+      wish.kind = Kind::exact, wish.barrier = static_cast<Barrier>(i);
+      wish.blocks = number ? std::atoi(digits.c_str()) : 0;
       return true;
     }
   return false;
@@ -86,7 +105,7 @@ OnChip choose(const Problem& problem, bool backward, const Device& device, bool 
   double least = 0;
   const auto consider = [&](Barrier barrier, int blocks, int blocks_per_sm) {
     OnChip plan = on_chip(problem, backward, aligned, barrier, blocks,
-                          shared_limit(device.sm, blocks_per_sm));
+                          shared_limit(device.sm, blocks_per_sm), wish.limits);
     if (plan.refused) {
       if (best.refused == kNone) best.refused = plan.refused;
       return;

@@ -17,10 +17,12 @@ namespace da::cuda {
 //   "onchip"     one launch wherever it is possible
 //   "block", "cluster", "group", also with a number of blocks as in "cluster:8"
 //                this one; an error where it is impossible
+// and after any of them limits, as in "portable,grid=64,terms=4": for tests.
 struct Wish {
   enum class Kind { automatic, portable, on_chip, exact } kind = Kind::automatic;
   Barrier barrier = Barrier::block;
   int blocks = 0;  // 0: any
+  Limits limits;
 };
 
 bool parse(const std::string& text, Wish& wish);

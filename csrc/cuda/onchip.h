@@ -19,6 +19,7 @@
 #include <numeric>
 
 #include "cuda/carver.h"
+#include "cuda/limits.h"
 #include "formula.h"
 
 namespace da::cuda {
@@ -30,9 +31,7 @@ enum class Barrier { block, cluster, group };
 // The kernels' launch bounds, which leave a thread 72 registers. With 512 threads it would have 64,
 // too few for backward's first sweep, which holds a vector's weights and sums beside what it reads.
 constexpr int kChipThreads = 448, kChipBlocks = 2;
-constexpr int kMaxChunks = 8;            // of a slab
 constexpr int kMaxCluster = 16;          // blocks; more than 8 only where the GPU agrees
-constexpr int kFoldBytes = 8 << 10;      // for sums of a block's rows, that are added by rounds
 constexpr size_t kBulkBytes = 8;         // of a simt::Bulk
 constexpr int kCounterStride = 32;       // words from one group's counter to the next one's
 constexpr int kStencil = 2 * kTaps + 1;  // coefficients and bias
@@ -141,7 +140,7 @@ DA_HD ChipMemory carve(const OnChip& p, unsigned char* base) {
 // as `shared_limit` bytes a block hold. `aligned`: every full-size tensor begins at a multiple of
 // 16 bytes. The caller sets images_at_once, 1 here, to no more than the device holds at once.
 inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barrier barrier,
-                      int blocks, int64_t shared_limit) {
+                      int blocks, int64_t shared_limit, const Limits& limits) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto round_up = [=](int64_t a, int64_t b) { return ceil_div(a, b) * b; };
   OnChip p{};
@@ -181,7 +180,7 @@ inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barri
   // A row's lanes are a power of two or whole warps, so that shuffles add up its sum.
   const int step = std::gcd(p.cols, p.vector);
   p.period = p.vector / step;
-  const int max_lanes = kChipThreads / p.period / 32 * 32;
+  const int max_lanes = std::min<int64_t>(kChipThreads / p.period / 32 * 32, limits.chip_lanes);
   const int max_width = max_lanes * p.vector - p.vector + step;
   p.col_tiles = ceil_div(p.cols, max_width);
   p.width = std::min<int>(round_up(ceil_div(p.cols, p.col_tiles), p.vector), p.cols);
@@ -200,19 +199,19 @@ inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barri
 
   p.slab_rows = round_up(ceil_div(p.rows, blocks), p.period);
   if (int64_t(p.slab_rows) * (blocks - 1) >= p.rows) return refuse("more blocks than rows");
-  p.chunk_rows = round_up(ceil_div(p.slab_rows, kMaxChunks), p.at_once);
+  p.chunk_rows = round_up(ceil_div(p.slab_rows, limits.chunks), p.at_once);
   p.chunks = ceil_div(p.slab_rows, p.chunk_rows);
   p.slice = ceil_div(p.cols, blocks);
-  p.fold = p.at_once == 1 ? 0 : std::clamp<int>(kFoldBytes / (4 * p.pitch()), 1, p.at_once);
+  p.fold = p.at_once == 1 ? 0 : std::clamp<int>(limits.fold_bytes / (4 * p.pitch()), 1, p.at_once);
 
   const auto fits = [&] { return carve(p, nullptr).bytes <= size_t(shared_limit); };
-  p.kept = p.chunks;
+  p.kept = std::min<int64_t>(p.chunks, limits.kept);
   while (p.kept > 0 && !fits()) p.kept--;
   if (!fits()) return refuse("not even the masks fit in shared memory");
   if (p.kept < p.chunks && !p.aligned)
     return refuse("what is not aligned must fit in shared memory, for it cannot be read again");
   if (backward && p.kept == p.chunks) {
-    p.kept_dy = p.chunks;
+    p.kept_dy = std::min<int64_t>(p.chunks, limits.kept - p.kept);
     while (p.kept_dy > 0 && !fits()) p.kept_dy--;
   }
   if (p.kept_dy < p.chunks && backward && !p.aligned)

@@ -74,12 +74,13 @@ const Plan& planned(const Problem& p, const Tensor& x, bool backward, bool align
   Wish wish;
   STD_TORCH_CHECK(parse(std::get<std::string>(key), wish), kWishes, text);
   const Device& device = device_of(x);
-  Plan plan = cuda::plan(p, device, aligned);
+  Plan plan = cuda::plan(p, device, aligned, wish.limits);
   const OnChip chip = choose(p, backward, device, aligned, wish,
                              [&](const OnChip& chip) { return residents(p.dtype, chip); });
   STD_TORCH_CHECK(!chip.refused || wish.kind != Wish::Kind::exact, "da_ops: DA_OPS_PLAN=", text,
                   ": ", chip.refused, "; unset it, or name another plan");
-  if (!chip.refused) (backward ? plan.backward : plan.forward) = on_chip_direction(p, chip);
+  if (!chip.refused)
+    (backward ? plan.backward : plan.forward) = on_chip_direction(p, chip, wish.limits);
   if (plans.size() >= kMost) plans.clear();
   return plans.emplace(key, std::move(plan)).first->second;
 }

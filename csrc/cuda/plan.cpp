@@ -8,16 +8,10 @@
 namespace da::cuda {
 namespace {
 
-constexpr int64_t kMaxBlocks = 1 << 20;  // of a launch; what is left goes to further ones
-constexpr int kMaxLanes = 64, kMaxScalarLanes = 128;
-constexpr int kMaxHeightBytes = 4096;  // of a map's values at a tile's rows
-// Vectors that a thread reads in a tile: enough to pay for its masks, few enough to fill the GPU.
-constexpr int64_t kMinReads = 4, kMaxReads = 32;
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-Tiling tile(const Problem& p, const Device& device, bool aligned) {
+Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits) {
   Tiling t{};
   // One pixel a channel: the channels are dense in either layout.
   t.channels_last = p.channels_last || p.pixels() == 1;
@@ -32,7 +26,7 @@ Tiling tile(const Problem& p, const Device& device, bool aligned) {
   t.period = t.vector / step;
 
   const int64_t max_lanes =
-      std::min<int64_t>(vectors ? kMaxLanes : kMaxScalarLanes, kThreads / t.period);
+      std::min<int64_t>(vectors ? limits.lanes : limits.scalar_lanes, kThreads / t.period);
   const int64_t max_width = max_lanes * t.vector - (t.vector - step);
   t.col_tiles = ceil_div(t.cols, max_width);
   t.width = std::min(round_up(ceil_div(t.cols, t.col_tiles), t.vector), t.cols);
@@ -45,10 +39,10 @@ Tiling tile(const Problem& p, const Device& device, bool aligned) {
   const int64_t at_once = int64_t(t.groups) * t.period;
   const int64_t blocks = device.multiprocessors * blocks_per_sm(p.element_size());
   const int64_t reads = ceil_div(ceil_div(t.rows, at_once) * t.col_tiles * p.n, blocks);
-  int64_t height = std::clamp(reads, kMinReads, kMaxReads) * at_once;
-  height = std::max(height, round_up(ceil_div(t.rows, kMaxTerms), t.period));
-  const int64_t max_height = kMaxHeightBytes / (p.dtype == Dtype::float64 ? 8 : 4);
-  height = std::min(height, max_height / t.period * t.period);
+  int64_t height = std::min(std::max(reads, limits.min_reads), limits.max_reads) * at_once;
+  height = std::max(height, round_up(ceil_div(t.rows, limits.terms), t.period));
+  const int64_t max_height = limits.height / (p.dtype == Dtype::float64 ? 8 : 4);
+  height = std::min(height, std::max<int64_t>(max_height / t.period, 1) * t.period);
   t.row_tiles = ceil_div(t.rows, height);
   t.height = round_up(ceil_div(t.rows, t.row_tiles), t.period);
   t.row_tiles = ceil_div(t.rows, t.height);
@@ -62,8 +56,6 @@ Staging staging(const Problem& p, const Tiling& t) {
     return {1, static_cast<int>(t.tile_pixels() + 2 * around), static_cast<int>(around)};
   return {5, row, kReach};
 }
-
-unsigned grid(int64_t jobs) { return std::clamp<int64_t>(jobs, 1, kMaxBlocks); }
 
 // Hands out places in the workspace.
 struct Allocator {
@@ -87,15 +79,15 @@ int64_t finish_jobs(const Problem& p) {
 
 class Planner {
  public:
-  Planner(const Problem& problem, const Plan& plan, bool backward)
-      : p_(problem), t_(plan.tiling), s_(plan.staging), backward_(backward) {}
+  Planner(const Problem& problem, const Plan& plan, const Limits& limits, bool backward)
+      : p_(problem), t_(plan.tiling), s_(plan.staging), limits_(limits), backward_(backward) {}
 
   void sums(const char* name, Stage stage, bool pixels, bool channels) {
     steps_.push_back({name, Kernel::sums, backward_, stage, pixels, channels, tiles(),
                       grid(tiles()), shared_bytes(p_, t_, s_, true),
                       backward_ && stage == Stage::first ? 2 : 1, 0});
-    if (pixels && t_.channel_tiles() > kMaxTerms) fold(stage, true, p_.pixels());
-    if (channels && t_.pixel_tiles() > kMaxTerms) fold(stage, false, p_.c);
+    if (pixels && t_.channel_tiles() > limits_.terms) fold(stage, true, p_.pixels());
+    if (channels && t_.pixel_tiles() > limits_.terms) fold(stage, false, p_.c);
   }
 
   void scale(const char* name) {
@@ -152,17 +144,19 @@ class Planner {
                       small_bytes(), 0, 0});
   }
   int64_t tiles() const { return p_.n * t_.tiles(); }
+  unsigned grid(int64_t jobs) const { return std::clamp<int64_t>(jobs, 1, limits_.grid); }
   static size_t small_bytes() { return SmallMemory(nullptr).bytes; }
 
   const Problem& p_;
   const Tiling& t_;
   const Staging& s_;
+  const Limits& limits_;
   bool backward_;
   std::vector<Step> steps_;
 };
 
-Direction plan_forward(const Problem& p, const Plan& plan) {
-  Planner planner(p, plan, false);
+Direction plan_forward(const Problem& p, const Plan& plan, const Limits& limits) {
+  Planner planner(p, plan, limits, false);
   switch (p.order) {
     case Order::spatial_channel:
       planner.sums("channel mean", Stage::first, true, false);
@@ -186,8 +180,8 @@ Direction plan_forward(const Problem& p, const Plan& plan) {
   return planner.direction();
 }
 
-Direction plan_backward(const Problem& p, const Plan& plan) {
-  Planner planner(p, plan, true);
+Direction plan_backward(const Problem& p, const Plan& plan, const Limits& limits) {
+  Planner planner(p, plan, limits, true);
   planner.sums("mask gradients", Stage::first, p.spatial(), p.channel());
   if (p.order == Order::spatial_channel)
     planner.sums("through the pooling", Stage::second, true, false);
@@ -200,18 +194,18 @@ Direction plan_backward(const Problem& p, const Plan& plan) {
 
 }  // namespace
 
-Plan plan(const Problem& problem, const Device& device, bool aligned) {
+Plan plan(const Problem& problem, const Device& device, bool aligned, const Limits& limits) {
   Plan plan{};
-  plan.tiling = tile(problem, device, aligned);
+  plan.tiling = tile(problem, device, aligned, limits);
   if (problem.spatial()) plan.staging = staging(problem, plan.tiling);
-  plan.forward = plan_forward(problem, plan);
-  plan.backward = plan_backward(problem, plan);
+  plan.forward = plan_forward(problem, plan, limits);
+  plan.backward = plan_backward(problem, plan, limits);
   return plan;
 }
 
-Direction on_chip_direction(const Problem& p, const OnChip& chip) {
+Direction on_chip_direction(const Problem& p, const OnChip& chip, const Limits& limits) {
   Plan none{};
-  Planner planner(p, none, chip.backward);
+  Planner planner(p, none, limits, chip.backward);
   planner.on_chip(chip);
   if (chip.backward) planner.finish();
 

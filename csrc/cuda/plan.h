@@ -25,7 +25,6 @@ Device typical_device(int sm);
 constexpr int kThreads = 256;  // of a block
 // Blocks that a multiprocessor's registers hold, by the size of an element.
 constexpr int blocks_per_sm(int64_t element_size) { return element_size == 8 ? 2 : 3; }
-constexpr int kMaxTerms = 32;  // partial sums that a block adds by itself; more are folded before
 
 // An image is a matrix: channels x pixels in NCHW, pixels x channels in NHWC. Blocks work on tiles
 // of it, threads on vectors of `vector` elements. Where a row is no whole number of vectors, rows
@@ -109,11 +108,11 @@ struct Plan {
 };
 
 // `aligned`: every full-size tensor begins at a multiple of 16 bytes.
-Plan plan(const Problem& problem, const Device& device, bool aligned);
+Plan plan(const Problem& problem, const Device& device, bool aligned, const Limits& limits);
 
 // A direction that chip.refused does not: one launch, and backward what finishes the parameters'
 // gradients.
-Direction on_chip_direction(const Problem& problem, const OnChip& chip);
+Direction on_chip_direction(const Problem& problem, const OnChip& chip, const Limits& limits);
 
 // Sums over a batch that the gradients of a scalar or eca gate are made of.
 int64_t gate_parts(const Problem& problem);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from . import native
@@ -11,7 +13,12 @@ from .base import Backend, Call, Direction, Pass, Plan
 def _plan(call: Call) -> Plan:
     dtype = str(call.dtype).removeprefix("torch.")
     details = native.planner().cpu(
-        call.shape, call.channels_last, dtype, call.order, torch.get_num_threads()
+        call.shape,
+        call.channels_last,
+        dtype,
+        call.order,
+        torch.get_num_threads(),
+        os.environ.get("DA_OPS_CPU_PLAN", ""),
     )
 
     def direction(name: str, tensors: int) -> Direction:

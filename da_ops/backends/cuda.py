@@ -64,7 +64,7 @@ def driver_version() -> str | None:
     """The newest CUDA that the NVIDIA driver knows, such as "13.0"; None where there is none."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return None
-    version = torch._C._cuda_getDriverVersion()
+    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     return f"{version // 1000}.{version % 1000 // 10}"
 
 

@@ -164,6 +164,13 @@ class Turns {
 
 inline std::deque<Lane> lanes;  // of this launch or a larger one before: stacks and fibers are dear
 
+// Of a launch whose blocks these images share evenly, the blocks of the first few are left out:
+// what lies far into a tensor is reached without all that comes before it.
+struct LeftOut {
+  unsigned first, images;
+};
+inline LeftOut left_out = {0, 0};
+
 // Calls body(kernel) once for every thread of the launch.
 inline void run(const Launch& launch, void (*body)(const void*), const void* kernel) {
   const unsigned size = launch.block, group = launch.group;
@@ -187,7 +194,9 @@ inline void run(const Launch& launch, void (*body)(const void*), const void* ker
 #ifdef __SANITIZE_THREAD__
   scheduler.tsan_fiber = __tsan_get_current_fiber();
 #endif
-  for (unsigned first = 0; first < launch.grid; first += live) {
+  const bool by_image = left_out.images > 0 && launch.grid % left_out.images == 0;
+  const unsigned begin = by_image ? launch.grid / left_out.images * left_out.first : 0;
+  for (unsigned first = begin; first < launch.grid; first += live) {
     const unsigned now = std::min(live, launch.grid - first);
     std::vector<Lane*> running;
     for (unsigned b = 0; b < now; b++) {

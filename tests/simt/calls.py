@@ -16,10 +16,6 @@ from .build import run
 
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]  # as da::Dtype
 
-
-_BARRIERS = ["block", "cluster", "group"]  # as da::cuda::Barrier
-
-
 REFUSED = 5  # the executable's answer to a call that its kernels cannot run as asked
 
 
@@ -33,7 +29,12 @@ class OnChip(NamedTuple):
     barrier: str = "block"
     blocks: int = 1  # of a group
     images_at_once: int = 1
-    chunks: int = 2 * 8  # of x and dy, to keep at most; the others are read again
+    kept: int = 2 * 8  # chunks of x and dy, at most; the others are read again
+
+    @property
+    def plan(self) -> str:
+        """As DA_OPS_PLAN has it."""
+        return f"{self.barrier}:{self.blocks},kept={self.kept}"
 
 
 def _raw(t: Tensor) -> bytes:
@@ -41,7 +42,9 @@ def _raw(t: Tensor) -> bytes:
     return flat.reshape(-1).clone().view(torch.uint8).numpy().tobytes()
 
 
-def _request(call: Call, multiprocessors: int, aligned: bool, on_chip: OnChip | None) -> bytes:
+def _request(
+    call: Call, multiprocessors: int, aligned: bool, on_chip: OnChip | None, limits: str, far: int
+) -> bytes:
     given = [call.parameters.get(name) for name in PARAMETERS]
     present = sum(1 << i for i, p in enumerate(given) if p is not None)
     wide = any(p.dtype != call.x.dtype for p in call.parameters.values())
@@ -57,13 +60,14 @@ def _request(call: Call, multiprocessors: int, aligned: bool, on_chip: OnChip | 
         present,
         multiprocessors,
         aligned,
-        on_chip is not None,
+        on_chip.images_at_once if on_chip else 1,
+        far,
     ]
-    barrier, *numbers = on_chip or OnChip()
-    header += [_BARRIERS.index(barrier), *numbers]
+    plan = ",".join(filter(None, (on_chip.plan if on_chip else "portable", limits))).encode()
+    header.append(len(plan))
     dy = call.dy.contiguous(memory_format=_format(call))
     tensors = [*(p for p in given if p is not None), call.x, dy]
-    return np.array(header, np.int64).tobytes() + b"".join(map(_raw, tensors))
+    return np.array(header, np.int64).tobytes() + plan + b"".join(map(_raw, tensors))
 
 
 def _format(call: Call) -> torch.memory_format:
@@ -77,14 +81,20 @@ def results(
     multiprocessors: int = 132,
     aligned: bool = True,
     on_chip: OnChip | None = None,
+    limits: str = "",
+    far: int = 0,
     **environment: str,
 ) -> list[dict[str, Tensor]]:
     """For each call y and every gradient, by name, as of ``Call.results``.
 
     On fewer multiprocessors tiles are larger; unaligned tensors have no vector accesses. With
-    `on_chip` the kernels run that keep an image in shared memory, or Refused is raised.
+    `on_chip` the kernels run that keep an image in shared memory, or Refused is raised. `limits`
+    are those of DA_OPS_PLAN. The call's images are the last of a tensor that holds `far` more,
+    whose tiles are not run: all of them are zero.
     """
-    requests = b"".join(_request(call, multiprocessors, aligned, on_chip) for call in calls)
+    requests = b"".join(
+        _request(call, multiprocessors, aligned, on_chip, limits, far) for call in calls
+    )
     done = run(executable, stdin=requests, **environment)
     if done.returncode == REFUSED:
         raise Refused(done.stderr)

@@ -1,10 +1,14 @@
 // Runs the CUDA backend on the CPU: calls from stdin, their results to stdout; test_cuda_kernels.py
 // writes the one and reads the other. Numbers are raw, in the order below.
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "cuda/choose.cpp"
 #include "cuda/launch.cuh"
 #include "cuda/plan.cpp"
 
@@ -27,10 +31,10 @@ struct Header {
   int64_t wide;     // the parameters are float32
   int64_t present;  // bit i: parameter i is there
   int64_t multiprocessors;
-  int64_t aligned;  // 0: full-size tensors begin one element after a multiple of 16 bytes
-  int64_t on_chip;  // 0: the portable passes; or else
-  int64_t barrier, blocks, images_at_once;
-  int64_t chunks;  // of x and dy, to keep in shared memory at most
+  int64_t aligned;         // 0: full-size tensors begin one element after a multiple of 16 bytes
+  int64_t images_at_once;  // of a launch on the chip
+  int64_t far;             // images before these, all zero, whose tiles are left out
+  int64_t plan_bytes;      // of the text that follows, a plan as in DA_OPS_PLAN
 };
 
 bool get(void* data, size_t bytes) { return std::fread(data, 1, bytes, stdin) == bytes; }
@@ -39,49 +43,84 @@ void put_out(const void* data, size_t bytes) {
   if (std::fwrite(data, 1, bytes, stdout) != bytes) std::exit(3);
 }
 
-// A full-size tensor, with nothing after its last element.
+// Zeros, without memory for what is never written.
+class Untouched {
+ public:
+  explicit Untouched(size_t bytes) : bytes_(bytes + 1) {
+    constexpr int kHow = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, kHow, -1, 0);
+    if (data_ == MAP_FAILED) std::exit(6);
+  }
+  ~Untouched() { munmap(data_, bytes_); }
+  Untouched(const Untouched&) = delete;
+  Untouched& operator=(const Untouched&) = delete;
+  void* data() { return data_; }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
+// An array with nothing after its last element, or (`far`) an untouched one.
+template <class T>
+struct Array {
+  Buffer<T> near;
+  Untouched zeros;
+  bool far;
+
+  Array(int64_t elements, bool far)
+      : near(far ? 0 : elements), zeros(far ? elements * sizeof(T) : 0), far(far) {}
+  T* data() { return far ? static_cast<T*>(zeros.data()) : near.data(); }
+};
+
+// A full-size tensor, of which the call's images are the last.
 template <class T>
 struct Tensor {
-  Buffer<T> memory;
-  size_t skip;
+  Array<T> memory;
+  size_t skip, before, bytes;
 
-  Tensor(int64_t elements, bool aligned) : memory(elements + !aligned), skip(!aligned) {}
+  Tensor(const Header& header, int64_t image)
+      : memory((header.far + header.n) * image + !header.aligned, header.far > 0),
+        skip(!header.aligned),
+        before(header.far * image),
+        bytes(header.n * image * sizeof(T)) {}
   T* data() { return memory.data() + skip; }
-  size_t bytes() const { return memory.bytes() - skip * sizeof(T); }
   void read() {
-    if (!get(data(), bytes())) std::exit(2);
+    if (!get(data() + before, bytes)) std::exit(2);
   }
-  void write() { put_out(data(), bytes()); }
+  void write() { put_out(data() + before, bytes); }
 };
 
 void require(int error) {
   if (error != 0) std::exit(4);
 }
 
-Direction direction_on_chip(const Header& header, const Problem& p, bool backward) {
-  OnChip chip{};
-  size_t shared_limit = size_t(1) << 30;
-  do {
-    chip = on_chip(p, backward, header.aligned, static_cast<Barrier>(header.barrier), header.blocks,
-                   shared_limit);
-    if (chip.refused) {
-      std::fprintf(stderr, "refused: %s\n", chip.refused);
-      std::exit(5);
-    }
-    shared_limit = chip.memory.bytes - 1;
-  } while (chip.kept + chip.kept_dy > header.chunks);
+Direction direction_on_chip(const Header& header, const Wish& wish, const Problem& p,
+                            bool backward) {
+  OnChip chip = on_chip(p, backward, header.aligned, wish.barrier, std::max(wish.blocks, 1),
+                        int64_t(1) << 30, wish.limits);
+  if (chip.refused) {
+    std::fprintf(stderr, "refused: %s\n", chip.refused);
+    std::exit(5);
+  }
   chip.images_at_once = header.images_at_once;
-  return on_chip_direction(p, chip);
+  return on_chip_direction(p, chip, wish.limits);
+}
+
+Plan plan_of(const Header& header, const Wish& wish, const Problem& p) {
+  const Device device{90, int(header.multiprocessors), 50 << 20};
+  Plan plan = da::cuda::plan(p, device, header.aligned, wish.limits);
+  if (wish.kind == Wish::Kind::exact) {
+    plan.forward = direction_on_chip(header, wish, p, false);
+    plan.backward = direction_on_chip(header, wish, p, true);
+  }
+  return plan;
 }
 
 template <class T>
-void call(const Header& header, const Problem& p) {
+void call(const Header& header, const Wish& wish, const Problem& p) {
   using A = accumulate_t<T>;
-  Plan plan = da::cuda::plan(p, {90, int(header.multiprocessors), 50 << 20}, header.aligned);
-  if (header.on_chip) {
-    plan.forward = direction_on_chip(header, p, false);
-    plan.backward = direction_on_chip(header, p, true);
-  }
+  const Plan plan = plan_of(header, wish, p);
   const int64_t sizes[] = {
       9, 9, 2, 1, p.gate_weights(), p.gate == Gate::eca ? 0 : p.gate_weights()};
   const size_t each = header.wide ? sizeof(float) : sizeof(T);
@@ -98,18 +137,20 @@ void call(const Header& header, const Problem& p) {
   const Parameters parameters{values[0], values[1], values[2],    values[3],
                               values[4], values[5], !!header.wide};
 
-  Tensor<T> x(p.elements(), header.aligned), dy(p.elements(), header.aligned);
-  Tensor<T> y(p.elements(), header.aligned), dx(p.elements(), header.aligned);
+  const int64_t image = p.c * p.pixels();
+  const bool far = header.far > 0;
+  Tensor<T> x(header, image), dy(header, image), y(header, image), dx(header, image);
   x.read();
   dy.read();
-  Buffer<A> channel_mean(p.spatial() ? p.n * p.pixels() : 0), pooled(p.channel() ? p.n * p.c : 0);
+  Array<A> channel_mean(p.spatial() ? p.n * p.pixels() : 0, far);
+  Array<A> pooled(p.channel() ? p.n * p.c : 0, far);
   {
-    Buffer<A> workspace(plan.forward.workspace.elements);
+    Array<A> workspace(plan.forward.workspace.elements, far);
     require(forward(p, plan, parameters, x.data(), y.data(), channel_mean.data(), pooled.data(),
                     workspace.data(), nullptr));
   }
   {
-    Buffer<A> workspace(plan.backward.workspace.elements);
+    Array<A> workspace(plan.backward.workspace.elements, far);
     require(backward(p, plan, parameters, dy.data(), x.data(), channel_mean.data(), pooled.data(),
                      dx.data(), {slopes[0], slopes[1], slopes[2], slopes[3], slopes[4], slopes[5]},
                      workspace.data(), nullptr));
@@ -124,8 +165,12 @@ void call(const Header& header, const Problem& p) {
 int main() {
   Header header;
   while (get(&header, sizeof header)) {
+    simt::host::left_out = {unsigned(header.far), unsigned(header.far + header.n)};
+    std::string text(header.plan_bytes, 0);
+    Wish wish;
+    if (!get(text.data(), text.size()) || !parse(text, wish)) return 2;
     Problem p;
-    p.n = header.n, p.c = header.c, p.h = header.h, p.w = header.w;
+    p.n = header.far + header.n, p.c = header.c, p.h = header.h, p.w = header.w;
     p.channels_last = header.channels_last;
     p.dtype = static_cast<Dtype>(header.dtype);
     p.order = static_cast<Order>(header.order);
@@ -133,16 +178,16 @@ int main() {
     p.kernel_size = header.kernel_size;
     switch (p.dtype) {
       case Dtype::float16:
-        call<simt::float16>(header, p);
+        call<simt::float16>(header, wish, p);
         break;
       case Dtype::bfloat16:
-        call<simt::bfloat16>(header, p);
+        call<simt::bfloat16>(header, wish, p);
         break;
       case Dtype::float32:
-        call<float>(header, p);
+        call<float>(header, wish, p);
         break;
       case Dtype::float64:
-        call<double>(header, p);
+        call<double>(header, wish, p);
         break;
     }
   }

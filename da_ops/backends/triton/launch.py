@@ -16,7 +16,7 @@ from ...layout import empty_gradient
 from ..base import Gradients
 from . import maps, passes, tune
 from .run import INTERPRETED, run
-from .tiles import DEVICE, INTERPRETER, LARGE, matrix, power_of_two, split, sum_tiles
+from .tiles import DEVICE, INTERPRETER, matrix, power_of_two, split, sum_tiles
 
 LIMITS = INTERPRETER if INTERPRETED else DEVICE
 TAP_SUMS = 32  # 19 numbers, up to a power of two
@@ -45,11 +45,11 @@ class Image:
         self.n, self.channels, self.height, self.width = x.shape
         self.pixels = self.height * self.width
         channels_last = not x.is_contiguous()
-        self.matrix = matrix(tuple(x.shape), x.element_size(), channels_last)
+        self.matrix = matrix(tuple(x.shape), x.element_size(), channels_last, LIMITS)
         double = x.dtype == torch.float64
         self.x = x
         self.dtype = torch.float64 if double else torch.float32
-        large = self.matrix.rows * self.matrix.cols >= LARGE
+        large = self.matrix.rows * self.matrix.cols >= LIMITS.large
         self.types = {
             "INDEX": tl.int64 if large else tl.int32,
             "ACC": tl.float64 if double else tl.float32,
@@ -145,7 +145,7 @@ class Image:
             order = "columns" if order == "rows" else "rows"
         options = {"ORDER": order, "GROUP": m.group, "VECTOR": m.vector, "BACKWARDS": False}
         arguments = (x, y, u, v, a, b, self.n, m.rows, m.cols)
-        tune.scale(m, self.n, arguments, {**options, **self.types})
+        tune.scale(m, self.n, arguments, {**options, **self.types}, LIMITS)
 
     def _blocks(self, spatial: bool, channel: bool) -> dict[str, int]:
         """How maps.py's kernels share out the pixels and the channels of an image."""
@@ -224,7 +224,7 @@ class Image:
                 back.tap_sums, self.n * b["bands"], *given[:3], *results[:4],
                 back.dt, back.g, back.gate_sums, self.n * b["blocks"], self.n, length, *results[4:],
                 GATE=self.gate, SPATIAL=self.spatial, BC=block,
-                PARTS=max(1, 4096 // max(block, TAP_SUMS)), ACC=self.types["ACC"],
+                PARTS=max(1, LIMITS.parts // max(block, TAP_SUMS)), ACC=self.types["ACC"],
             )  # fmt: skip
         return tuple(results)
 
@@ -246,7 +246,7 @@ class Back:
 
 def _parts(count: int, block: int) -> int:
     """Shares that are added at once."""
-    return min(power_of_two(max(count, 1)), max(1, 4096 // block))
+    return min(power_of_two(max(count, 1)), max(1, LIMITS.parts // block))
 
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-LARGE = 2**30  # elements of an image from which on 32 bits are not enough for an offset in it
-
 
 @dataclass(frozen=True)
 class Limits:
-    """What suits the machine."""
+    """What suits the machine. Tests take others, so that small tensors are cut up as large ones."""
 
     tile_bytes: int  # of x in flight at once in a program
     narrowest: int  # bytes of a tile's row, where there are as many
@@ -23,6 +21,9 @@ class Limits:
     pixel_block: int  # pixels of a program over small maps
     channel_block: int
     stencil_block: int  # pixels of its stencil at once
+    shares: int = 64  # of a sum, at the most: what sums them is small
+    parts: int = 4096  # elements of shares that are added at once
+    large: int = 2**30  # elements of an image from which on 32 bits are too few for its offsets
 
 
 # 8 KiB are four 16-byte loads for each of 128 threads, 512 bytes one for each thread of a warp, so
@@ -47,7 +48,6 @@ INTERPRETER = Limits(
     channel_block=4096,
     stencil_block=4096,
 )
-SHARES = 64  # of a sum, at the most: what sums them is small
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Matrix:
         return (self.cols + more) // self.vector * self.vector
 
 
-def matrix(shape: tuple[int, ...], itemsize: int, channels_last: bool) -> Matrix:
+def matrix(
+    shape: tuple[int, ...], itemsize: int, channels_last: bool, limits: Limits = DEVICE
+) -> Matrix:
     _, channels, height, width = shape
     pixels = height * width
     by_pixel = channels_last or pixels == 1  # one pixel is a row of channels either way
@@ -81,7 +83,7 @@ def matrix(shape: tuple[int, ...], itemsize: int, channels_last: bool) -> Matrix
     group = vector // math.gcd(cols, vector)
     # An image that is no whole number of vectors leaves the next one unaligned; a tile crosses one
     # row's end at the most, so a row has no fewer columns than a vector.
-    if rows * cols % vector or (group > 1 and (cols < vector or rows * cols >= LARGE)):
+    if rows * cols % vector or (group > 1 and (cols < vector or rows * cols >= limits.large)):
         vector = group = 1
     return Matrix(rows, cols, vector, group, itemsize, by_pixel)
 
@@ -128,7 +130,7 @@ def scale_tiles(m: Matrix, limits: Limits) -> Tiles:
 
 def split(tiles: int, programs: int, limits: Limits) -> Split:
     """Of a loop over so many tiles, in each of so many programs."""
-    splits = min(tiles, SHARES, max(1, limits.programs // max(programs, 1)))
+    splits = min(tiles, limits.shares, max(1, limits.programs // max(programs, 1)))
     each = -(-tiles // splits)
     return Split(-(-tiles // each), each)
 

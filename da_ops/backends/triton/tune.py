@@ -16,7 +16,7 @@ import torch
 
 from . import passes
 from .run import INTERPRETED, run
-from .tiles import DEVICE, INTERPRETER, Matrix, scale_tiles
+from .tiles import Limits, Matrix, scale_tiles
 
 # Bytes of a tile, of its longest row, warps; the first where nothing is measured.
 CANDIDATES = (
@@ -31,17 +31,19 @@ _ROUNDS = 7
 _chosen: dict[Any, tuple[int, int, int]] = {}
 
 
-def scale(m: Matrix, images: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def scale(
+    m: Matrix, images: int, arguments: tuple[Any, ...], options: dict[str, Any], limits: Limits
+) -> None:
     """``passes.scale`` with the tiles that are quickest for calls like this one."""
     if INTERPRETED:
-        _scale(m, images, arguments, options, (INTERPRETER.tile_bytes, INTERPRETER.widest, 4))
+        _scale(m, images, arguments, options, limits, (limits.tile_bytes, limits.widest, 4))
         return
     x = arguments[0]
     present = tuple(t is not None for t in arguments[2:6])
     key = (x.device, x.dtype, m, images, options["ORDER"], present)
     if key not in _chosen and _may_measure():
-        _chosen[key] = _quickest(m, images, arguments, options)
-    _scale(m, images, arguments, options, _chosen.get(key, CANDIDATES[0]))
+        _chosen[key] = _quickest(m, images, arguments, options, limits)
+    _scale(m, images, arguments, options, limits, _chosen.get(key, CANDIDATES[0]))
 
 
 def _may_measure() -> bool:
@@ -51,14 +53,14 @@ def _may_measure() -> bool:
 
 
 def _quickest(
-    m: Matrix, images: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    m: Matrix, images: int, arguments: tuple[Any, ...], options: dict[str, Any], limits: Limits
 ) -> tuple[int, int, int]:
     def seconds(candidate: tuple[int, int, int]) -> float:
-        _scale(m, images, arguments, options, candidate)  # compiles
+        _scale(m, images, arguments, options, limits, candidate)  # compiles
         events = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]
         for event in events:
             event.record()
-            _scale(m, images, arguments, options, candidate)
+            _scale(m, images, arguments, options, limits, candidate)
         events[-1].synchronize()
         return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
 
@@ -70,10 +72,10 @@ def _scale(
     images: int,
     arguments: tuple[Any, ...],
     options: dict[str, Any],
+    limits: Limits,
     candidate: tuple[int, int, int],
 ) -> None:
     tile_bytes, widest, warps = candidate
-    limits = INTERPRETER if INTERPRETED else DEVICE
     t = scale_tiles(m, replace(limits, tile_bytes=tile_bytes, widest=widest))
     run(
         passes.scale, images * t.blocks * t.windows, *arguments, t.blocks, t.windows,

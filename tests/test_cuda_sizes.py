@@ -1,0 +1,77 @@
+"""What the CUDA backend decides by size, with its kernels run on the CPU: several launches a step,
+folds, offsets beyond 32 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .cases import FEW_CASES, LAYOUTS, make
+from .plans import text
+from .simt.calls import OnChip, results
+from .test_cuda_kernels import check
+
+# What only large tensors get by themselves: several launches a step, the last of them smaller; sums
+# folded along either axis; a map staged by rows, of which a tile has a part.
+LIMITS = [text(grid=1), text(grid=7), text(terms=2, lanes=2, height=32), text(lanes=3, max_reads=1)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("limits", LIMITS)
+def test_small_limits(kernels, limits, layout):
+    calls = [
+        make((3, 40, 5, 16), order, gate, dtype=dtype, layout=layout)
+        for order, gate in FEW_CASES
+        for dtype in (torch.float16, torch.float32)
+    ]
+    check(calls, results(kernels(), calls, limits=limits))
+    check(calls, results(kernels(), calls, limits=text(grid=5, scalar_lanes=3), aligned=False))
+
+
+# Images of which 32 bits do not count the elements of so many; nor those of a map by pixel, by
+# channel. Those of one row are one block's.
+FAR = [((64, 32, 32), "affine", group) for group in (OnChip("group", 2), OnChip("cluster", 2))]
+FAR += [
+    (image, gate, group)
+    for image, gate in (((64, 32, 32), "affine"), ((1, 256, 256), "eca"), ((65536, 1, 1), "scalar"))
+    for group in (None, OnChip())
+]
+
+
+@pytest.mark.parametrize("order", ["spatial_channel", "channel_spatial"])
+@pytest.mark.parametrize(("image", "gate", "on_chip"), FAR)
+def test_offsets_beyond_32_bits(kernels, image, gate, on_chip, order):
+    """The last image of a tensor whose others are zeros, that take no memory and are not run."""
+    far = 2**32 // torch.Size(image).numel() + 1
+    options = {"far": far, "limits": text(grid=2**30)}
+    if on_chip:
+        options["on_chip"] = on_chip._replace(images_at_once=far + 1)
+    dtypes = {"dtype": torch.float16, "parameter_dtype": torch.float32}
+    for layout in LAYOUTS:
+        call = make((1, *image), order, gate, **dtypes, layout=layout)
+        check([call], results(kernels(), [call], **options))
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sanitizers_find_nothing(kernels, layout, kind):
+    """Several blocks at a time: none folds what is another's, or beyond the last entry."""
+    calls = [
+        make((2, 40, 5, 8), order, gate, dtype=torch.float16, layout=layout)
+        for order, gate in [("parallel", "affine"), ("spatial_channel", "eca")]
+    ]
+    limits = text(grid=7, terms=2, lanes=2, height=32)
+    options = {"SIMT_ORDER": "random", "SIMT_LIVE": "4"}
+    check(calls, results(kernels(kind), calls, limits=limits, **options))
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kept", [2, 3, 4])
+def test_on_chip_sanitizers_find_nothing(kernels, kept, layout, kind):
+    """Rows of several tiles, slabs of two chunks, one image after another: the next one's chunk
+    takes the place of one that no tile needs any more."""
+    calls = [make((3, 80, 8, 10), dtype=torch.float16, layout=layout)]
+    limits = text(chip_lanes=4, chunks=2, fold_bytes=200)
+    options = {"on_chip": OnChip(kept=kept), "SIMT_ORDER": "random"}
+    check(calls, results(kernels(kind), calls, limits=limits, **options))
