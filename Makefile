@@ -27,8 +27,15 @@ RECORD := da_ops/_build.json
 BUILT := $(STAMPS)/built
 
 # A worker of the test suite has one thread of torch; without pytest-xdist there is one worker.
-PYTEST = $(PY) -m pytest $(shell $(PY) -c 'import xdist' 2>/dev/null && \
-  printf '%s' '-n $(JOBS) --dist loadgroup')
+WORKERS := -n $(JOBS) --dist loadgroup
+PYTEST = $(PY) -m pytest $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '$(WORKERS)')
+
+# What depends on the version of torch. The library that $(PY) built runs as it is in environments
+# with the same Python and another torch.
+OLDEST := $(VENV)-oldest
+NEWEST := $(VENV)-newest
+VERSION_TESTS := $(patsubst %,tests/test_%.py,versions operator shapes isolation autograd module \
+  compile errors explain reference triton)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -36,11 +43,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one environment would collide
 MAKEFLAGS += --no-builtin-rules
-.PHONY: help env build test test-full simt bench bench-full ablation demo gpu lint format \
-  cuda-report clean FORCE
+.PHONY: help env build test test-full test-oldest test-versions simt bench bench-full ablation \
+  demo gpu lint format cuda-report clean FORCE
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo
 	@echo '  VENV=$(VENV)  PYTHON=$(PYTHON)  JOBS=$(JOBS)'
 	@echo '  make VENV= PYTHON=python3 ... uses that interpreter as it is and downloads nothing'
@@ -54,6 +61,15 @@ test: $(STAMPS)/env-test $(BUILT)  ## run all tests
 
 test-full: $(STAMPS)/env-test $(BUILT)  ## run all tests, with many more random cases, all on Triton
 	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests
+
+test-oldest: $(BUILT) $(OLDEST)/stamps/env-test  ## test this build on the oldest torch promised
+	$(OLDEST)/bin/python -m da_ops info
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(WORKERS) -k 'not triton' $(VERSION_TESTS)
+
+test-versions: test-oldest $(NEWEST)/stamps/env-test  ## the same on the newest, and Triton on both
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(WORKERS) -k triton $(VERSION_TESTS)
+	$(NEWEST)/bin/python -m da_ops info
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(WORKERS) $(VERSION_TESTS)
 
 simt: $(STAMPS)/env-test $(BUILT)  ## run the CUDA sources on the CPU, under sanitizers
 	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests/test_simt.py tests/test_cuda_kernels.py
@@ -108,6 +124,9 @@ $(BUILT): $(SOURCES) $(if $(wildcard $(RECORD)),,FORCE)
 	$(ARCHS) $(PY) setup.py -q build_ext --inplace
 	@mkdir -p $(@D) && touch $@
 
+$(OLDEST)/% $(NEWEST)/%:
+	@echo "this takes environments of its own, and with VENV= nothing is downloaded"; exit 1
+
 else
 
 $(VENV)/bin/python:
@@ -118,6 +137,20 @@ $(STAMPS)/env-%: pyproject.toml build_tools/requirements.py | $(VENV)/bin/python
 	$(PY) build_tools/requirements.py $(filter-out base,$*) > $(@D)/$*.txt
 	$(PY) -m pip install -r $(@D)/$*.txt
 	@touch $@
+
+$(OLDEST)/bin/python $(NEWEST)/bin/python: | $(VENV)/bin/python
+	$(VENV)/bin/python -m venv $(@D:/bin=)
+
+$(OLDEST)/stamps/env-test: pyproject.toml build_tools/requirements.py | $(OLDEST)/bin/python
+	@mkdir -p $(@D)
+	$(OLDEST)/bin/python build_tools/requirements.py --oldest test > $(@D)/test.txt
+	$(OLDEST)/bin/python -m pip install -r $(@D)/test.txt
+	@touch $@
+
+$(NEWEST)/stamps/env-test: FORCE | $(NEWEST)/bin/python  # there may be a newer one by now
+	@mkdir -p $(@D)
+	$(NEWEST)/bin/python build_tools/requirements.py test > $(@D)/test.txt
+	$(NEWEST)/bin/python -m pip install --upgrade -r $(@D)/test.txt
 
 $(BUILT): $(SOURCES) $(if $(wildcard $(RECORD)),,FORCE) | $(STAMPS)/env-base
 	$(ARCHS) $(PY) -m pip install --no-build-isolation --no-deps -e .

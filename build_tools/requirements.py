@@ -2,6 +2,7 @@
 
 python build_tools/requirements.py bench test            one requirement per line
 python build_tools/requirements.py --missing bench test  those that this interpreter lacks
+python build_tools/requirements.py --oldest bench test   with the oldest torch that is promised
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def expand(extra: str, project: dict[str, Any]) -> list[str]:
     return found
 
 
+def oldest(requirement: str) -> str:
+    """Of torch's minor versions only the lowest: torch>=2.10 becomes torch==2.10.*"""
+    return re.sub(r"^torch>=([\d.]+)$", r"torch==\1.*", requirement)
+
+
 def installed(requirement: str) -> bool:
     try:
         metadata.version(re.split(r"[^\w.-]", requirement)[0])
@@ -49,7 +55,10 @@ def installed(requirement: str) -> bool:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    only_missing = "--missing" in arguments
-    names = requirements([name for name in arguments if name != "--missing"])
-    print("\n".join(name for name in names if not (only_missing and installed(name))))
+    extras = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    names = requirements(extras)
+    if "--oldest" in sys.argv:
+        names = [oldest(name) for name in names]
+    if "--missing" in sys.argv:
+        names = [name for name in names if not installed(name)]
+    print("\n".join(names))

@@ -74,12 +74,12 @@ def compiled(kernel, target, arguments, options):
             "narrow": sum(access.endswith((".b16", ".u16", ".b8")) for access in accesses),
             **resources(made.asm["cubin"]),
         }
-    spilled = re.findall(r"[sv]gpr_spill_count: +(\d+)", made.asm["amdgcn"])
+    scalar, vector = re.findall(r"[sv]gpr_spill_count: +(\d+)", made.asm["amdgcn"])
     return {
         "wide": len(re.findall(r"_(?:load|store)_dwordx4", made.asm["amdgcn"])),
         "narrow": len(re.findall(r"_(?:load_u|store_)short", made.asm["amdgcn"])),
         "registers": int(re.search(r"\.vgpr_count: +(\d+)", made.asm["amdgcn"]).group(1)),
-        "spilled": sum(map(int, spilled)),
+        "spilled": int(scalar) + int(vector),
     }
 
 

@@ -288,9 +288,9 @@ def test_import_works_without_the_record(package, tmp_path):
 
 def test_requirements_are_those_of_pyproject():
     names = requirements.requirements(["dev"])
-    for name in ("torch>=2.10", "ninja", "torchvision", "hypothesis", "ruff"):
+    for name in ("numpy", "ninja", "torchvision", "hypothesis", "ruff"):
         assert name in names
     assert len(names) == len(set(names))
     assert not [name for name in names if name.startswith("da-ops")]
-    assert requirements.installed("torch>=2.10")
+    assert requirements.installed("torch>=1")
     assert not requirements.installed("no-such-package-of-ours>=1")

@@ -39,7 +39,8 @@ def load(library: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
+        why = error.__cause__ or error  # torch puts a line of its own before the loader's
+        first_line = str(why).strip().partition("\n")[0]
         return f"{library} does not load, reinstall da-ops to rebuild it: {first_line}"
     _describe()
     return None

@@ -36,7 +36,7 @@ DEVICE = Limits(
     programs=8 * 132,
     pixel_block=512,
     channel_block=64,
-    stencil_block=128,
+    stencil_block=64,
 )
 # An operation costs the same there however much it does.
 INTERPRETER = Limits(
