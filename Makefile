@@ -34,8 +34,8 @@ PYTEST = $(PY) -m pytest $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '
 # with the same Python and another torch.
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
-VERSION_TESTS := $(patsubst %,tests/test_%.py,versions operator shapes isolation autograd module \
-  compile errors explain reference triton)
+VERSION_TESTS := $(patsubst %,tests/test_%.py,versions operator accuracy shapes sizes isolation \
+  autograd module children distributed ecosystem compile errors explain reference triton)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
