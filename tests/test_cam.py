@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 
 import numpy as np
@@ -369,9 +370,10 @@ def test_side_by_side(files):
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 1000
 
 
-def test_classifier_weights(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"args": argparse.Namespace(lr=0.1)}])
+def test_classifier_weights(tmp_path, more):
     plain = models.resnet18(None)
-    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    torch.save({"model": plain.state_dict(), **more}, tmp_path / "plain.pt")
     network = figures.load_network(str(tmp_path / "plain.pt"), "resnet18")
     assert network.title == "ResNet-18" and not network.detector
     assert network.number("tabby") == network.number("281") == 281

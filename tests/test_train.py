@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import logging
 import os
 
 import pytest
@@ -213,12 +214,25 @@ def test_eval_of_a_folder_without_a_checkpoint_of_other_files_and_of_other_class
     assert f"{torn}: expected a checkpoint" in error(torn, data)
     torch.save({"conv": torch.zeros(1)}, torn)
     assert "got another file of torch.save" in error(torn, data)
+    torch.save({"model": {}, "args": argparse.Namespace(lr=0.1)}, torn)
+    assert "got another file of torch.save" in error(torn, data)
     make_data(tmp_path / "other", train=1, test=1, size=64)
     (tmp_path / "other" / "VOCdevkit" / "classes.txt").write_text("cat\ndog\n")
     message = error(run, tmp_path / "other")
     assert "expected the classes that the checkpoint was trained on" in message
     assert "cat, dog" in message
     assert "no such split" in error(run, data, "--split", "nothing")
+
+
+def test_the_checkpoint_of_a_compiled_detector(run, tmp_path, caplog):
+    stored = checkpoint.load(run / "last.pt")
+    stored["model"] = {f"_orig_mod.{name}": value for name, value in stored["model"].items()}
+    torch.save(stored, tmp_path / "a.pt")
+    with caplog.at_level(logging.INFO, "da_ops"):
+        detector = checkpoint.load_detector(tmp_path / "a.pt")
+    assert f"{tmp_path / 'a.pt'}: '_orig_mod.' taken off the keys" in caplog.text
+    own = detector.model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in weights(run).items())
 
 
 # What stops a run
