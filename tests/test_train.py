@@ -7,7 +7,9 @@ import csv
 import dataclasses
 import json
 import logging
+import math
 import os
+import re
 
 import pytest
 import torch
@@ -321,8 +323,17 @@ def test_data_without_images_or_without_objects_is_refused(data, tmp_path, capsy
     assert "without a single box" in error(bare)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": -1.0}, {"clip_norm": 0.0}, {"size": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"size": 0}, {"clip_norm": 0.0}, {"clip_norm": math.nan}, {"lr": -1.0},
+        {"lr": math.inf}, {"lr": math.nan}, {"weight_decay": math.inf}, {"momentum": 1.0},
+        {"momentum": math.nan}, {"seed": -1}, {"seed": 2**64}, {"milestones": (5, -3)},
+        {"backend": "cpuu"}, {"backend": ""},
+    ],
+)  # fmt: skip
 def test_settings_out_of_range(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"{name}: expected .*, got {value}"):
+    with pytest.raises(ValueError, match=rf"{name}: expected .*, got {re.escape(repr(value))}"):
         Settings(**wrong)
+    Settings(seed=2**64 - 1, milestones=(), momentum=0.0)
