@@ -4,8 +4,9 @@
 # interpreter as it is and download nothing:  make VENV= PYTHON=python3 test
 
 VENV ?= .venv
-PYTHON ?= python3
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# Set to nothing is not set, but for VENV.
+override PYTHON := $(or $(PYTHON),python3)
+override JOBS := $(or $(JOBS),$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8))))
 
 ifeq ($(strip $(VENV)),)
   PY := $(PYTHON)

@@ -127,7 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.sanitize:
         return sanitize()
     if options.device == "cuda":
-        os.environ.setdefault("DA_OPS_TRITON_AUTOTUNE", "0")  # nothing here is measured
+        # Nothing here is measured.
+        os.environ["DA_OPS_TRITON_AUTOTUNE"] = os.environ.get("DA_OPS_TRITON_AUTOTUNE") or "0"
     import da_ops
 
     usable, failed = da_ops.backends(), 0

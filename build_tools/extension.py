@@ -129,7 +129,7 @@ class BuildOps(BuildExtension):
         self.extensions = [e for e in self.extensions if record[part_of(e)]["built"]]
         if record["compiler"]:  # one compiler for torch, for setuptools, for nvcc and the linker
             command = record["compiler"]["command"]
-            os.environ.setdefault("CXX", command)
+            os.environ["CXX"] = command  # also where it is set to nothing
         for ext in self.extensions:
             if part_of(ext) == "cuda":  # and so there is a C++ compiler
                 use_toolkit(ext, cuda.home, record["cuda"]["arch_list"], command)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 try:
@@ -23,53 +27,66 @@ except ImportError as error:
 def grad_cam(
     model: nn.Module,
     images: Tensor,
-    targets: Sequence[int] | None = None,
+    targets: Iterable[int] | Tensor | None = None,
     layer: nn.Module | None = None,
 ) -> Tensor:
     """What speaks for a class in each image, after Selvaraju et al., Grad-CAM, ICCV 2017.
 
+    The layer's output is looked at as the layer gives it, also where what follows writes into it,
+    as a ReLU in place does. Works under ``torch.no_grad``, ``torch.inference_mode`` and autocast.
+
     Args:
         model: a classifier ``[N, 3, H, W] -> [N, classes]``, or torchvision's SSD.
         images: ``[N, 3, H, W]``, float, as the model takes them: for a classifier normalised, for
-            SSD from 0 to 1.
-        targets: a class for each image; None takes the one that the model is surest of. With SSD 0
-            is the background, and the map is of the default box that is surest of the class.
-        layer: whose output is looked at; None takes the last block of the ResNet's deepest stage,
-            ``layer4[-1]``, or ``layer3[-1]`` in an SSD that was cut there.
+            SSD from 0 to 1. They are brought to the model's device and dtype.
+        targets: a class for each image, a sequence of whole numbers or a tensor ``[N]`` of an
+            integer dtype; None takes the one that the model is surest of. With SSD 0 is the
+            background, and the map is of the default box that is surest of the class.
+        layer: whose output ``[N, C, H, W]`` is looked at; it must run once. None takes the last
+            block of the ResNet's deepest stage, ``layer4[-1]``, or ``layer3[-1]`` in an SSD that
+            was cut there.
 
     Returns:
         ``[N, H, W]``, float32 on the CPU, each map from 0 to 1; all 0 where nothing speaks for the
         class. The model is left as it was: mode, gradients, ``requires_grad``.
 
     Raises:
-        ValueError: images or targets of the wrong shape or range, or no ``layer`` to be found.
+        TypeError: targets that are no whole numbers, or not one for each of several images.
+        ValueError: images or targets of the wrong shape or range, no ``layer`` to be found or one
+            that has no map, or a model made under ``torch.inference_mode``.
     """
-    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            "grad_cam: images must be floating-point [N, 3, H, W], got"
-            f" {images.dtype} {list(images.shape)}"
-        )
-    if targets is not None and len(targets) != len(images):
-        raise ValueError(
-            f"grad_cam: expected a target for each of {len(images)} images, got {len(targets)}"
-        )
+    _check_images(images, "grad_cam")
+    labels = None if targets is None else _whole_numbers(targets, len(images))
     layer = deepest_block(model) if layer is None else layer
-    with _untouched(model):
+    if len(images) == 0:
+        return torch.zeros(0, *images.shape[-2:])
+    _check_differentiable(model)
+    with torch.inference_mode(False), torch.enable_grad(), _untouched(model):
         scored, inputs = _scored(model, images)
-        with torch.no_grad():
-            scores = scored(inputs)
+        outputs: list[Any] = []
+        with torch.no_grad(), _hooked(layer, lambda module, args, out: outputs.append(out)):
+            scores = scored(inputs.clone())  # a copy, for the model may write into its input
+        _check_outputs(outputs, layer, len(inputs))
         # Frozen layers give gradients too, as long as something before them asks for one.
-        inputs = inputs.detach().requires_grad_()
-        with GradCAM(scored, [layer]) as cam:
-            maps = torch.from_numpy(cam(inputs, _targets(scores, targets)))
+        inputs = inputs.requires_grad_().clone()
+        cam = _GradCAM(scored, [layer], reshape_transform=Tensor.float)  # NumPy has no bfloat16
+        # What follows the layer may write into its output, and so it gets a copy.
+        with cam, _hooked(layer, lambda module, args, out: out.clone()):
+            maps = torch.from_numpy(cam(inputs, _targets(scores, labels)))
     if maps.shape[-2:] != images.shape[-2:]:
         maps = F.interpolate(maps[None], images.shape[-2:], mode="bilinear")[0]
     return maps
 
 
 def strongest(model: nn.Module, images: Tensor) -> list[int]:
-    """For each image the class, other than SSD's background, that the model is surest of."""
-    with _untouched(model), torch.no_grad():
+    """For each image the class, other than SSD's background, that the model is surest of.
+
+    ``images`` are those of :func:`grad_cam`; ValueError if they are of another shape or dtype.
+    """
+    _check_images(images, "strongest")
+    if len(images) == 0:
+        return []
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
         scored, inputs = _scored(model, images)
         return _strongest(scored(inputs))
 
@@ -90,12 +107,88 @@ def deepest_block(model: nn.Module) -> nn.Module:
     return stages[max(stages)][-1]
 
 
+def _check_images(images: Tensor, caller: str) -> None:
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"{caller}: images must be floating-point [N, 3, H, W], got"
+            f" {images.dtype} {list(images.shape)}"
+        )
+
+
+def _whole_numbers(targets: Iterable[int] | Tensor, images: int) -> list[int]:
+    expected = f"grad_cam: expected a target for each of {images} images"
+    try:
+        labels = [operator.index(target) for target in targets]
+    except TypeError as error:
+        raise TypeError(f"{expected}, a sequence of whole numbers, got {targets!r}") from error
+    if len(labels) != images:
+        raise ValueError(f"{expected}, got {len(labels)}")
+    return labels
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "grad_cam: expected a model that gradients can flow through, got one with tensors made"
+            " under torch.inference_mode(); pass copy.deepcopy(model), copied outside of it"
+        )
+
+
+@contextmanager
+def _hooked(layer: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+    """The layer with a forward hook, called after those that it has."""
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_outputs(outputs: list[Any], layer: nn.Module, images: int) -> None:
+    name = type(layer).__name__
+    if len(outputs) != 1:
+        raise ValueError(
+            f"grad_cam: expected a layer that the model runs once, got a {name} that runs"
+            f" {len(outputs)} times; pass another layer="
+        )
+    (output,) = outputs
+    shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if not isinstance(output, Tensor) or output.dim() != 4 or len(output) != images:
+        raise ValueError(
+            f"grad_cam: expected a layer that gives [{images}, C, H, W], got a {name} that gives"
+            f" {shape}; pass another layer="
+        )
+
+
+class _GradCAM(GradCAM):
+    """The library's, which fails on None where the layer got no gradient."""
+
+    def get_cam_weights(
+        self,
+        input_tensor: Tensor,
+        target_layers: nn.Module,
+        targets: list[Callable[[Tensor], Tensor]],
+        activations: NDArray[np.float32],
+        grads: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:
+        if grads is None:
+            raise ValueError(
+                "grad_cam: expected a layer that the score depends on, got a"
+                f" {type(target_layers).__name__} without a gradient; pass another layer="
+            )
+        return super().get_cam_weights(input_tensor, target_layers, targets, activations, grads)
+
+
 def _scored(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
-    """A network that maps a batch to scores, [N, classes] or [N, boxes, classes], and the batch."""
-    images = images.to(next(model.parameters()).device)
+    """A network that maps a batch to scores, [N, classes] or [N, boxes, classes], and the batch,
+    a copy of the images."""
+    parameter = next(model.parameters())
+    images = images.detach().to(parameter.device, copy=True)
     if isinstance(model, SSD):
-        return _BoxLogits(model), model.transform(list(images))[0].tensors
-    return model, images
+        # Not in half precision, in which images cannot be resized everywhere.
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        return _BoxLogits(model), model.transform(list(images))[0].tensors.to(parameter.dtype)
+    return model, images.to(parameter.dtype)
 
 
 def _strongest(scores: Tensor) -> list[int]:
@@ -127,7 +220,7 @@ class _BoxTarget:
         return logits[self.box, self.label]
 
 
-def _targets(scores: Tensor, labels: Sequence[int] | None) -> list[Callable[[Tensor], Tensor]]:
+def _targets(scores: Tensor, labels: list[int] | None) -> list[Callable[[Tensor], Tensor]]:
     """What to differentiate for each image, of ``scores`` [N, classes] or [N, boxes, classes]."""
     classes = scores.shape[-1]
     for label in labels or ():
@@ -143,15 +236,27 @@ def _targets(scores: Tensor, labels: Sequence[int] | None) -> list[Callable[[Ten
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """The model in inference mode, its parameters out of reach of gradients; then as before."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in inference mode, and without what a compiler has made of it, which knows nothing
+    of new hooks; then as before."""
     modes = [(module, module.training) for module in model.modules()]
-    before = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     try:
-        model.eval().requires_grad_(False)
-        yield
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """The model in inference mode, its parameters out of reach of gradients; then as before."""
+    before = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        with _evaluating(model):
+            yield
+    finally:
         for parameter, gradient, required in before:
             parameter.requires_grad_(required).grad = gradient

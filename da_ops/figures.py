@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -20,6 +19,7 @@ from . import models
 from .cam import grad_cam, strongest
 from .detection.checkpoint import load_detector
 from .detection.pictures import open_picture, to_rgb
+from .models.weights import read
 from .settings import BACKBONES
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -88,8 +88,8 @@ def load_network(source: str, backbone: str = "resnet50", attention: str | None 
 
 def _of_detector(path: Path) -> bool:
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # of many kinds; whoever loads it in earnest says what is wrong
+        stored = read(path, mmap=True)
+    except (ValueError, OSError):  # whoever loads it in earnest says what is wrong
         return False
     return isinstance(stored, dict) and {"settings", "classes"} <= set(stored)
 

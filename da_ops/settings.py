@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
+from .backends import NAMES
 from .reference import GATES, ORDERS
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -32,7 +34,7 @@ class Settings:
     attention: str = _setting("da", "layer in each residual block", choices=ATTENTIONS)
     order: str = _setting("spatial_channel", "of DA's halves", choices=ORDERS)
     gate: str = _setting("affine", "form of DA's channel mask", choices=GATES)
-    backend: str = _setting("auto", "kernels that compute DA: auto, cuda, triton, cpu, eager")
+    backend: str = _setting("auto", "kernels that compute DA", choices=("auto", *NAMES))
     size: int = _setting(300, "side of the network's square input, pixels")
     mapping: str = _setting("c4", "stages that feed SSD", choices=("c4", "c3c4c5"))
     weights: str | None = _setting(
@@ -59,8 +61,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("size", "batch_size", "steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "momentum", "weight_decay", "warmup", "seed"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("lr", "weight_decay", "warmup"):
+            value = getattr(self, name)
+            self._check(name, value >= 0 and math.isfinite(value), "a number of at least 0")
+        self._check("momentum", 0 <= self.momentum < 1, "at least 0 and less than 1")
+        self._check("seed", 0 <= self.seed < 2**64, "at least 0 and less than 2**64")
+        self._check("milestones", min(self.divided_at, default=0) >= 0, "steps of at least 0")
         self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "more than 0")
         for f in fields(self):
             if choices := f.metadata.get("choices"):

@@ -9,7 +9,7 @@ import random
 from collections import defaultdict
 
 # Compiled graphs are few and small here: compiling them in this process is quicker than a pool.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") or "1"
 
 import hypothesis
 import pytest
@@ -18,7 +18,7 @@ import torch
 # Without a GPU, Python runs the Triton kernels; Triton looks for this when it is imported.
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET") or "1"
 
 import da_ops  # noqa: E402
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,13 @@ from PIL import Image
 from torch import nn
 
 pytest.importorskip("torchvision")
+pytest.importorskip("timm")
 pytest.importorskip("pytorch_grad_cam")
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
+
+from timm.models import resnet as timm_resnet
+from torchvision.models import resnet as tv
 
 from da_ops import cam, figures, models
 from da_ops.cli import main
@@ -36,19 +43,34 @@ def detector():
 def defined(layer, scores, forward):
     """The ICCV paper's map: channels weighed by their mean gradient, summed, the positive part."""
     kept = []
-    hook = layer.register_forward_hook(lambda module, args, out: kept.append(out))
+
+    def keep(module, args, out):
+        kept.append(out)
+        return out.clone()  # so that what follows the layer cannot write into its output
+
+    hook = layer.register_forward_hook(keep)
     chosen = scores(forward())
     hook.remove()
     (gradient,) = torch.autograd.grad(chosen.sum(), kept[0])
-    heat = (gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1).relu().detach()
+    return (gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1).relu().detach().float()
+
+
+def stretched(heat):
+    """As the library does it, from 0 to a little less than 1."""
     low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
     return (heat - low) / (high - low + 1e-7)
 
 
-def close(found, small):
-    """The same but for the resampling, which here is by the library."""
-    expected = F.interpolate(small[None], found.shape[-2:], mode="bilinear")[0]
-    return torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.98
+def resampled(heat, *size):
+    return stretched(F.interpolate(stretched(heat)[None], size, mode="bilinear")[0])
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)  # the library resamples coarsely
+
+
+def picked(out):
+    return out[[0, 1], [3, 5]]
 
 
 def test_classifier(classifier):
@@ -56,10 +78,8 @@ def test_classifier(classifier):
     heat = cam.grad_cam(classifier, x, [3, 5])
     assert heat.shape == (2, 96, 128) and heat.dtype == torch.float32
     assert heat.min() >= 0 and heat.max() <= 1
-    expected = defined(
-        classifier.layer4[-1], lambda out: out[[0, 1], [3, 5]], lambda: classifier(x)
-    )
-    assert close(heat, expected)
+    expected = defined(classifier.layer4[-1], picked, lambda: classifier(x))
+    assert_close(heat, resampled(expected, 96, 128))
     assert not torch.allclose(heat, cam.grad_cam(classifier, x, [4, 6]))
 
 
@@ -89,7 +109,47 @@ def test_detector(detector):
 
     layer = detector.backbone.body["layer3"][-1]
     expected = defined(layer, scores, lambda: detector.backbone(inputs))
-    assert close(heat, expected)
+    expected = resampled(expected, 64, 64)
+    assert_close(heat, F.interpolate(expected[None], (80, 48), mode="bilinear")[0])
+
+
+BLOCKS = {
+    "basic": tv.BasicBlock,
+    "bottleneck": tv.Bottleneck,
+    "timm basic": timm_resnet.BasicBlock,
+    "timm bottleneck": timm_resnet.Bottleneck,
+}
+
+
+def two_blocks(block, attention):
+    """The first has a convolution on its shortcut; activations and additions are in place."""
+    wide = 16 * block.expansion
+    shortcut = nn.Sequential(nn.Conv2d(16, wide, 1, stride=2), nn.BatchNorm2d(wide))
+    network = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True)),
+        nn.Sequential(block(16, 16, 2, shortcut), block(wide, 16)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(wide, 7)),
+    )
+    options = {"sge": {"groups": 4}}.get(attention, {})
+    models.insert_attention(network, attention, **options)
+    for p in network.parameters():  # gates that start at 0 would show little
+        p.data.add_(torch.rand_like(p), alpha=0.2)
+    return network.eval()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+def test_layers_into_whose_output_the_network_writes(attention, block):
+    network, x = two_blocks(BLOCKS[block], attention), torch.randn(2, 3, 32, 24)
+    stem, blocks, _ = network
+    shown = 0
+    for last in blocks:
+        layer = last.se if "timm" in block else last.attention
+        for looked_at in (layer, last.bn1, last.bn2, stem[1]):
+            expected = defined(looked_at, picked, lambda: network(x))
+            shown += bool(expected.amax())
+            assert_close(cam.grad_cam(network, x, [3, 5], looked_at), resampled(expected, 32, 24))
+    assert shown > 2
 
 
 @pytest.mark.parametrize(("mapping", "stage"), [("c4", "layer3"), ("c3c4c5", "layer4")])
@@ -101,6 +161,119 @@ def test_the_default_layer_is_the_last_block_of_the_deepest_stage(mapping, stage
     assert not torch.equal(
         cam.grad_cam(model, images, [1]), cam.grad_cam(model, images, [1], layer)
     )
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["classifier", "detector"])
+def test_modes_that_pictures_are_drawn_in(mode, kind, request):
+    """The map is the one that it is outside, of tensors made there, after the model ran there."""
+    model, images = request.getfixturevalue(kind), torch.rand(2, 3, 64, 64)
+    expected = cam.grad_cam(model, images, [1, 2])
+    with MODES[mode]():
+        made_there = images * 1
+        model(made_there if kind == "classifier" else list(made_there))
+        best = cam.strongest(model, made_there)
+        found = cam.grad_cam(model, made_there, torch.tensor([1, 2]) + 0)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    if mode == "autocast":
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.2)
+        assert not torch.equal(found, expected)
+    else:
+        assert torch.equal(found, expected) and best == cam.strongest(model, images)
+
+
+def test_modes_within_each_other(classifier):
+    x = torch.randn(1, 3, 64, 64)
+    with MODES["autocast"]():
+        expected = cam.grad_cam(classifier, x, [1])
+        for mode in ("no_grad", "inference_mode"):
+            with MODES[mode]():
+                classifier(x)
+                assert torch.equal(cam.grad_cam(classifier, x, [1]), expected)
+        assert torch.equal(cam.grad_cam(classifier, x, [1]), expected)
+    assert classifier(x).requires_grad
+
+
+def test_a_model_made_in_inference_mode_can_be_copied():
+    with torch.inference_mode():
+        model = models.resnet18("da", num_classes=7).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert cam.strongest(model, x) == model(x).argmax(1).tolist()
+    for whole in (model, nn.Sequential(nn.Conv2d(3, 3, 1), model)):
+        with pytest.raises(ValueError, match=r"pass copy.deepcopy\(model\), copied outside"):
+            cam.grad_cam(whole, x)
+    assert cam.grad_cam(copy.deepcopy(model), x).amax() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["classifier", "detector"])
+def test_networks_of_other_dtypes(kind, dtype, request):
+    model = request.getfixturevalue(kind)
+    images = torch.rand(2, 3, 80, 64)
+    expected = cam.grad_cam(model, images, [1, 2])
+    other = copy.deepcopy(model).to(dtype)
+    assert len(cam.strongest(other, images)) == 2
+    for given in (images, images.to(dtype)):
+        found = cam.grad_cam(other, given, [1, 2])
+        assert found.dtype == torch.float32
+        tolerance = 0.2 if dtype == torch.bfloat16 else 1e-3
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        tuple,
+        torch.tensor,
+        lambda labels: torch.tensor(labels, dtype=torch.uint8),
+        np.array,
+        lambda labels: [np.int32(label) for label in labels],
+        lambda labels: [torch.tensor(label) for label in labels],
+        iter,
+    ],
+)
+def test_targets_are_whole_numbers_of_any_kind(classifier, form):
+    x = torch.randn(2, 3, 64, 64)
+    expected = cam.grad_cam(classifier, x, [3, 5])
+    assert torch.equal(cam.grad_cam(classifier, x, form([3, 5])), expected)
+
+
+def test_an_empty_batch_has_no_maps(classifier, detector):
+    for model in (classifier, detector):
+        for targets in (None, [], torch.zeros(0, dtype=torch.long)):
+            assert cam.grad_cam(model, torch.rand(0, 3, 48, 64), targets).shape == (0, 48, 64)
+        assert cam.strongest(model, torch.rand(0, 3, 48, 64)) == []
+
+
+def test_images_stay_as_they_are():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1))
+    model.append(nn.Flatten())
+    x = torch.randn(2, 3, 16, 16)
+    before = x.clone()
+    expected = defined(model[1], picked, lambda: model(x.clone()))
+    assert cam.strongest(model, x) == model(x.clone()).argmax(1).tolist()
+    assert_close(cam.grad_cam(model, x, [3, 5], model[1]), resampled(expected, 16, 16))
+    assert torch.equal(x, before)
+
+
+def test_a_compiled_network():
+    """What was compiled knows nothing of hooks that come later."""
+    network, x = two_blocks(tv.BasicBlock, "eca"), torch.randn(2, 3, 32, 32)
+    layer = network[1][0].attention
+    expected = cam.grad_cam(network, x, [3, 5], layer)
+    compiled = torch.compile(network, backend="eager")
+    with torch.no_grad():
+        assert compiled(x).argmax(1).tolist() == cam.strongest(compiled, x)
+    for whole in (compiled, nn.Sequential(compiled)):
+        assert torch.equal(cam.grad_cam(whole, x, [3, 5], layer), expected)
 
 
 def test_the_model_is_left_as_it_was(classifier):
@@ -124,10 +297,46 @@ def test_what_is_refused(classifier, detector):
         cam.grad_cam(classifier, x.byte())
     with pytest.raises(ValueError, match="expected a target for each of 1 images, got 2"):
         cam.grad_cam(classifier, x, [1, 2])
+    with pytest.raises(ValueError, match=r"strongest: images must be floating-point \[N, 3, H"):
+        cam.strongest(detector, x[0])
+    for targets in (3, torch.tensor(3), [0.5], torch.ones(1), "3", [None]):
+        with pytest.raises(TypeError, match="each of 1 images, a sequence of whole numbers, got"):
+            cam.grad_cam(classifier, x, targets)
     with pytest.raises(ValueError, match="expected targets from 0 to 3, got 4"):
         cam.grad_cam(detector, x.sigmoid(), [4])
     with pytest.raises(ValueError, match="pass layer="):
         cam.grad_cam(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
+
+
+class Odd(nn.Module):
+    """Parts of all kinds that have no map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.unused = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ReLU()
+        self.pair, self.flat, self.cut = nn.Identity(), nn.Flatten(), nn.ReLU()
+
+    def forward(self, x):
+        x, _ = self.pair((self.relu(self.conv(x)), None))
+        self.cut(x.detach())
+        return self.flat(self.relu(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("relu", "a layer that the model runs once, got a ReLU that runs 2 times"),
+        ("unused", "a layer that the model runs once, got a ReLU that runs 0 times"),
+        ("pair", r"a layer that gives \[1, C, H, W\], got a Identity that gives tuple"),
+        ("flat", r"a layer that gives \[1, C, H, W\], got a Flatten that gives \[1, 4\]"),
+        ("cut", "a layer that the score depends on, got a ReLU without a gradient"),
+    ],
+)
+def test_layers_without_a_map_are_refused(name, message):
+    model = Odd()
+    with pytest.raises(ValueError, match=f"grad_cam: expected {message}; pass another layer="):
+        cam.grad_cam(model, torch.randn(1, 3, 16, 16), [0], getattr(model, name))
+    assert not getattr(model, name)._forward_hooks
 
 
 # The command
@@ -161,9 +370,10 @@ def test_side_by_side(files):
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 1000
 
 
-def test_classifier_weights(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"args": argparse.Namespace(lr=0.1)}])
+def test_classifier_weights(tmp_path, more):
     plain = models.resnet18(None)
-    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    torch.save({"model": plain.state_dict(), **more}, tmp_path / "plain.pt")
     network = figures.load_network(str(tmp_path / "plain.pt"), "resnet18")
     assert network.title == "ResNet-18" and not network.detector
     assert network.number("tabby") == network.number("281") == 281

@@ -313,7 +313,7 @@ def choose(wish):
 
 
 class TestAuto:
-    @pytest.mark.parametrize("wish", [None, "auto"])
+    @pytest.mark.parametrize("wish", [None, "auto", ""])
     def test_takes_the_best_usable(self, wish):
         answer = choose(wish)
         usable = [name for name in ("cpu", "eager") if da_ops.backends()[name] is None]

@@ -182,6 +182,21 @@ def test_layers_are_where_their_block_is(device, dtype):
     assert not layer.training
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", ["basic", "bottleneck"])
+def test_what_an_attention_gives_is_not_written_over(name, attention):
+    """In training and evaluation, by the addition that follows or within the layer."""
+    network = insert_attention(NETWORKS[name](), attention)
+    kept = []
+    for key, module in network.named_modules():
+        if ".attention" in key or ".downsample" in key:
+            module.register_forward_hook(lambda *call: kept.append((call[2], call[2].clone())))
+    for mode in (True, False):
+        network.train(mode)(images(dtype=torch.float32))
+    assert len(kept) >= 2 * sum(SMALL)
+    assert all(torch.equal(given, then) for given, then in kept)
+
+
 def test_hooks_and_copies_live_on():
     network = NETWORKS["bottleneck"]().eval()
     seen = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import logging
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -138,6 +140,84 @@ def test_checkpoint_of_torchvision(form, plain, tmp_path):
     assert_holds(load(path, attention=None), plain)
 
 
+def scripted(state):
+    """As torchvision's reference scripts and timm's trainer write it."""
+    args = argparse.Namespace(
+        model="resnet18", lr=0.1, device="cuda", output_dir=Path("runs") / "1"
+    )
+    args.nested = argparse.Namespace(milestones=[1, 2], amp_dtype=torch.float16)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
+    return {
+        "state_dict": state,
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "args": args,
+        "epoch": 3,
+    }
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_checkpoint_of_a_script_that_keeps_its_arguments(wrapper, plain, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    stored = scripted(plain)
+    stored[wrapper] = stored.pop("state_dict")
+    torch.save(stored, path)
+    assert_holds(load(path), plain)
+    with pytest.raises(pickle.UnpicklingError, match="Namespace"):  # still so for others
+        torch.load(path, weights_only=True)
+
+
+def averaged(network):
+    return torch.optim.swa_utils.AveragedModel(network)
+
+
+def parallel(network):
+    with torch.device("meta"):
+        return nn.DataParallel(network)
+
+
+def partly_compiled(network):
+    network.layer1 = torch.compile(network.layer1)
+    network.layer2[0] = torch.compile(network.layer2[0])
+    return network
+
+
+@pytest.mark.parametrize(
+    ("wrappers", "said"),
+    [
+        ([torch.compile], "'_orig_mod.'"),
+        ([parallel], "'module.'"),
+        ([averaged], "'module.'"),
+        ([torch.compile, parallel], "'_orig_mod.' and 'module.'"),
+        ([parallel, torch.compile], "'_orig_mod.' and 'module.'"),
+        ([parallel, torch.compile, parallel, torch.compile], "'_orig_mod.' and 'module.'"),
+        ([partly_compiled, parallel], "'_orig_mod.' and 'module.'"),
+        ([torch.compile, averaged, torch.compile], "'_orig_mod.' and 'module.'"),
+    ],
+)
+@pytest.mark.parametrize("attention", [None, "da"])
+def test_prefixes_of_wrappers_are_taken_off_and_said(attention, wrappers, said, tmp_path, caplog):
+    network = models.resnet18(attention, num_classes=5)
+    expected = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    for wrap in wrappers:
+        network = wrap(network)
+    assert not set(network.state_dict()) <= set(expected)
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": network.state_dict()}, path)
+    with caplog.at_level(logging.INFO, "da_ops"):
+        assert_holds(load(path, attention), expected)
+    (record,) = caplog.records
+    assert record.getMessage() == f"da_ops: {path}: {said} taken off the keys"
+
+
+def test_keys_that_only_look_like_prefixes_stay(plain):
+    with pytest.raises(ValueError, match=r"unexpected: module.conv1.weight$"):
+        load({**plain, "module.conv1.weight": plain["conv1.weight"]})
+    with pytest.raises(ValueError, match=r"unexpected: n_averaged$"):
+        load({**plain, "n_averaged": torch.tensor(3)})
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_missing_attention_is_said_once(attention, plain, caplog):
     with caplog.at_level(logging.WARNING, "da_ops"):
@@ -221,13 +301,16 @@ def test_files_that_are_no_checkpoints(tmp_path):
     ):
         load(path)
     path.write_text("not one")
-    with pytest.raises(ValueError, match=r"model.pth is not a checkpoint that can be read"):
+    with pytest.raises(ValueError, match=r"model.pth: expected a checkpoint, got a file that"):
         load(path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"model.pth: expected a state dict of tensors.*a list"):
         load(path)
     torch.save({"model": nn.Linear(1, 1)}, path)  # reading it would run code
-    with pytest.raises(ValueError, match=r"model.pth is not a checkpoint that can be read"):
+    with pytest.raises(ValueError, match=r"model.pth: .* torch.nn.modules.linear.Linear, .* could"):
+        load(path)
+    torch.save({"model": {1: torch.ones(1)}}, path)
+    with pytest.raises(ValueError, match=r"model.pth: expected a state dict of tensors"):
         load(path)
 
 

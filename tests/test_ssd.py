@@ -67,6 +67,14 @@ def test_backbone_and_extra_stages_give_the_maps_of_the_rule(mapping, size):
     assert sides == [(k, k) for k in feature_sides(size)]
 
 
+def test_no_part_of_an_extra_stage_writes_over_another_ones_output():
+    model, kept = small().eval(), []
+    for module in model.backbone.extras.modules():
+        module.register_forward_hook(lambda *call: kept.append((call[2], call[2].clone())))
+    model([torch.rand(3, 64, 64)])
+    assert len(kept) > 6 and all(torch.equal(given, then) for given, then in kept)
+
+
 def test_512_pixels_have_the_papers_24564_boxes():
     ratios = ssd("resnet18", size=512).anchor_generator.num_anchors_per_location()
     assert sum(k * k * n for k, n in zip(feature_sides(512), ratios)) == 24564

@@ -6,7 +6,10 @@ import argparse
 import csv
 import dataclasses
 import json
+import logging
+import math
 import os
+import re
 
 import pytest
 import torch
@@ -213,12 +216,25 @@ def test_eval_of_a_folder_without_a_checkpoint_of_other_files_and_of_other_class
     assert f"{torn}: expected a checkpoint" in error(torn, data)
     torch.save({"conv": torch.zeros(1)}, torn)
     assert "got another file of torch.save" in error(torn, data)
+    torch.save({"model": {}, "args": argparse.Namespace(lr=0.1)}, torn)
+    assert "got another file of torch.save" in error(torn, data)
     make_data(tmp_path / "other", train=1, test=1, size=64)
     (tmp_path / "other" / "VOCdevkit" / "classes.txt").write_text("cat\ndog\n")
     message = error(run, tmp_path / "other")
     assert "expected the classes that the checkpoint was trained on" in message
     assert "cat, dog" in message
     assert "no such split" in error(run, data, "--split", "nothing")
+
+
+def test_the_checkpoint_of_a_compiled_detector(run, tmp_path, caplog):
+    stored = checkpoint.load(run / "last.pt")
+    stored["model"] = {f"_orig_mod.{name}": value for name, value in stored["model"].items()}
+    torch.save(stored, tmp_path / "a.pt")
+    with caplog.at_level(logging.INFO, "da_ops"):
+        detector = checkpoint.load_detector(tmp_path / "a.pt")
+    assert f"{tmp_path / 'a.pt'}: '_orig_mod.' taken off the keys" in caplog.text
+    own = detector.model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in weights(run).items())
 
 
 # What stops a run
@@ -307,8 +323,17 @@ def test_data_without_images_or_without_objects_is_refused(data, tmp_path, capsy
     assert "without a single box" in error(bare)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": -1.0}, {"clip_norm": 0.0}, {"size": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"size": 0}, {"clip_norm": 0.0}, {"clip_norm": math.nan}, {"lr": -1.0},
+        {"lr": math.inf}, {"lr": math.nan}, {"weight_decay": math.inf}, {"momentum": 1.0},
+        {"momentum": math.nan}, {"seed": -1}, {"seed": 2**64}, {"milestones": (5, -3)},
+        {"backend": "cpuu"}, {"backend": ""},
+    ],
+)  # fmt: skip
 def test_settings_out_of_range(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"{name}: expected .*, got {value}"):
+    with pytest.raises(ValueError, match=rf"{name}: expected .*, got {re.escape(repr(value))}"):
         Settings(**wrong)
+    Settings(seed=2**64 - 1, milestones=(), momentum=0.0)

@@ -98,7 +98,7 @@ def give_up(name: str, reason: str) -> None:
 
 def _broken(chosen: str, device_type: str) -> bool:
     """Whether a better backend is for this device and cannot be had; told of each reason once."""
-    if os.environ.get("DA_OPS_BACKEND", "auto") != "auto":
+    if _wish() != "auto":
         return False
     better = NAMES[: NAMES.index(chosen)]
     found = (unserved(name, device_type) for name in better if BACKENDS[name].serves(device_type))
@@ -108,9 +108,13 @@ def _broken(chosen: str, device_type: str) -> bool:
     return new
 
 
+def _wish() -> str:
+    return os.environ.get("DA_OPS_BACKEND") or "auto"  # set to nothing is not set
+
+
 def _choose(device_type: str) -> tuple[str, str]:
     """What "auto" takes, and why."""
-    wish = os.environ.get("DA_OPS_BACKEND", "auto")
+    wish = _wish()
     if wish != "auto":
         try:
             return select(wish, device_type), "by DA_OPS_BACKEND"

@@ -68,19 +68,29 @@ def _count(text: str) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from ..detection.checkpoint import CONFIG, LAST
     from ..detection.training import train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     if given["milestones"] is not None:
         given["milestones"] = tuple(given["milestones"])
-    train(
-        args.data,
-        args.out,
-        Settings(**given),
-        resume=args.resume,
-        workers=args.workers,
-        eval_every=args.eval_every,
-        checkpoint_every=args.checkpoint_every,
-    )
+    try:
+        train(
+            args.data,
+            args.out,
+            Settings(**given),
+            resume=args.resume,
+            workers=args.workers,
+            eval_every=args.eval_every,
+            checkpoint_every=args.checkpoint_every,
+        )
+    except KeyboardInterrupt:
+        if (args.out / LAST).exists():
+            told = f"the newest checkpoint is {args.out / LAST}; --resume goes on from there"
+        elif (args.out / CONFIG).exists():
+            told = f"{args.out} has no checkpoint yet; --resume starts the run again in it"
+        else:
+            told = f"before anything was written to {args.out}; start the run again"
+        raise KeyboardInterrupt(f"{told}, with the same command otherwise") from None
     return 0

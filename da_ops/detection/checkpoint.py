@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from torchvision.models.detection.ssd import SSD
 
 from ..models.ssd import ssd
+from ..models.weights import read, unprefixed
 from ..settings import Settings
 
 FORMAT = 1
@@ -133,13 +133,7 @@ def save(path: Path, state: dict[str, Any], run: Run) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """What ``save`` wrote, on the CPU; ValueError if the file is no such checkpoint."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint of `da_ops train`, got a file that torch.load cannot"
-            f" read ({str(error).splitlines()[0] if str(error) else 'empty file'})"
-        ) from error
+    stored = read(path)
     if not isinstance(stored, dict) or not {"format", "step", "model", "classes"} <= set(stored):
         raise ValueError(
             f"{path}: expected a checkpoint of `da_ops train`, got another file of torch.save"
@@ -186,7 +180,7 @@ def load_detector(path: Path) -> Detector:
     stored = load(path)
     settings, classes = Settings.from_dict(stored["settings"]), tuple(stored["classes"])
     model = build_model(settings, classes, pretrained=False)
-    model.load_state_dict(stored["model"])
+    model.load_state_dict(unprefixed(stored["model"], str(path)))
     return Detector(model.eval(), classes, settings, int(stored["step"]))
 
 

@@ -68,7 +68,7 @@ class World:
 def join() -> Iterator[World]:
     """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, until the end."""
     cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK") or 0)
     if cuda and local >= torch.cuda.device_count():
         raise RuntimeError(
             f"torchrun: expected at most one process per GPU, {torch.cuda.device_count()}, got"
@@ -77,7 +77,7 @@ def join() -> Iterator[World]:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         yield World(0, 1, device)
         return
     dist.init_process_group("nccl" if cuda else "gloo")

@@ -11,6 +11,7 @@ from torchvision.models.detection.ssd import SSD
 from tqdm import tqdm
 
 from .distributed import World
+from .loading import started
 from .metric import VOCEvaluator
 from .voc import collate
 
@@ -40,12 +41,14 @@ def evaluate(
     evaluator = VOCEvaluator(classes, plus_one=plus_one)
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
     loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate)
+    batches = started(loader)
     training = model.training
     world.agree(model)
     model.eval()
     try:
         hidden = None if progress and world.first else True  # None: hidden where there is no tty
-        for images, targets in tqdm(loader, desc="evaluation", leave=False, disable=hidden):
+        bar = tqdm(batches, "evaluation", len(loader), leave=False, disable=hidden)
+        for images, targets in bar:
             found = model([image.to(world.device) for image in images])
             found = [{name: value.cpu() for name, value in one.items()} for one in found]
             evaluator.update(found, targets)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .interrupts import uninterrupted
 from .voc import collate
 
 Key = tuple[int, int]  # epoch, index into the data set
@@ -93,3 +94,13 @@ def training_loader(dataset: Any, sampler: StepSampler, workers: int, cuda: bool
         collate_fn=collate,
         pin_memory=cuda,
     )
+
+
+def started(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches, by workers that Ctrl-C does not reach.
+
+    Keep the iterator in a variable: when it is let go it waits for its workers to end.
+    """
+    with uninterrupted():
+        batches = iter(loader)
+    return batches

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..backends import select
 from ..settings import Settings
 from .augment import eval_transforms, train_transforms
 from .checkpoint import (
@@ -27,7 +28,8 @@ from .checkpoint import (
 )
 from .distributed import World, join
 from .evaluation import evaluate
-from .loading import StepSampler, training_loader
+from .interrupts import uninterrupted
+from .loading import StepSampler, started, training_loader
 from .logs import Log
 from .optimisation import Trainer, parameter_groups, stepwise
 from .voc import VOCDetection, available_splits, read_classes
@@ -63,10 +65,16 @@ def train(
 
     Raises:
         FileExistsError: ``out`` holds something, and not ``resume``.
-        ValueError: ``resume``, with other settings or data than the run was started with.
+        ValueError: ``resume``, with other settings or data than the run was started with; settings,
+            weights or data that no run can be made of. Nothing is written then.
+        RuntimeError: the settings' backend cannot serve here. Nothing is written then, either.
         NotFiniteError: the loss is not finite; ``last.pt`` is as it was.
     """
+    for name, steps in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+        if steps < 0:
+            raise ValueError(f"{name}: expected a number of steps, 0 for never, got {steps}")
     with join() as world:
+        check_servable(settings, world)
         classes = read_classes(data)
         dataset = training_set(data, classes, settings)
         tested_on = None
@@ -95,8 +103,9 @@ def train(
             sweep(out)
         elif world.first:
             create_run(out, run)
+        batches = started(loader)
         with Recorder(out, run, trainer) as recorder:
-            for batch in loader:
+            for batch in batches:
                 values = trainer.update(batch)
                 recorder.step(values)
                 last = trainer.step == settings.steps
@@ -109,6 +118,21 @@ def train(
                     recorder.evaluation(found)
                 if last or (checkpoint_every and trainer.step % checkpoint_every == 0):
                     recorder.checkpoint()
+
+
+def check_servable(settings: Settings, world: World) -> None:
+    """RuntimeError or ValueError where the first step would fail, whatever the data are."""
+    if settings.attention == "da":
+        select(settings.backend, world.device.type)
+    norms_see_all = world.size > 1 and world.device.type == "cuda"
+    share = settings.batch_size // world.size
+    one_cell = settings.mapping == "c3c4c5" and settings.size <= 32  # in the maps of layer4
+    if one_cell and share == 1 and not norms_see_all:
+        raise ValueError(
+            "batch_size: expected at least 2 images for each process with mapping c3c4c5 at 32"
+            " pixels, where layer4 has one cell, and one value has no variance for its batch norms;"
+            f" got {settings.batch_size} for {world.size}"
+        )
 
 
 def make_trainer(settings: Settings, classes: Sequence[str], world: World) -> Trainer:
@@ -131,6 +155,7 @@ def make_trainer(settings: Settings, classes: Sequence[str], world: World) -> Tr
 class Recorder:
     """What the first process shows and writes of a run; in the others it does nothing."""
 
+    @uninterrupted()
     def __init__(self, folder: Path, run: Run, trainer: Trainer) -> None:
         self.folder, self.run, self.trainer = folder, run, trainer
         self.first = trainer.world.first
@@ -145,6 +170,7 @@ class Recorder:
             )
             self.clock = time.perf_counter()
 
+    @uninterrupted()
     def step(self, values: dict[str, float]) -> None:
         if not self.first:
             return
@@ -154,6 +180,7 @@ class Recorder:
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         self.bar.update()
 
+    @uninterrupted()
     def evaluation(self, found: dict[str, Any]) -> None:
         if self.first:
             self.log.add("eval", self.trainer.step, found)
@@ -162,6 +189,7 @@ class Recorder:
                 f" {100 * found['map']:.1f} (all points)"
             )
 
+    @uninterrupted()
     def checkpoint(self) -> None:
         if self.first:
             self.log.sync()
@@ -170,6 +198,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
+    @uninterrupted()
     def __exit__(self, *error: object) -> None:
         if self.first:
             self.bar.close()

@@ -50,7 +50,7 @@ class SEModule(nn.Module):
             )
         hidden = channels // reduction
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False, device=device, dtype=dtype)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

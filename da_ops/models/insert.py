@@ -23,7 +23,8 @@ class BasicBlock(tv.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.attention(self.bn2(self.conv2(out)))
-        out += x if self.downsample is None else self.downsample(x)
+        # Not in place: the attention's result is its own, for hooks and for what looks at it.
+        out = out + (x if self.downsample is None else self.downsample(x))
         return self.relu(out)
 
 
@@ -34,7 +35,8 @@ class Bottleneck(tv.Bottleneck):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.attention(self.bn3(self.conv3(out)))
-        out += x if self.downsample is None else self.downsample(x)
+        # Not in place: the attention's result is its own, for hooks and for what looks at it.
+        out = out + (x if self.downsample is None else self.downsample(x))
         return self.relu(out)
 
 
@@ -52,7 +54,8 @@ def insert_attention(
     The layer comes after the last normalisation of the residual branch, before the addition, with
     the device and dtype of that block. State-dict keys of the network stay as they are. New ones
     are ``layer1.0.attention.*`` in torchvision's blocks, ``layer1.0.se.*`` in timm's, which have
-    that slot for attention. An optimizer made before does not know the new parameters.
+    that slot for attention. An optimizer made before does not know the new parameters. A hook that
+    keeps what the layer gives must copy it in timm's blocks, which add the shortcut to it in place.
 
     Args:
         model: any network with torchvision's or timm's ``BasicBlock`` or ``Bottleneck``: ResNet,

@@ -18,8 +18,11 @@ _DOCUMENTATION = """torchvision's ``{name}`` with attention at the end of every 
         order, gate, backend: of the DA layer; see :class:`da_ops.DAModule`.
         weights: torchvision's weights (an enum, or its name such as ``"IMAGENET1K_V1"``), the path
             of a checkpoint of torchvision, timm or this library (``.safetensors`` too), or a state
-            dict. One without attention leaves the layers as they start, and a warning is logged;
-            any other difference is an error that names the keys.
+            dict. What torch.compile and DistributedDataParallel put before its keys is taken off,
+            and logged. Of a script's checkpoint ``state_dict`` or ``model`` is taken; averaged
+            weights beside it are to be passed as a state dict. Weights without attention leave the
+            layers as they start, and a warning is logged; any other difference is an error that
+            names the keys.
         num_classes: outputs of ``fc``.
         kwargs: of :class:`torchvision.models.ResNet`, for instance ``norm_layer``.
 

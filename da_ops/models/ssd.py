@@ -162,10 +162,10 @@ def _stage(in_channels: int, channels: int, in_side: int, side: int) -> nn.Seque
         OrderedDict(
             reduce=reduce,
             reduce_bn=nn.BatchNorm2d(channels // 2),
-            reduce_relu=nn.ReLU(inplace=True),
+            reduce_relu=nn.ReLU(),
             shrink=shrink,
             shrink_bn=nn.Identity() if last else nn.BatchNorm2d(channels),
-            shrink_relu=nn.ReLU(inplace=True),
+            shrink_relu=nn.ReLU(),
         )
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
-from collections.abc import Mapping
-from pathlib import Path
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +19,16 @@ Weights: TypeAlias = WeightsEnum | Mapping[str, Tensor] | str | os.PathLike[str]
 logger = logging.getLogger("da_ops")
 
 _WRAPPERS = ("state_dict", "model")  # what training scripts keep a state dict under
-_PREFIX = "module."  # of DistributedDataParallel
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # of torch.compile, wherever in a key
+_PARALLEL = "module."  # of DistributedDataParallel and averaged models, before each key
+_COUNTER = "n_averaged"  # of averaged models
+# What training scripts keep beside the weights, and what is mere data. Paths have other names in
+# other versions of Python, and those of other systems cannot be had as more than names.
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    *((PurePosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")),
+    *((PureWindowsPath, f"pathlib{part}.WindowsPath") for part in ("", "._local")),
+]
 
 
 def load_weights(model: nn.Module, weights: Weights, name: str, *, head: bool = True) -> None:
@@ -88,18 +99,43 @@ def _state_dict(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
             f"{name}: weights must be one of {', '.join(known.__members__)} or a file, got "
             f"{str(path)!r}, which is neither"
         )
-    return _unwrapped(_read(path), str(path)), str(path)
+    return _unwrapped(read(path), str(path)), str(path)
 
 
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def read(path: Path, *, mmap: bool = False) -> Any:
+    """What torch.save or safetensors wrote, on the CPU: tensors and plain data, which may be in an
+    ``argparse.Namespace``; nothing in the file is run.
 
-        return load_file(path)
+    Args:
+        mmap: leave tensors on the disk until they are looked at.
+
+    Raises:
+        ValueError: it is no such file, or holds more than that.
+        OSError: it cannot be opened.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
     except Exception as error:  # of many kinds, none of which names the file
-        raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
+        raise ValueError(
+            f"{path}: expected a checkpoint, got a file that cannot be read as one: {_why(error)}"
+        ) from error
+
+
+def _why(error: Exception) -> str:
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"it holds a {found[1]}, and reading that could run code. If you trust the file, load"
+            " it with torch.load(..., weights_only=False) and save its state dict by itself"
+        )
+    return text.partition("\n")[0] or type(error).__name__
 
 
 def _unwrapped(checkpoint: Any, source: str) -> dict[str, Tensor]:
@@ -107,15 +143,28 @@ def _unwrapped(checkpoint: Any, source: str) -> dict[str, Tensor]:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
     if not isinstance(checkpoint, Mapping) or not all(
-        isinstance(value, Tensor) for value in checkpoint.values()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint.items()
     ):
         raise ValueError(
             f"{source}: expected a state dict of tensors, or one under 'state_dict' or 'model', "
             f"got {_kind(checkpoint)}"
         )
-    if all(key.startswith(_PREFIX) for key in checkpoint):
-        return {key.removeprefix(_PREFIX): value for key, value in checkpoint.items()}
-    return dict(checkpoint)
+    return unprefixed(checkpoint, source)
+
+
+def unprefixed(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The state dict of the module itself, of one that torch.compile, DistributedDataParallel or
+    torch's averaging of weights has wrapped, in any order; what is taken off is logged."""
+    plain = {_COMPILED.sub("", key): value for key, value in state.items()}
+    taken = [] if plain.keys() == state.keys() else ["_orig_mod."]
+    counted = {key: value for key, value in plain.items() if key != _COUNTER}
+    while counted and all(key.startswith(_PARALLEL) for key in counted):
+        plain = counted = {key.removeprefix(_PARALLEL): value for key, value in counted.items()}
+        taken.append(_PARALLEL)
+    if taken:
+        told = " and ".join(map(repr, dict.fromkeys(taken)))  # each once
+        logger.info("da_ops: %s: %s taken off the keys", source, told)
+    return plain
 
 
 def _kind(checkpoint: Any) -> str:

@@ -103,15 +103,21 @@ SIMT_MACHINE inline void run_lane() {
   __builtin_unreachable();
 }
 
-inline unsigned setting(const char* name, unsigned otherwise) {
+// Null where the variable is not set, or set to nothing.
+inline const char* variable(const char* name) {
   const char* text = std::getenv(name);
+  return text == nullptr || *text == '\0' ? nullptr : text;
+}
+
+inline unsigned setting(const char* name, unsigned otherwise) {
+  const char* text = variable(name);
   return text == nullptr ? otherwise : static_cast<unsigned>(std::strtoul(text, nullptr, 10));
 }
 
 class Turns {
  public:
   Turns() {
-    const char* order = std::getenv("SIMT_ORDER");
+    const char* order = variable("SIMT_ORDER");
     if (order != nullptr) order_ = order;
     if (order_ != "ascending" && order_ != "descending" && order_ != "random")
       fail("SIMT_ORDER is ascending, descending or random");

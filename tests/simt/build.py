@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-CXX = os.environ.get("CXX", "g++")
+CXX = os.environ.get("CXX") or "g++"
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
 FLAGS += [f"-I{ROOT / folder}" for folder in ("csrc", "tests/simt")]
 KINDS = {

@@ -1,0 +1,29 @@
+"""Ctrl-C at a moment when it does no harm."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done, and then raises KeyboardInterrupt.
+
+    Raised in the midst of it, it would be lost in a callback of fork, come out of torch.save as
+    another error, or leave a queue's reader waiting. Processes that are forked in the block do not
+    heed Ctrl-C at all: they are their parent's to end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python delivers no signals, and lets none be handled
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
