@@ -45,6 +45,7 @@ bool parse(const std::string& all, Wish& wish) {
   const size_t comma = std::min(all.find(','), all.size());
   const std::string text = all.substr(0, comma);
   wish = {};
+  if (comma + 1 == all.size()) return false;
   Limits& l = wish.limits;
   if (comma < all.size() && !da::parse(all.substr(comma + 1), {{"grid", &l.grid, 1},
                                                                {"terms", &l.terms, 1},
