@@ -95,6 +95,13 @@ def test_da_layer_is_counted_whichever_backend_runs(backend, bias):
     assert got.params == got.params_torchstat + 2 * 6
 
 
+def test_a_changed_da_layer_is_counted_by_its_children():
+    layer = DAModule(6)
+    layer.conv = nn.Sequential(layer.conv, nn.Conv2d(1, 1, 5, padding=2, bias=False))
+    got = counted(nn.Sequential(layer), 2, 6, 5, 7)
+    assert got.macs_torch == got.macs_torchstat == (20 + 25) * 2 * 5 * 7
+
+
 def test_rivals():
     x = (2, 64, 5, 7)
     se = counted(nn.Sequential(models.SEModule(64)), *x)

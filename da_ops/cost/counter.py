@@ -67,7 +67,10 @@ def count(model: nn.Module, x: Tensor) -> Cost:
         last[module] = _macs(module, inputs[0], output)
         every.append(last[module] + _pooled(module, inputs[0]))
 
-    counted = [module for module in model.modules() if isinstance(module, _COUNTED)]
+    fused = [m for m in model.modules() if isinstance(m, DAModule) and m.unfused() is None]
+    # Counted with their layer, which would call them if they had hooks.
+    replaced = {convolution for layer in fused for convolution in layer.children()}
+    counted = [m for m in model.modules() if isinstance(m, _COUNTED) and m not in replaced]
     handles = [module.register_forward_hook(note) for module in counted]
     try:
         with FlopCounterMode(display=False) as flops:
@@ -93,7 +96,7 @@ def _macs(module: Any, x: Tensor, y: Tensor) -> int:
             return x.numel() * module.out_features
         case nn.BatchNorm2d():
             return x.numel() * (2 if module.affine else 1)
-        case DAModule():
+        case DAModule() if module.unfused() is None:
             positions = x.numel() // x.shape[1]
             return sum(_convolution(conv, positions) for conv in module.children())
     return x.numel() if isinstance(module, _ELEMENTWISE) else 0
