@@ -342,9 +342,9 @@ def test_distributed_data_parallel(backend, device, tmp_path):
     processes = torch.multiprocessing.start_processes(
         ddp_worker, (backend, store, queue), nprocs=2, join=False, start_method="spawn"
     )
-    got = dict(queue.get() for _ in range(2))
-    while not processes.join():
+    while not processes.join():  # first: what a process raises would leave the queue empty
         pass
+    got = dict(queue.get() for _ in range(2))
     network = ddp_layer(backend)
     network(ddp_data()).square().mean().backward()
     for name, p in network.named_parameters():
