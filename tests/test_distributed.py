@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections import defaultdict
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -163,7 +164,9 @@ WORK = {
 
 def worker(rank, store, queue):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=SIZE)
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=60)
+    )
     mesh = init_device_mesh("cpu", (SIZE,))
     for name, (function, *arguments) in WORK.items():
         try:
@@ -183,12 +186,12 @@ def answers(tmp_path_factory):
     processes = torch.multiprocessing.start_processes(
         worker, (store, queue), nprocs=SIZE, join=False, start_method="spawn"
     )
-    found = defaultdict(dict)
-    for _ in range(SIZE * len(WORK)):
-        name, rank, answer = queue.get()
-        found[name][rank] = answer
-    while not processes.join():
-        pass
+    found, done = defaultdict(dict), False
+    while not done:
+        done = processes.join(timeout=0.1)  # raises where a process died
+        while not queue.empty():
+            name, rank, answer = queue.get()
+            found[name][rank] = answer
     return found
 
 

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ...layout import empty_gradient
 from ..base import Gradients
-from . import maps, passes, tune
+from . import interpreter, maps, passes, tune
 from .run import INTERPRETED, run
 from .tiles import DEVICE, INTERPRETER, matrix, power_of_two, split, sum_tiles
 
+if INTERPRETED:
+    interpreter.mend()
 LIMITS = INTERPRETER if INTERPRETED else DEVICE
 TAP_SUMS = 32  # 19 numbers, up to a power of two
 
