@@ -145,6 +145,12 @@ class Others:
         return max(0.0, 100 * (busy - own) / (wall * cpu_cores()))
 
 
+def compute_in_float32() -> None:
+    """Let cuDNN compute float32 convolutions in float32, not in TF32 with its ten bits: for all
+    contenders alike, in the operator and in whole networks."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def versions() -> dict[str, str]:
     """Versions of what decides the result; what is not installed is left out."""
     found = {"python": platform.python_version()}

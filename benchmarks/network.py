@@ -7,8 +7,8 @@ each per round, on the same random crops of photographs: without attention, and 
 after the last batch norm of each residual branch, as eager PyTorch, as torch.compile of the layer
 alone, and fused. What a layer costs is its step less the step without attention, in the same round.
 Losses of all variants must agree: they compute the same function. On a GPU the steps use autocast,
-and some networks are compiled as a whole, too. The allocator keeps what is freed for the next step,
-as jemalloc and tcmalloc do.
+cuDNN's TF32 is off, and some networks are compiled as a whole, too. The allocator keeps what is
+freed for the next step, as jemalloc and tcmalloc do.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ one, and again around replays of CUDA graphs that hold many.
 Outputs are allocated in every call, as in use, from memory that the allocator has kept, as
 jemalloc and tcmalloc do. glibc's default, --allocator system, returns some to the operating system,
 and whoever allocates next pays for new pages: with large tensors more than the layer costs, and by
-chance. The copy that the floor is taken from writes to memory it has written before.
+chance. The copy that the floor is taken from writes to memory it has written before. cuDNN computes
+float32 convolutions in float32, not in TF32.
 
 Before it is timed, each contender's y and gradients are compared with the formula in float64; one
 that is wrong is shown as failed and not timed. Floor: the time to move 2 (inference), 5 (training)
@@ -67,6 +68,7 @@ def contenders_for(options: argparse.Namespace) -> tuple[list[str], dict[str, st
 
 def prepare(options: argparse.Namespace) -> None:
     """Set the number of threads and the allocator, and see that the device is there."""
+    environment.compute_in_float32()
     if options.allocator == "keep":
         measure.keep_freed_memory()
     if options.threads is not None:

@@ -127,4 +127,13 @@ PYBIND11_MODULE(_plan, m) {
         py::arg("wish") = "",
         "The CUDA backend's launches on a GPU of this compute capability, with so many "
         "multiprocessors (0: as many as a typical one).");
+  m.def(
+      "proofs",
+      [] {
+        py::dict d;
+        for (const da::cuda::Proof& proof : da::cuda::proofs())
+          d[py::int_(proof.sm)] = proof.results;
+        return d;
+      },
+      "Results that make the one launch the default, by compute capability.");
 }

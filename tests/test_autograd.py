@@ -46,7 +46,11 @@ def test_gradcheck(backend, device, order, gate, way, layout):
 @pytest.mark.parametrize(("order", "gate"), CASES)
 def test_gradgradcheck(backend, device, order, gate, way, layout):
     call = make((2, 3, 4, 3), order, gate, dtype=torch.float64, layout=layout, device=device)
-    assert gradgradcheck(*function(call, way, backend), fast_mode=not FULL)
+    # The second derivative is plain PyTorch's: cuDNN adds a weight's gradient in no fixed order.
+    nondeterminism = 1e-12 if device == "cuda" else 0.0
+    assert gradgradcheck(
+        *function(call, way, backend), fast_mode=not FULL, nondet_tol=nondeterminism
+    )
 
 
 @pytest.mark.parametrize("wanted", ["x", *PARAMETERS])

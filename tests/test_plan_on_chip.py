@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from da_ops.cli import main
@@ -9,7 +12,8 @@ from da_ops.reference import GATES, ORDERS
 
 from .cases import LAYOUTS
 
-plan = pytest.importorskip("da_ops._plan").cuda
+_plan = pytest.importorskip("da_ops._plan")
+plan, proofs = _plan.cuda, _plan.proofs
 
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block
 STAGES = [(64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
@@ -75,7 +79,7 @@ def test_what_is_planned_fits_the_architecture(sm, dtype):
                 assert step["grid"] <= (2 if two else 1) * p["multiprocessors"]
                 assert step["grid"] == launch["blocks_an_image"] * launch["images_at_once"]
                 assert launch["waves"] == -(-64 // launch["images_at_once"])
-                assert launch["barrier"] != "cluster" or sm in (90, 100)
+                assert launch["barrier"] != "cluster" or sm >= 90
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -111,6 +115,21 @@ def test_a_wish_is_fulfilled_or_refused_with_the_reason():
     assert "compute capability" in chosen(shape, wish="cluster:8", sm=80)[1]["refused"]
     assert "no cluster is so large" in chosen(shape, wish="cluster:32")[1]["refused"]
     assert "float64" in chosen(shape, dtype="float64")[1]["refused"]
+
+
+def test_blackwell_has_clusters_in_all_its_parts():
+    for sm in (100, 120):
+        assert chosen((64, 512, 7, 7), wish="cluster:2", sm=sm)[1]["barrier"] == "cluster"
+
+
+def test_the_default_rests_on_results():
+    """One launch is the default where a committed file shows it right and faster, nowhere else."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    for sm, file in proofs().items():
+        assert json.loads((folder / file).read_text())["checks"]["onchip"], sm
+    for sm in SHARED_KIB:
+        refused = chosen((256, 256, 14, 14), wish="", sm=sm)[1].get("refused", "")
+        assert refused.startswith("no results show it faster") == (sm not in proofs())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "cuda/onchip.h"
 #include "cuda/plan.h"
@@ -29,7 +30,7 @@ bool parse(const std::string& text, Wish& wish);
 constexpr const char* kWishes =
     "DA_OPS_PLAN: expected portable, onchip, block, cluster[:BLOCKS] or group[:BLOCKS], got ";
 
-bool has_clusters(int sm);
+bool has_clusters(int sm);  // which begin with Hopper; how many fit is Residents' to say
 
 // How many groups of this launch a device holds at once; 0: it cannot run it.
 using Residents = std::function<int(const OnChip&)>;
@@ -42,7 +43,12 @@ Residents typical_residents(const Device& device);
 OnChip choose(const Problem& problem, bool backward, const Device& device, bool aligned,
               const Wish& wish, const Residents& residents);
 
-// Whether committed results show the one launch right and faster on this architecture.
-bool proven(int sm);
+// Results, by the name of their file in benchmarks/results, that show the one launch right and
+// faster than the portable passes on an architecture: it is the default there.
+struct Proof {
+  int sm;
+  const char* results;
+};
+const std::vector<Proof>& proofs();
 
 }  // namespace da::cuda
