@@ -51,8 +51,9 @@ The loops that read x or dy. Vectors are of 16 bytes: so many a turn come from g
 shared memory, are stored. Instructions are those for a vector that is loaded, at most: with every
 sum that the loop can be asked for, and of rows that begin inside a vector. Vectors are in flight
 when they are asked for before the first is used. H100 and H200: what share of all instructions that
-the GPU can issue this is while its memory moves 3.0 and 4.3 TB/s, at worst of these architectures;
-"all that is kept" is a launch whose image stays in shared memory, with all sums in all sweeps."""
+these GPUs, which are sm_90, can issue it is while their memory moves 3.0 and 4.3 TB/s; "all that is
+kept" is a launch whose image stays in shared memory, with all sums in all sweeps. On sm_75 the
+limit is larger by what rounding to bfloat16 takes there."""
 
 WORDS = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "d": "double"}
 WORDS |= {"Lb0E": "false", "Lb1E": "true"}
@@ -188,7 +189,10 @@ def hot_loops(kernels: list[Kernel], archs: list[str]) -> Iterator[list[str]]:
                 "+".join(f"{count}" for count in stage.vectors),
                 *(stage_cell(stage, found.get(arch, [])) for arch in archs),
                 str(stage.limit[cuda_limits.column(size)]),
-                *(stage_share(stage, found, gpu) if size < 8 else "" for gpu in gpus),
+                *(
+                    stage_share(stage, found.get("sm_90", []), gpu) if size < 8 else ""
+                    for gpu in gpus
+                ),
             ]
         if base in cuda_limits.MOVED:
             total = {
@@ -196,13 +200,12 @@ def hot_loops(kernels: list[Kernel], archs: list[str]) -> Iterator[list[str]]:
                 for arch, kernel in on.items()
             }
             moved = cuda_limits.MOVED[base]
-            most = max((count for count in total.values() if count), default=0)
             yield [
                 f"{name} all that is kept",
                 "",
                 *(f"{total[arch]:.0f}" if total.get(arch) else "" for arch in archs),
                 "",
-                *(f"{cuda_limits.share(most, moved, gpu):.0%}" for gpu in gpus),
+                *(percent(total.get("sm_90"), moved, gpu) for gpu in gpus),
             ]
 
 
@@ -213,15 +216,16 @@ def stage_cell(stage: cuda_limits.Stage, loops: list[machine_code.Loop]) -> str:
     return f"{max(map(stage.instructions, loops)):.0f}" + (f"/{flight}" if stage.vectors[0] else "")
 
 
-def stage_share(
-    stage: cuda_limits.Stage, found: dict[str, list[machine_code.Loop]], gpu: str
-) -> str:
-    """At worst of the architectures. What is kept on the chip waits for no memory."""
+def stage_share(stage: cuda_limits.Stage, loops: list[machine_code.Loop], gpu: str) -> str:
+    """What is kept on the chip waits for no memory."""
     loads, kept, stores = stage.vectors
-    if kept or not any(found.values()):
+    if kept or not loops:
         return ""
-    most = max(stage.instructions(loop) for loops in found.values() for loop in loops)
-    return f"{cuda_limits.share(most, 1 + stores / loads, gpu):.0%}"
+    return percent(max(map(stage.instructions, loops)), 1 + stores / loads, gpu)
+
+
+def percent(instructions: float | None, moved: float, gpu: str) -> str:
+    return f"{cuda_limits.share(instructions, moved, gpu):.0%}" if instructions else ""
 
 
 def table(rows: Iterable[list[str]]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from build_tools import cuda_limits
+from build_tools import cuda_limits, cuda_report
 from build_tools.cuda_limits import Stage
 from build_tools.machine_code import Access, access_of, functions
 
@@ -260,6 +260,15 @@ def test_the_slots_are_those_of_the_gpus():
     """What the multiprocessors issue a second, over the pieces of 512 bytes that memory moves."""
     assert [round(slots) for slots in cuda_limits.SLOTS.values()] == [178, 124]
     assert cuda_limits.share(89, 1, "H100") == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_report_has_a_line_for_each_loop(monkeypatch):
+    """36 instructions for two vectors loaded and one stored: 18 each, 12 for each of the three."""
+    monkeypatch.setitem(cuda_limits.STAGES, "mini", (STAGE,))
+    kernel = cuda_report.Kernel("mini<float, 4>", "sm_90", only(), registers=16, local=0)
+    head, line = cuda_report.hot_loops([kernel], ["sm_90"])
+    assert head[1:] == ["vectors", "sm_90", "limit", "H100", "H200"]
+    assert line == ["mini<float, 4> y", "2+0+1", "18/2", "18", "7%", "10%"]
 
 
 @pytest.mark.parametrize(
