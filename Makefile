@@ -105,7 +105,7 @@ format: $(STAMPS)/env-dev  ## put Python and C++ into the house style
 	$(PY) -m ruff format
 	$(CLANG_FORMAT) -i $(CSRC)
 
-cuda-report: $(STAMPS)/env-base  ## print what each CUDA kernel takes, fail on spills; needs nvcc
+cuda-report: $(STAMPS)/env-base  ## read the CUDA kernels' machine code, fail beyond its limits
 	$(PY) -m build_tools.cuda_report
 
 clean:  ## remove what was built, but not the environment

@@ -1,61 +1,59 @@
-"""What each CUDA kernel takes of a multiprocessor on each architecture. Needs nvcc, but no GPU.
+"""What nvcc made of each CUDA kernel on each architecture. Needs nvcc, but no GPU.
 
 python -m build_tools.cuda_report                   every architecture of ours that nvcc knows
 python -m build_tools.cuda_report --arch sm_80 sm_90
 
-Fails where a kernel keeps registers or arrays in local memory, which is as slow as global memory.
+Reads the machine code: of the library in the tree for the architectures that it has, if no source
+is newer, else compiled for the purpose. Fails where it is not what cuda_limits.py says.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import cuda_limits, machine_code
 from .cuda import NVCC_FLAGS, arch_list, find_cuda
+from .cuda_limits import number
 
 SOURCES = Path("csrc", "cuda")
+LIBRARY = Path("da_ops", "_cuda.abi3.so")
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What ptxas says of one kernel on one architecture; all but registers in bytes."""
+class Kernel:
+    """A kernel on one architecture."""
 
-    kernel: str
+    name: str
     arch: str
-    registers: int = 0
-    shared: int = 0  # static: what a launch asks for comes on top
-    stack: int = 0
-    spill_stores: int = 0
-    spill_loads: int = 0
+    code: machine_code.Function
+    registers: int  # a thread
+    local: int  # bytes a thread
 
-    @property
-    def local(self) -> int:
-        return self.stack + self.spill_stores + self.spill_loads
+    def faults(self) -> Iterator[str]:
+        if self.local:
+            yield f"expected no local memory, got {self.local} bytes of it"
+        yield from cuda_limits.faults(self.name, self.arch, self.code)
 
 
-def parse(output: str, arch: str) -> list[Usage]:
-    """Every kernel, and every function that was not inlined, in what `ptxas -v` printed."""
-    found: dict[str, dict[str, int]] = {}
-    name = ""
-    for line in output.splitlines():
-        if about := re.search(r"(?:Function properties for|entry function) '?([\w$.]+)", line):
-            name = about[1]
-            found.setdefault(name, {})
-        elif frame := re.search(r"(\d+) bytes stack frame, (\d+) .* stores, (\d+) .* loads", line):
-            values = map(int, frame.groups())
-            found[name].update(zip(("stack", "spill_stores", "spill_loads"), values))
-        elif used := re.search(r"Used (\d+) registers", line):
-            shared = re.search(r"(\d+) bytes smem", line)
-            found[name].update(registers=int(used[1]), shared=int(shared[1]) if shared else 0)
-    return [Usage(short_name(name), arch, **values) for name, values in found.items()]
-
+LEGEND = """\
+The loops that read x or dy. Vectors are of 16 bytes: so many a turn come from global memory, from
+shared memory, are stored. Instructions are those for a vector that is loaded, at most: with every
+sum that the loop can be asked for, and of rows that begin inside a vector. Vectors are in flight
+when they are asked for before the first is used. H100 and H200: what share of all instructions that
+these GPUs, which are sm_90, can issue it is while their memory moves 3.0 and 4.3 TB/s; "all that is
+kept" is a launch whose image stays in shared memory, with all sums in all sweeps. On sm_75 the
+limit is larger by what rounding to bfloat16 takes there."""
 
 WORDS = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "d": "double"}
 WORDS |= {"Lb0E": "false", "Lb1E": "true"}
@@ -72,45 +70,172 @@ def short_name(mangled: str) -> str:
     return f"{kernel[1]}<{', '.join(words)}>" if words else kernel[1]
 
 
-def compile_for(nvcc: Path, source: Path, arch: str) -> list[Usage]:
-    number = arch.removeprefix("sm_")
-    command = [nvcc, *NVCC_FLAGS, f"-gencode=arch=compute_{number},code={arch}", "-Icsrc"]
-    command += ["-cubin", "-Xptxas=-v", source, "-o", os.devnull]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+class Tools:
+    """nvcc, and what takes machine code apart: of the same toolkit, on PATH, or Triton's."""
+
+    def __init__(self, home: Path) -> None:
+        self.nvcc = home / "bin" / "nvcc"
+        triton = importlib.util.find_spec("triton")
+        folders = [str(home / "bin"), os.environ.get("PATH", "")]
+        if triton and triton.origin:
+            folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+        path = os.pathsep.join(folders)
+        self.cuobjdump, self.nvdisasm = (
+            shutil.which(name, path=path) for name in ("cuobjdump", "nvdisasm")
+        )
+
+    def missing(self) -> str | None:
+        if self.cuobjdump and self.nvdisasm:
+            return None
+        return (
+            "cuobjdump and nvdisasm, which are neither in the CUDA toolkit nor on PATH. Install "
+            "Triton, which brings them"
+        )
+
+    def compile(self, source: Path, arch: str, cubin: Path, include: Iterable[Path] = ()) -> Path:
+        target = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
+        folders = [f"-I{folder}" for folder in (*include, "csrc")]
+        command = [self.nvcc, *NVCC_FLAGS, target, *folders]
+        run(*command, "-cubin", source, "-o", cubin, why=f"{source} does not compile for {arch}")
+        return cubin
+
+    def extract(self, library: Path, folder: Path) -> dict[str, list[Path]]:
+        """A library's binaries, by architecture."""
+        run(self.cuobjdump, "-xelf", "all", library.resolve(), folder=folder)
+        found: dict[str, list[Path]] = {}
+        for cubin in sorted(folder.glob("*.cubin")):
+            found.setdefault(cubin.suffixes[-2][1:], []).append(cubin)
+        return found
+
+    def kernels(self, cubin: Path, arch: str) -> list[Kernel]:
+        usage = usages(run(self.cuobjdump, "-res-usage", cubin))
+        found = machine_code.functions(run(self.nvdisasm, "-c", cubin))
+        return [Kernel(short_name(code.name), arch, code, *usage[code.name]) for code in found]
+
+
+def run(*command: object, folder: Path | None = None, why: str = "") -> str:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{source} does not compile for {arch}:\n{done.stdout}{done.stderr}")
-    return parse(done.stdout + done.stderr, arch)
+        raise SystemExit(f"{why or ' '.join(words)}:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
-def table(usages: Iterable[Usage]) -> str:
-    """A line per kernel: registers on each architecture, the most it takes of all else."""
-    kernels: dict[str, dict[str, Usage]] = {}
-    for usage in usages:
-        kernels.setdefault(usage.kernel, {})[usage.arch] = usage
-    archs = list(dict.fromkeys(arch for by_arch in kernels.values() for arch in by_arch))
-    archs.sort(key=lambda arch: int(re.sub(r"\D", "", arch)))
-    width = max(map(len, kernels), default=0)
-    head = "".join(f"{arch:>7}" for arch in archs)
-    lines = [f"{'registers':<{width}}{head} |  shared   stack  spills"]
-    for kernel, by_arch in sorted(kernels.items()):
-        cells = (str(by_arch[arch].registers) if arch in by_arch else "" for arch in archs)
-        most = [
-            max(usage.shared for usage in by_arch.values()),
-            max(usage.stack for usage in by_arch.values()),
-            max(usage.spill_stores + usage.spill_loads for usage in by_arch.values()),
+def usages(listing: str) -> dict[str, tuple[int, int]]:
+    """Registers, and bytes of local memory, by function, in what `cuobjdump -res-usage` prints."""
+    line = r"Function ([\w$.]+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    return {
+        name: (int(registers), int(stack) + int(local))
+        for name, registers, stack, local in re.findall(line, listing)
+    }
+
+
+def kernels(tools: Tools, archs: list[str]) -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        built = tools.extract(LIBRARY, folder) if up_to_date(LIBRARY) else {}
+        if ready := [arch for arch in archs if arch in built]:
+            print(f"{', '.join(ready)}: as in {LIBRARY}; other architectures: compiled\n")
+
+        def read(job: tuple[Path, str]) -> list[Kernel]:
+            file, arch = job
+            if file.suffix == ".cu":
+                file = tools.compile(file, arch, folder / f"{file.stem}.{arch}.cubin")
+            return tools.kernels(file, arch)
+
+        jobs = [
+            (file, arch) for arch in archs for file in built.get(arch, sorted(SOURCES.glob("*.cu")))
         ]
-        row = "".join(f"{cell:>7}" for cell in cells)
-        lines.append(f"{kernel:<{width}}{row} |" + "".join(f"{number:>8}" for number in most))
-    return "\n".join(lines)
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 2)) as pool:
+            found = {
+                (kernel.name, kernel.arch): kernel
+                for kernels in pool.map(read, jobs)
+                for kernel in kernels
+            }
+    return sorted(found.values(), key=lambda kernel: (kernel.name, number(kernel.arch)))
 
 
-def complaints(usages: Iterable[Usage]) -> list[str]:
-    return [
-        f"{u.kernel} on {u.arch}: expected no local memory, got a stack frame of {u.stack} bytes, "
-        f"{u.spill_stores} bytes of spill stores and {u.spill_loads} of spill loads"
-        for u in usages
-        if u.local
-    ]
+def up_to_date(library: Path) -> bool:
+    sources = [file for file in SOURCES.parent.rglob("*") if file.is_file()]
+    return library.exists() and all(
+        file.stat().st_mtime <= library.stat().st_mtime for file in sources
+    )
+
+
+def by_name(kernels: Iterable[Kernel]) -> dict[str, dict[str, Kernel]]:
+    found: dict[str, dict[str, Kernel]] = {}
+    for kernel in kernels:
+        found.setdefault(kernel.name, {})[kernel.arch] = kernel
+    return found
+
+
+def registers(kernels: list[Kernel], archs: list[str]) -> Iterator[list[str]]:
+    yield ["registers a thread", *archs]
+    for name, on in by_name(kernels).items():
+        yield [name, *(str(on[arch].registers) if arch in on else "" for arch in archs)]
+
+
+def hot_loops(kernels: list[Kernel], archs: list[str]) -> Iterator[list[str]]:
+    """A line a loop over vectors; the worst where there are several alike."""
+    gpus = list(cuda_limits.SLOTS)
+    yield ["instructions a vector / in flight", "vectors", *archs, "limit", *gpus]
+    for name, on in by_name(kernels).items():
+        base, size, _, _ = cuda_limits.kernel_of(name)
+        loops = {arch: dict(cuda_limits.found_loops(name, on[arch].code)) for arch in on}
+        for stage in next(iter(loops.values())):
+            found = {arch: loops[arch][stage] for arch in archs if arch in on}
+            yield [
+                f"{name} {stage.name}",
+                "+".join(f"{count}" for count in stage.vectors),
+                *(stage_cell(stage, found.get(arch, [])) for arch in archs),
+                str(stage.limit[cuda_limits.column(size)]),
+                *(
+                    stage_share(stage, found.get("sm_90", []), gpu) if size < 8 else ""
+                    for gpu in gpus
+                ),
+            ]
+        if base in cuda_limits.MOVED:
+            total = {
+                arch: cuda_limits.kept_instructions(name, kernel.code)
+                for arch, kernel in on.items()
+            }
+            moved = cuda_limits.MOVED[base]
+            yield [
+                f"{name} all that is kept",
+                "",
+                *(f"{total[arch]:.0f}" if total.get(arch) else "" for arch in archs),
+                "",
+                *(percent(total.get("sm_90"), moved, gpu) for gpu in gpus),
+            ]
+
+
+def stage_cell(stage: cuda_limits.Stage, loops: list[machine_code.Loop]) -> str:
+    if not loops:
+        return ""
+    flight = min(loop.in_flight() for loop in loops)
+    return f"{max(map(stage.instructions, loops)):.0f}" + (f"/{flight}" if stage.vectors[0] else "")
+
+
+def stage_share(stage: cuda_limits.Stage, loops: list[machine_code.Loop], gpu: str) -> str:
+    """What is kept on the chip waits for no memory."""
+    loads, kept, stores = stage.vectors
+    if kept or not loops:
+        return ""
+    return percent(max(map(stage.instructions, loops)), 1 + stores / loads, gpu)
+
+
+def percent(instructions: float | None, moved: float, gpu: str) -> str:
+    return f"{cuda_limits.share(instructions, moved, gpu):.0%}" if instructions else ""
+
+
+def table(rows: Iterable[list[str]]) -> str:
+    lines = list(rows)
+    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+    return "\n".join(
+        line[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:]))
+        for line in lines
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,17 +249,17 @@ def main(arguments: list[str] | None = None) -> int:
     if cuda.home is None:
         print(f"cuda-report needs nvcc: {cuda.why}. Set CUDA_HOME or install it.", file=sys.stderr)
         return 1
+    tools = Tools(cuda.home)
+    if missing := tools.missing():
+        print(f"cuda-report needs {missing}.", file=sys.stderr)
+        return 1
     ours = [arch.partition("+")[0].replace(".", "") for arch in arch_list(cuda.home, {})]
-    archs = asked or [f"sm_{number}" for number in ours]
-    nvcc = cuda.home / "bin" / "nvcc"
-    jobs = [(nvcc, source, arch) for source in sorted(SOURCES.glob("*.cu")) for arch in archs]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 2)) as pool:
-        reports = pool.map(lambda job: compile_for(*job), jobs)
-        usages = list(dict.fromkeys(usage for report in reports for usage in report))
-    print(f"nvcc {cuda.version}; registers a thread, all else in bytes, the most of any arch\n")
-    print(table(usages))
-    wrong = complaints(usages)
-    print(*wrong, f"{len(wrong)} kernels use local memory" if wrong else "", sep="\n")
+    archs = sorted(asked or [f"sm_{arch}" for arch in ours], key=number)
+    found = kernels(tools, archs)
+    print(f"nvcc {cuda.version}\n\n{table(registers(found, archs))}\n\n{LEGEND}\n")
+    print(table(hot_loops(found, archs)), end="\n\n")
+    wrong = [f"{k.name} on {k.arch}: {fault}" for k in found for fault in k.faults()]
+    print(*wrong, f"{len(wrong)} faults in {len(found)} kernels", sep="\n")
     return bool(wrong)
 
 

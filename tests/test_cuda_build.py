@@ -1,4 +1,4 @@
-"""The CUDA part as built: it loads without a GPU, and its kernels stay out of local memory."""
+"""The CUDA part as built: it loads without a GPU, and its machine code is what its source means."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from build_tools import cuda_report
 from build_tools.cuda import CudaCompiler, find_cuda
+from build_tools.machine_code import Function
 from da_ops.backends.native import build_record
 
 from .cases import FULL
@@ -84,41 +85,59 @@ def test_it_builds_and_loads_with_the_compiler_from_pip(tmp_path):
     run(sys.executable, "-c", LOAD, out, CUDA_VISIBLE_DEVICES="")
 
 
-# Registers and spills
+# Machine code
 
-PTXAS = """\
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN2da4cuda4sumsI6__halfLi8ELNS0_4SumsE2EEEvNS0_4ArgsIfEE' for 'sm_90'
-ptxas info    : Function properties for _ZN2da4cuda4sumsI6__halfLi8ELNS0_4SumsE2EEEvNS0_4ArgsIfEE
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 80 registers, used 1 barriers, 1024 bytes smem, 720 bytes cmem[0]
-ptxas info    : Compile time = 10.0 ms
-ptxas info    : Compiling entry function '_ZN2da4cuda5scaleIfLi4ELb1EEEvNS0_4ArgsIfEE' for 'sm_90'
-ptxas info    : Function properties for _ZN2da4cuda5scaleIfLi4ELb1EEEvNS0_4ArgsIfEE
-    24 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers
-"""  # noqa: E501
-CLEAN = cuda_report.Usage("sums<half, 8, 2>", "sm_90", 80, 1024)
-SPILLING = cuda_report.Usage("scale<float, 4, true>", "sm_90", 255, 0, 24, 8, 12)
+USAGE = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN2da4cuda5scaleIfLi4ELb1EEEvNS0_4ArgsIfEE:
+  REG:255 STACK:24 SHARED:1024 LOCAL:8 CONSTANT[0]:880 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN2da4cuda4foldIdEEvNS0_4ArgsIT_EE:
+  REG:32 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:880 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
 
 
-def test_what_ptxas_prints_is_understood():
-    assert cuda_report.parse(PTXAS, "sm_90") == [CLEAN, SPILLING]
+def kernel(local):
+    return cuda_report.Kernel("fold<double>", "sm_90", Function("_Z4fold", (), ()), 32, local)
 
 
-def test_a_spilling_kernel_is_named():
-    (complaint,) = cuda_report.complaints([CLEAN, SPILLING])
-    assert complaint.startswith("scale<float, 4, true> on sm_90: expected no local memory, got")
-    for number in ("24 bytes", "8 bytes of spill stores", "12 of spill loads"):
-        assert number in complaint
+def test_registers_and_local_memory_are_read():
+    assert cuda_report.usages(USAGE) == {
+        "_ZN2da4cuda5scaleIfLi4ELb1EEEvNS0_4ArgsIfEE": (255, 32),
+        "_ZN2da4cuda4foldIdEEvNS0_4ArgsIT_EE": (32, 0),
+    }
 
 
-@pytest.mark.parametrize("usage", [CLEAN, SPILLING])
-def test_the_report_fails_on_a_spill_only(usage, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("local", [0, 24])
+def test_the_report_fails_on_a_fault_only(local, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cuda_report, "find_cuda", lambda *_: CudaCompiler(tmp_path, "13.0", "PATH"))
-    monkeypatch.setattr(cuda_report, "compile_for", lambda *_: [usage])
-    assert cuda_report.main(["--arch", "sm_90"]) == (usage is SPILLING)
-    assert usage.kernel in capsys.readouterr().out
+    monkeypatch.setattr(cuda_report, "kernels", lambda *_: [kernel(local)])
+    monkeypatch.setattr(cuda_report.Tools, "missing", lambda _: None)
+    assert cuda_report.main(["--arch", "sm_90"]) == bool(local)
+    told = "fold<double> on sm_90: expected no local memory, got 24 bytes of it"
+    assert (told in capsys.readouterr().out) == bool(local)
+
+
+def test_the_report_says_what_it_needs_to_read_machine_code(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cuda_report, "find_cuda", lambda *_: CudaCompiler(tmp_path, "13.0", "PATH"))
+    monkeypatch.setattr(cuda_report.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", "")
+    assert cuda_report.main([]) == 1
+    assert "cuda-report needs cuobjdump and nvdisasm" in capsys.readouterr().err
+
+
+def test_a_library_older_than_a_source_is_not_read(monkeypatch, tmp_path):
+    library, source = tmp_path / "library.so", tmp_path / "csrc" / "cuda" / "a.cuh"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    monkeypatch.setattr(cuda_report, "SOURCES", source.parent)
+    assert not cuda_report.up_to_date(library)
+    library.touch()
+    os.utime(source, (1, 1))
+    assert cuda_report.up_to_date(library)
+    os.utime(library, (0, 0))
+    assert not cuda_report.up_to_date(library)
 
 
 def test_the_report_says_when_there_is_no_nvcc(monkeypatch, capsys):
@@ -140,9 +159,78 @@ def test_names_are_short(mangled, name):
     assert cuda_report.short_name(mangled) == name
 
 
+CUDA = find_cuda(torch.version.cuda)
+READS_CODE = CUDA.home is not None and cuda_report.Tools(CUDA.home).missing() is None
+needs_nvcc = pytest.mark.skipif(not READS_CODE, reason="needs nvcc, cuobjdump and nvdisasm")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(find_cuda(torch.version.cuda).home is None, reason="needs nvcc")
-def test_no_kernel_uses_local_memory():
+@needs_nvcc
+def test_the_machine_code_is_within_its_limits():
     table = run(sys.executable, "-m", "build_tools.cuda_report", "--arch", "sm_80", "sm_90")
-    for kernel in ("sums<half, 8, 0>", "scale<float, 4, true>", "finish<double>"):
-        assert kernel in table
+    for kernel in ("sums<half, 8, 0> x", "scale<float, 4, true> dx", "finish<double>"):
+        assert f"\n{kernel} " in table
+
+
+# Faults in simt.cuh that no test on the CPU can see: what stands there, what stands there instead,
+# and what is then said of which kernel.
+PLANTED = {
+    "none": (("", ""), {}),
+    "a load through a reference": (
+        ("SIMT_HD To bit_cast(From from) {", "SIMT_HD To bit_cast(const From& from) {"),
+        {
+            "sums<half, 8, 0>": [
+                "expected accesses of 2 bytes and more, got 64 of 1",
+                "loops over 4+0+0 vectors (from global, from shared, stored): expected 1, got 0",
+            ]
+        },
+    ),
+    "a store word by word": (
+        (
+            "  store_once(static_cast<Vector*>(address), value);\n",
+            "  for (int i = 0; i < 4; i++)\n"
+            "    store_once(static_cast<uint32_t*>(address) + i, value.word[i]);\n",
+        ),
+        {
+            "scale<half, 8, false>": [
+                "loops over 4+0+4 vectors (from global, from shared, stored): expected 1, got 0",
+                "got one over 4+0+0 vectors",
+            ]
+        },
+    ),
+    "local memory": (
+        ("(from.word[i], to + 2 * i)", "(from.word[i], to + (2 * i ^ (thread() & 2)))"),
+        {
+            "sums<half, 8, 0>": ["expected no local memory, got 32 bytes", "accesses (STL"],
+            "scale<half, 8, false>": ["expected no local memory, got 32 bytes", "accesses (STL"],
+        },
+    ),
+}
+TWO_KERNELS = """\
+#include "cuda/passes.cuh"
+namespace da::cuda {
+template __global__ void sums<simt::float16, 8, Sums::forward>(SIMT_PARAM Args<float>);
+template __global__ void scale<simt::float16, 8, false>(SIMT_PARAM Args<float>);
+}
+"""
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found_in_the_machine_code(fault, tmp_path, monkeypatch):
+    (good, bad), told = PLANTED[fault]
+    monkeypatch.chdir(ROOT)
+    text = Path("csrc", "cuda", "simt.cuh").read_text()
+    assert good in text
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "simt.cuh").write_text(text.replace(good, bad) if good else text)
+    (tmp_path / "two.cu").write_text(TWO_KERNELS)
+    tools = cuda_report.Tools(CUDA.home)
+    cubin = tools.compile(tmp_path / "two.cu", "sm_90", tmp_path / "two.cubin", [tmp_path])
+    found = {kernel.name: list(kernel.faults()) for kernel in tools.kernels(cubin, "sm_90")}
+    assert set(found) == {"sums<half, 8, 0>", "scale<half, 8, false>"}
+    for kernel, faults in found.items():
+        assert bool(faults) == (kernel in told), faults
+        for part in told.get(kernel, []):
+            assert any(part in fault for fault in faults), faults

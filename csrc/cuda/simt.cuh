@@ -7,7 +7,8 @@
 //
 // What keeps a kernel true to both:
 // - all shared memory is dynamic and carved by a Carver;
-// - memory is reinterpreted by memcpy, and accessed 16 bytes at a time by load16 and store16;
+// - values are reinterpreted by memcpy once they are loaded, and memory is accessed 16 bytes at a
+//   time by load16 and store16;
 // - blocks are whole warps, and no thread returns before a barrier;
 // - all 32 lanes reach each shuffle, in no known order: a shuffle does not order memory;
 // - a loop that waits for memory to change calls relax().
@@ -85,8 +86,9 @@ struct Unsigned<16> {
 template <class T>
 using Bits = typename Unsigned<sizeof(T)>::type;
 
+// By value: through a reference to memory, memcpy would load bytes of unknown alignment one by one.
 template <class To, class From>
-SIMT_HD To bit_cast(const From& from) {
+SIMT_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof to);

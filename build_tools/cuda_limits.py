@@ -1,0 +1,235 @@
+"""What the machine code of the CUDA kernels must be, and what a GPU can issue: one table.
+
+For float16, bfloat16 and float32, and for float64 as far as it has such kernels:
+
+- no local memory, in any kernel
+- no access of one byte of global or shared memory; of two in kernels for half types only
+- a kernel for vectors has the loops of the table, each as often as its source has it, with just
+  these 16-byte accesses on the way over whole vectors; there is no other loop that reads or writes
+  vectors in global memory, except those that copy whole vectors into shared memory
+- on that way every access of global memory is of a vector; anywhere in the loop every load is, and
+  narrow stores are no more than the elements of the vectors stored, at edges, and one sum of a row
+- on that way narrow accesses of shared memory are at most as many as the table says, each of one
+  number of the type that sums are made in: the masks, the terms and the sums of rows
+- it has no more instructions a vector than the table says
+- one launch on the chip brings its image into shared memory by 16 bytes, or in bulk
+- a kernel for elements, of tensors that are not aligned, and the small launches, which read no
+  full-size tensor: the first two rules, and a limit on all their instructions
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .machine_code import VECTOR, Function, Instruction, Loop
+
+# Warp instructions that a GPU can issue while it moves 512 bytes, a vector for each lane of a warp:
+# multiprocessors, with four schedulers each, clock, and the bandwidth that a copy was measured at.
+GPUS = {"H100": (132, 1.98e9, 3.0e12), "H200": (132, 1.98e9, 4.3e12)}
+SLOTS = {
+    name: multiprocessors * 4 * clock * 32 * VECTOR / bandwidth
+    for name, (multiprocessors, clock, bandwidth) in GPUS.items()
+}
+SIZES = {"half": 2, "bfloat16": 2, "float": 4, "double": 8}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A loop over vectors of full-size tensors. Counts are a turn's, over whole vectors."""
+
+    name: str
+    vectors: tuple[int, int, int]  # from global memory, from shared, which keeps an image; stored
+    loops: int  # so many alike
+    narrow: int  # numbers of small maps and of sums, in shared memory
+    in_flight: int  # vectors that must be asked for before one is used
+    limit: tuple[int, int, int]  # instructions a loaded vector, of 2-, 4- and 8-byte elements
+    times: int = 0  # that it is gone through, in vectors of x, where a launch keeps the image
+
+    def instructions(self, loop: Loop) -> float:
+        """For each vector that is loaded."""
+        return len(loop.way) / sum(self.vectors[:2])
+
+
+# The limits are a tenth above the most that nvcc 13.0 makes of today's source for any of our
+# architectures; the report prints what they are of the slots. Narrow accesses are, of a row, its
+# weight, and its sum on the way to other lanes (sums), its weight and one sum of a turn (sums of
+# the one launch), or the masks and terms of the two rows that a vector may lie in (y, dx). Vectors
+# in flight are kDepth, and in the one launch what its registers allow beside what it keeps there.
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "sums, forward": (Stage("x", (4, 0, 0), 1, 8, 4, (90, 65, 68)),),
+    "sums, backward": (Stage("dy x", (4, 0, 0), 1, 4, 4, (65, 41, 36)),),
+    "sums, through": (Stage("x", (4, 0, 0), 1, 8, 4, (92, 36, 46)),),
+    "scale, forward": (Stage("y", (4, 0, 4), 1, 8, 4, (95, 56, 49)),),
+    "scale, backward": (Stage("dx", (4, 0, 4), 3, 16, 4, (111, 60, 70)),),
+    "chip_forward": (
+        Stage("sums of kept x", (0, 4, 0), 1, 5, 0, (102, 68, 0), times=2),
+        Stage("sums of x", (4, 0, 0), 1, 5, 2, (113, 79, 0)),
+        Stage("y of kept x", (0, 4, 4), 1, 8, 0, (85, 46, 0), times=1),
+        Stage("y of x", (4, 0, 4), 1, 8, 4, (88, 49, 0)),
+    ),
+    "chip_backward": (
+        Stage("sums of kept dy x", (0, 4, 0), 1, 3, 0, (76, 46, 0), times=2),
+        Stage("sums of dy, kept x", (2, 2, 0), 1, 3, 2, (81, 49, 0)),
+        Stage("sums of dy x", (4, 0, 0), 1, 3, 4, (80, 52, 0)),
+        Stage("sums of kept x", (0, 2, 0), 1, 3, 0, (118, 85, 0), times=1),
+        Stage("sums of x", (2, 0, 0), 1, 3, 2, (125, 91, 0)),
+        Stage("dx of kept dy", (0, 1, 1), 3, 4, 0, (109, 49, 0), times=1),
+        Stage("dx of dy", (1, 0, 1), 3, 4, 1, (105, 52, 0)),
+    ),
+}
+# Instructions of the loops within those of sums, a turn of each: they add a row's lanes, unrolled.
+WITHIN = 180
+# Instructions that round a float to bfloat16 on 7.5, which has none of its own for that.
+ROUNDING = 20
+# All instructions of kernels without a loop over vectors; those for elements mostly make masks.
+WHOLE = {"sums": 5100, "scale": 6300, "fold": 660, "gate_sums": 650, "finish": 2750}
+# Full-size tensors that go through memory where a launch keeps the image.
+MOVED = {"chip_forward": 2, "chip_backward": 3}
+
+
+def kernel_of(name: str) -> tuple[str, int, bool, bool]:
+    """Of sums<half, 8, 2>: "sums, through"; its elements' bytes; for vectors; for clusters."""
+    base, *arguments = re.findall(r"\w+", name)
+    size = SIZES.get(arguments[0], 0) if arguments else 0
+    last = arguments[-1] if arguments else ""
+    if base == "sums":
+        base = f"sums, {('forward', 'backward', 'through')[int(last)]}"
+    elif base == "scale":
+        base = f"scale, {'backward' if last == 'true' else 'forward'}"
+    vectors = base in STAGES and arguments[1:2] != ["1"]
+    return base, size, vectors, base.startswith("chip") and last == "true"
+
+
+def number(arch: str) -> int:
+    """90 of sm_90."""
+    return int(re.sub(r"\D", "", arch))
+
+
+def column(size: int) -> int:
+    """Where a limit for elements of so many bytes stands."""
+    return {2: 0, 4: 1, 8: 2}[size]
+
+
+def found_loops(name: str, function: Function) -> Iterator[tuple[Stage, list[Loop]]]:
+    """The table's loops over vectors, as they are in the code."""
+    base, _, vectors, _ = kernel_of(name)
+    for stage in STAGES[base] if vectors else ():
+        yield stage, [loop for loop in function.loops if vectors_of(loop) == stage.vectors]
+
+
+def vectors_of(loop: Loop) -> tuple[int, int, int]:
+    loads, kept = (loop.vectors(space, True) for space in ("global", "shared"))
+    return loads, kept, loop.vectors("global", False)
+
+
+def copies(loop: Loop) -> bool:
+    """Whether it brings vectors into shared memory."""
+    return loop.vectors("copy", True) > 0 or (
+        loop.vectors("global", True) == loop.vectors("shared", False) > 0
+    )
+
+
+def narrow(code: tuple[Instruction, ...], space: str, load: bool | None = None) -> list[int]:
+    """Bytes of each access that is less than a vector."""
+    accesses = [i.access for i in code if i.access]
+    return [
+        a.width
+        for a in accesses
+        if a.space == space and a.width < VECTOR and load in (None, a.load)
+    ]
+
+
+def share(instructions: float, moved: float, gpu: str) -> float:
+    """Of the issue slots, while memory is as fast as it gets."""
+    return instructions / moved / SLOTS[gpu]
+
+
+def kept_instructions(name: str, function: Function) -> float | None:
+    """For each vector of x, of one launch that keeps the image; None for other kernels."""
+    total = 0.0
+    for stage, loops in found_loops(name, function):
+        if stage.times and loops:
+            total += stage.times * max(map(stage.instructions, loops))
+    return total or None
+
+
+def faults(name: str, arch: str, function: Function) -> Iterator[str]:
+    """What is against the rules, in words: expected this, got that."""
+    base, size, vectors, cluster = kernel_of(name)
+    code = function.instructions
+    if base not in STAGES and base not in WHOLE:
+        yield "expected a kernel that the table knows, got one without limits: add it"
+        return
+    if local := [i.opcode for i in code if i.access and i.access.space == "local"]:
+        yield f"expected no local memory, got {len(local)} accesses ({local[0]})"
+    least = 2 if size == 2 else 4
+    widths = narrow(code, "global") + narrow(code, "shared")
+    if too_narrow := [width for width in widths if width < least]:
+        got = f"{len(too_narrow)} of {min(too_narrow)}"
+        yield f"expected accesses of {least} bytes and more, got {got}"
+    if cluster and number(arch) < 90:
+        if widths:
+            yield "expected nothing for clusters, which this architecture lacks"
+        return
+    if not vectors:
+        limit = WHOLE[base.partition(",")[0]]
+        if len(code) > limit:
+            yield f"expected at most {limit} instructions, got {len(code)}"
+        return
+
+    matched: list[Loop] = []
+    for stage, loops in found_loops(name, function):
+        loops = [loop for loop in loops if not copies(loop)]
+        matched += loops
+        if len(loops) != stage.loops:
+            got = f"expected {stage.loops}, got {len(loops)}"
+            yield f"loops over {shape(stage.vectors)}: {got}"
+        for loop in loops:
+            problems = loop_faults(stage, loop, size, number(arch), "bfloat16" in name)
+            yield from (f"{stage.name}: {problem}" for problem in problems)
+    for loop in function.loops:
+        read, _, written = vectors_of(loop)
+        if (read or written) and loop not in matched and not copies(loop):
+            yield f"expected the table's loops, got one over {shape(vectors_of(loop))}"
+    if base in MOVED and not (
+        any(map(copies, function.loops)) or any(i.opcode.startswith("UBLKCP") for i in code)
+    ):
+        yield "expected copies into shared memory of 16 bytes or in bulk, got none"
+
+
+def shape(vectors: tuple[int, int, int]) -> str:
+    return f"{'+'.join(map(str, vectors))} vectors (from global, from shared, stored)"
+
+
+def loop_faults(
+    stage: Stage, loop: Loop, size: int, capability: int, bfloat16: bool
+) -> Iterator[str]:
+    entry = max(size, 4)  # bytes of what sums are made in
+    if widths := narrow(loop.way, "global"):
+        yield f"expected whole vectors on the way, got {len(widths)} of {min(widths)} bytes"
+    small = narrow(loop.way, "shared")
+    if len(small) > stage.narrow or any(width != entry for width in small):
+        got = f"{len(small)}, the narrowest of {min(small)}"
+        yield f"expected at most {stage.narrow} numbers of {entry} bytes a turn, got {got}"
+    loads, stores = (narrow(loop.body, "global", load) for load in (True, False))
+    if loads:
+        yield f"expected loads of whole vectors, got {len(loads)} of {min(loads)} bytes"
+    most = 1 + stage.vectors[2] * VECTOR // size
+    if len(stores) > most or any(width not in (size, entry) for width in stores):
+        got = f"{len(stores)}, the narrowest of {min(stores)} bytes"
+        yield f"expected at most {most} narrow stores, of edges' elements and a sum, got {got}"
+    if len(loop.within) > WITHIN:
+        yield f"expected at most {WITHIN} instructions of loops within, got {len(loop.within)}"
+    # ptxas asks for half of the vectors, then for the others, where registers are short: of
+    # float64, and from 10.0 on.
+    in_flight = stage.in_flight if size < 8 and capability < 100 else (stage.in_flight + 1) // 2
+    if loop.in_flight() < in_flight:
+        yield f"expected {in_flight} vectors in flight, got {loop.in_flight()}"
+    limit = stage.limit[column(size)]
+    if bfloat16 and capability < 80:
+        limit += ROUNDING * VECTOR // size * stage.vectors[2] // sum(stage.vectors[:2])
+    if stage.instructions(loop) > limit:
+        got = f"{stage.instructions(loop):.1f}"
+        yield f"expected at most {limit} instructions a vector, got {got}"
