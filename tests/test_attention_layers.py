@@ -139,7 +139,7 @@ def test_layers_serve_timm(name):
         ),
         (lambda: SEModule(8, reduction=0), "reduction must be between 1"),
         (lambda: SGEModule(96), r"multiple of groups, got channels=96 and groups=64; pass groups"),
-        (lambda: SGEModule(0), "multiple of groups"),
+        (lambda: SGEModule(0), "channels must be a positive int, got 0"),
         (lambda: ECAModule(0), "channels must be a positive int, got 0"),
         (lambda: ECAModule(8, kernel_size=4), "kernel_size must be odd, got 4"),
     ],

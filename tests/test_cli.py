@@ -200,8 +200,18 @@ def test_what_must_not_be_cut_short_is_done_first():
         signal.raise_signal(signal.SIGINT)
         done.append(1)
 
+    @uninterrupted()
+    def impatient():
+        for _ in range(9):  # of which the third one does not wait
+            done.append(0)
+            signal.raise_signal(signal.SIGINT)
+
     with pytest.raises(KeyboardInterrupt):
         work()
+    with pytest.raises(KeyboardInterrupt):
+        impatient()
+    assert done == [1, 0, 0, 0]
+    del done[1:]
     with ThreadPoolExecutor() as pool:  # where no signal can be handled
         pool.submit(uninterrupted()(done.append), 2).result()
     assert done == [1, 2] and signal.getsignal(signal.SIGINT) is handler

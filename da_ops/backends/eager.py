@@ -67,7 +67,7 @@ def _backward(
     )
     given = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
     return dx, *(
-        None if g is None or p is None else empty_gradient(p).copy_(g)
+        g if g is None or p is None or g.stride() == p.stride() else empty_gradient(p).copy_(g)
         for g, p in zip(gradients, given)
     )
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, and then raises KeyboardInterrupt.
+    """Ctrl-C waits until the block is done, and then raises KeyboardInterrupt; a third one does
+    not wait.
 
     Raised in the midst of it, it would be lost in a callback of fork, come out of torch.save as
     another error, or leave a queue's reader waiting. Processes that are forked in the block do not
@@ -20,7 +23,14 @@ def uninterrupted() -> Iterator[None]:
         yield  # where Python delivers no signals, and lets none be handled
         return
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    process = os.getpid()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        if len(pressed) == 3 and os.getpid() == process:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:

@@ -97,10 +97,20 @@ def training_loader(dataset: Any, sampler: StepSampler, workers: int, cuda: bool
 
 
 def started(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches, by workers that Ctrl-C does not reach.
+    """The loader's batches, by workers that Ctrl-C does not reach, each handed over whole.
 
     Keep the iterator in a variable: when it is let go it waits for its workers to end.
     """
     with uninterrupted():
         batches = iter(loader)
-    return batches
+    return _whole(batches)
+
+
+def _whole(batches: Iterator[Any]) -> Iterator[Any]:
+    end = object()
+    while True:
+        with uninterrupted():  # or the worker would complain that nobody takes what it hands over
+            batch = next(batches, end)
+        if batch is end:
+            return
+        yield batch
