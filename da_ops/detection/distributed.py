@@ -83,6 +83,10 @@ def join() -> Iterator[World]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
+        if not cuda:
+            # Gloo's thread may still be letting go of a tensor, for which it needs Python's lock.
+            # PyTorch 2.10 waits for that thread with the lock held; waiting here lets go of it.
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 
