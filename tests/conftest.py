@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import random
@@ -112,17 +113,38 @@ def fused_cpu():
 
 
 @pytest.fixture(scope="session")
-def executable(tmp_path_factory):
-    """executable(source, kind): built once for all workers of a test run."""
+def shared_folder(tmp_path_factory):
+    """Shared by all workers of a test run."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder):
+    """once(name, make): a folder that make(folder) has filled, in the first worker that asks."""
+
+    def made(name, make):
+        folder, unfinished = shared_folder / name, shared_folder / f"{name}.unfinished"
+        with open(shared_folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                unfinished.mkdir(exist_ok=True)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def executable(shared_folder):
+    """executable(source, kind): built once for all workers of a test run."""
 
     @functools.cache
     def made(source, kind):
         if reason := unavailable(kind):
             pytest.skip(reason)
-        return build(source, kind, folder)
+        return build(source, kind, shared_folder)
 
     return made
 

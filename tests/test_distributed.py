@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
 import warnings
 from collections import defaultdict
@@ -178,13 +179,11 @@ def worker(rank, store, queue):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """answers[name][rank]: what a function of WORK returned in each process."""
-    store = f"file://{tmp_path_factory.mktemp('processes')}/store"
+def work_of_two(folder):
+    """What each function of WORK returns in each process, into a file."""
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     processes = torch.multiprocessing.start_processes(
-        worker, (store, queue), nprocs=SIZE, join=False, start_method="spawn"
+        worker, (f"file://{folder}/store", queue), nprocs=SIZE, join=False, start_method="spawn"
     )
     found, done = defaultdict(dict), False
     while not done:
@@ -192,7 +191,13 @@ def answers(tmp_path_factory):
         while not queue.empty():
             name, rank, answer = queue.get()
             found[name][rank] = answer
-    return found
+    (folder / "answers").write_bytes(pickle.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def answers(once):
+    """answers[name][rank]: what a function of WORK returned in each process."""
+    return pickle.loads((once("distributed", work_of_two) / "answers").read_bytes())
 
 
 def assert_as_alone(answers, want):

@@ -96,11 +96,10 @@ def sdist(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wheels(sdist, tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheels")
+def wheels(sdist, once):
     # One architecture of CUDA, where there is nvcc: all of them take minutes.
-    pip_wheel(sdist, out, env={"DA_OPS_CPU": "1", "TORCH_CUDA_ARCH_LIST": "9.0"})
-    return out
+    environment = {"DA_OPS_CPU": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    return once("wheels", lambda out: pip_wheel(sdist, out, env=environment))
 
 
 @pytest.fixture
