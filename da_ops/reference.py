@@ -321,7 +321,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@torch.compiler.assume_constant_result  # PyTorch 2.10 cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(x.device.type):
+    if _has_autocast(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
