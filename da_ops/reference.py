@@ -321,12 +321,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.compiler.assume_constant_result  # PyTorch 2.10 cannot trace it
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+# Asked here, for PyTorch 2.10 cannot compile the question.
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+)
 
 
 def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
-    if _has_autocast(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    has_it = kind in _AUTOCAST
+    if not has_it and not torch.compiler.is_compiling():
+        has_it = torch.amp.is_autocast_available(kind)
+    if has_it:
+        return torch.autocast(kind, enabled=False)
     return nullcontext()

@@ -293,3 +293,13 @@ def test_requirements_are_those_of_pyproject():
     assert not [name for name in names if name.startswith("da-ops")]
     assert requirements.installed("torch>=1")
     assert not requirements.installed("no-such-package-of-ours>=1")
+
+
+def test_import_is_quick():
+    """It brings no compiler of graphs and no networks: each takes a second and more."""
+    slow = ("torch._dynamo", "torchvision", "torch.distributed.tensor")
+    program = (
+        "import sys, torch; before = set(sys.modules); import da_ops;"
+        f" print([name for name in {slow} if name in sys.modules.keys() - before])"
+    )
+    assert run(sys.executable, "-c", program, cwd=ROOT).stdout.strip() == "[]"
