@@ -199,8 +199,8 @@ class DAModule(nn.Module):
         return ", ".join(parts)
 
 
-# What kernels know of each convolution: in_channels, out_channels, kernel_size, stride, padding,
-# dilation, groups, padding_mode.
+# The convolutions that the kernels compute, each as in_channels, out_channels, kernel_size, stride,
+# padding, dilation, groups, padding_mode.
 _CONV = (1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 _DILATED_CONV = (1, 1, (3, 3), (1, 1), (3, 3), (3, 3), 1, "zeros")
 _MERGE = (2, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")

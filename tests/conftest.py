@@ -54,7 +54,7 @@ _M_PERTURB = -6
 POISONED = hasattr(ctypes.CDLL(None), "mallopt") and ctypes.CDLL(None).mallopt(_M_PERTURB, 0x01)
 
 
-# Of a test's variants on Triton's kernels so many run: interpreted, a call takes a fraction of a
+# How many variants of a test run on Triton's kernels. Interpreted, a call takes a fraction of a
 # second; on a GPU, nearly every variant is compiled for itself. With DA_OPS_TEST_FULL=1 all run.
 FEW = 12 if GPU else 4
 
