@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# Those that nvcc makes PTX for, which serves every later architecture up to the next: the sources
+# make use of what 8.0 and 9.0 brought, and nvcc 13.0 of what 10.0 did, in up to half as many
+# instructions.
+PTX = ("7.5", "8.0", "9.0", "10.0")
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
 
 
@@ -52,7 +56,7 @@ def find_cuda(
 def arch_list(home: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
     """TORCH_CUDA_ARCH_LIST where it is set, else every architecture of ours that this nvcc knows.
 
-    The newest carries PTX as well, so that GPUs yet to come can run it.
+    The newest of PTX carries it in the library as well, so that GPUs yet to come can run it.
     """
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
     if asked:
@@ -60,17 +64,32 @@ def arch_list(home: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
     listing = _run(home / "bin" / "nvcc", "--list-gpu-arch") or ""
     known = {f"{major}.{minor}" for major, minor in re.findall(r"compute_(\d+)(\d)\b", listing)}
     archs = [arch for arch in ARCHITECTURES if arch in known]
-    return [*archs[:-1], f"{archs[-1]}+PTX"] if archs else []
+    kept = max((arch for arch in archs if arch in PTX), key=_number, default="")
+    return [f"{arch}+PTX" if arch == kept else arch for arch in archs]
 
 
 def gencode(archs: Iterable[str]) -> list[str]:
     """nvcc's flags for architectures such as "9.0", "9.0a" and "12.0+PTX"."""
-    flags = []
+    made: dict[str, list[str]] = {}  # binaries, and PTX, by the PTX that they are made from
     for arch in archs:
-        number, _, ptx = arch.replace(".", "").partition("+")
-        kinds = ("sm", "compute") if ptx else ("sm",)
-        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
-    return flags
+        name, _, keep = arch.partition("+")
+        ptx = ptx_for(name).replace(".", "")
+        codes = made.setdefault(ptx, [])
+        codes.append(f"sm_{name.replace('.', '')}")
+        if keep:
+            codes.append(f"compute_{ptx}")
+    return [f"-gencode=arch=compute_{ptx},code=[{','.join(made[ptx])}]" for ptx in made]
+
+
+def ptx_for(arch: str) -> str:
+    """The architecture that the PTX for `arch` is made for: "8.0" for "8.6"; its own for "9.0a"."""
+    if arch[-1] in "af":
+        return arch
+    return max((ptx for ptx in PTX if _number(ptx) <= _number(arch)), key=_number, default=arch)
+
+
+def _number(arch: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in arch.split("."))
 
 
 def unknown_archs(archs: Iterable[str]) -> list[str]:

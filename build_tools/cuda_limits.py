@@ -89,8 +89,8 @@ WHOLE = {"sums": 5100, "scale": 6300, "fold": 660, "gate_sums": 650, "finish": 2
 MOVED = {"chip_forward": 2, "chip_backward": 3}
 
 
-def kernel_of(name: str) -> tuple[str, int, bool, bool]:
-    """Of sums<half, 8, 2>: "sums, through"; its elements' bytes; for vectors; for clusters."""
+def kernel_of(name: str) -> tuple[str, int, bool]:
+    """Of sums<half, 8, 2>: "sums, through"; its elements' bytes; for vectors."""
     base, *arguments = re.findall(r"\w+", name)
     size = SIZES.get(arguments[0], 0) if arguments else 0
     last = arguments[-1] if arguments else ""
@@ -99,7 +99,7 @@ def kernel_of(name: str) -> tuple[str, int, bool, bool]:
     elif base == "scale":
         base = f"scale, {'backward' if last == 'true' else 'forward'}"
     vectors = base in STAGES and arguments[1:2] != ["1"]
-    return base, size, vectors, base.startswith("chip") and last == "true"
+    return base, size, vectors
 
 
 def number(arch: str) -> int:
@@ -114,7 +114,7 @@ def column(size: int) -> int:
 
 def found_loops(name: str, function: Function) -> Iterator[tuple[Stage, list[Loop]]]:
     """The table's loops over vectors, as they are in the code."""
-    base, _, vectors, _ = kernel_of(name)
+    base, _, vectors = kernel_of(name)
     for stage in STAGES[base] if vectors else ():
         yield stage, [loop for loop in function.loops if vectors_of(loop) == stage.vectors]
 
@@ -157,7 +157,7 @@ def kept_instructions(name: str, function: Function) -> float | None:
 
 def faults(name: str, arch: str, function: Function) -> Iterator[str]:
     """What is against the rules, in words: expected this, got that."""
-    base, size, vectors, cluster = kernel_of(name)
+    base, size, vectors = kernel_of(name)
     code = function.instructions
     if base not in STAGES and base not in WHOLE:
         yield "expected a kernel that the table knows, got one without limits: add it"
@@ -169,10 +169,6 @@ def faults(name: str, arch: str, function: Function) -> Iterator[str]:
     if too_narrow := [width for width in widths if width < least]:
         got = f"{len(too_narrow)} of {min(too_narrow)}"
         yield f"expected accesses of {least} bytes and more, got {got}"
-    if cluster and number(arch) < 90:
-        if widths:
-            yield "expected nothing for clusters, which this architecture lacks"
-        return
     if not vectors:
         limit = WHOLE[base.partition(",")[0]]
         if len(code) > limit:

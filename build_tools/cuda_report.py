@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import cuda_limits, machine_code
-from .cuda import NVCC_FLAGS, arch_list, find_cuda
+from .cuda import NVCC_FLAGS, arch_list, find_cuda, gencode
 from .cuda_limits import number
 
 SOURCES = Path("csrc", "cuda")
@@ -93,9 +93,9 @@ class Tools:
         )
 
     def compile(self, source: Path, arch: str, cubin: Path, include: Iterable[Path] = ()) -> Path:
-        target = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
         folders = [f"-I{folder}" for folder in (*include, "csrc")]
-        command = [self.nvcc, *NVCC_FLAGS, target, *folders]
+        target = gencode([re.sub(r"sm_(\d+)(\d)", r"\1.\2", arch)])
+        command = [self.nvcc, *NVCC_FLAGS, *target, *folders]
         run(*command, "-cubin", source, "-o", cubin, why=f"{source} does not compile for {arch}")
         return cubin
 
@@ -180,7 +180,7 @@ def hot_loops(kernels: list[Kernel], archs: list[str]) -> Iterator[list[str]]:
     gpus = list(cuda_limits.SLOTS)
     yield ["instructions a vector / in flight", "vectors", *archs, "limit", *gpus]
     for name, on in by_name(kernels).items():
-        base, size, _, _ = cuda_limits.kernel_of(name)
+        base, size, _ = cuda_limits.kernel_of(name)
         loops = {arch: dict(cuda_limits.found_loops(name, on[arch].code)) for arch in on}
         for stage in next(iter(loops.values())):
             found = {arch: loops[arch][stage] for arch in archs if arch in on}

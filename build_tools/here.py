@@ -15,7 +15,7 @@ WITHOUT_GPU = "9.0"
 
 def architectures(capabilities: Iterable[tuple[int, int]]) -> str:
     """For GPUs of these compute capabilities. Binaries run on their own major version from their
-    minor one on; a GPU that none of ours is for needs all of them, for the PTX in the newest."""
+    minor one on; a GPU that none of ours is for needs all of them, for the PTX among them."""
     found = set()
     for major, minor in capabilities:
         ours = [a for a in ARCHITECTURES if a.split(".")[0] == str(major)]

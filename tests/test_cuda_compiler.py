@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from setuptools.errors import SetupError
 from build_tools import here
 from build_tools.cuda import (
     ARCHITECTURES,
+    PTX,
     CudaCompiler,
     arch_list,
     find_cuda,
@@ -20,6 +23,8 @@ from build_tools.cuda import (
 )
 from build_tools.extension import find_cxx, part, survey
 from da_ops.backends import cuda, native
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_toolkit(home, release="13.0", archs="75 80 86 87 89 90 100 120"):
@@ -98,9 +103,9 @@ def test_a_torch_without_cuda_needs_no_nvcc():
     assert find_cuda(None, {}).why == "this torch was built without CUDA"
 
 
-def test_arch_list_is_what_this_nvcc_knows_with_ptx_for_the_newest(tmp_path):
+def test_arch_list_is_what_this_nvcc_knows_with_the_newest_ptx_that_is_made(tmp_path):
     home = make_toolkit(tmp_path / "new")
-    assert arch_list(home, {}) == [*ARCHITECTURES[:-1], ARCHITECTURES[-1] + "+PTX"]
+    assert arch_list(home, {}) == ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0+PTX", "12.0"]
     old = make_toolkit(tmp_path / "old", archs="70 75 80")
     assert arch_list(old, {}) == ["7.5", "8.0+PTX"]
 
@@ -127,12 +132,18 @@ def test_a_tree_is_built_for_the_gpus_that_are_here(gpus, built):
 
 
 def test_gencode_has_code_for_every_arch_and_ptx_where_asked():
-    assert gencode(["7.5", "9.0a", "12.0+PTX"]) == [
-        "-gencode=arch=compute_75,code=sm_75",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_120,code=sm_120",
-        "-gencode=arch=compute_120,code=compute_120",
+    assert gencode(["7.5", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]) == [
+        "-gencode=arch=compute_75,code=[sm_75]",
+        "-gencode=arch=compute_80,code=[sm_86,sm_89]",
+        "-gencode=arch=compute_90a,code=[sm_90a]",
+        "-gencode=arch=compute_100,code=[sm_100,sm_120,compute_100]",
     ]
+
+
+def test_the_sources_tell_no_architectures_apart_that_share_ptx():
+    text = "".join(file.read_text() for file in (ROOT / "csrc").rglob("*.cu*"))
+    used = {int(number) for number in re.findall(r"__CUDA_ARCH__ *[<>=!]+ *(\d+)", text)}
+    assert used and used <= {int(arch.replace(".", "")) * 10 for arch in PTX}
 
 
 def test_the_runtime_is_linked_by_the_name_that_the_toolkit_has(tmp_path):

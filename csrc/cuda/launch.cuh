@@ -70,9 +70,7 @@ inline simt::Launch chip_launch(const OnChip& chip, void* stream) {
 
 template <class T>
 auto chip_kernel(const OnChip& chip) {
-  const bool cluster = chip.barrier == Barrier::cluster;
-  if (chip.backward) return cluster ? chip_backward<T, true> : chip_backward<T, false>;
-  return cluster ? chip_forward<T, true> : chip_forward<T, false>;
+  return chip.backward ? chip_backward<T> : chip_forward<T>;
 }
 
 template <class T>

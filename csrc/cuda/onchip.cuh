@@ -8,8 +8,8 @@
 namespace da::cuda {
 
 // Before the first load. What an order lacks is one as a factor and zero as a term.
-template <class T, bool Cluster>
-SIMT_FN void prepare(const Member<T, Cluster>& m) {
+template <class T>
+SIMT_FN void prepare(const Member<T>& m) {
   const OnChip& chip = m.chip;
   for (int i = simt::thread(); i < chip.slab_rows; i += chip.threads) {
     m.row_mask()[i] = 1;
@@ -37,13 +37,12 @@ SIMT_FN void prepare(const Member<T, Cluster>& m) {
 //   mask                                                 | c or s |
 //   y                                                             |chunk 0|chunk 1|...
 //   load                                            next image            |chunk 0|...
-template <class T, bool Cluster>
+template <class T>
 SIMT_KERNEL(kChipThreads, kChipBlocks)
 chip_forward(SIMT_PARAM ChipArgs args) {
-  if constexpr (Cluster && !simt::kClusters) return;
   const OnChip& chip = args.chip;
   const int images = args.call.images;
-  const Member<T, Cluster> m(args);
+  const Member<T> m(args);
   prepare(m);
   if (m.group() < images)
     for (int k = 0; k < chip.kept; k++) fetch<false>(m, m.group(), k);
@@ -78,13 +77,12 @@ chip_forward(SIMT_PARAM ChipArgs args) {
 //   load                                               next image                |x 0 |x 1 |...
 //
 // A chunk of dy that was not kept is read again for dx, most likely from L2.
-template <class T, bool Cluster>
+template <class T>
 SIMT_KERNEL(kChipThreads, kChipBlocks)
 chip_backward(SIMT_PARAM ChipArgs args) {
-  if constexpr (Cluster && !simt::kClusters) return;
   const OnChip& chip = args.chip;
   const int images = args.call.images;
-  const Member<T, Cluster> m(args);
+  const Member<T> m(args);
   prepare(m);
   if (m.group() < images) {
     for (int k = 0; k < chip.kept; k++) fetch<false>(m, m.group(), k);

@@ -93,8 +93,8 @@ struct ChannelGradient {
 
 // out[i] = own(i - first) for the block's slice of the columns, the others from their blocks; `all`
 // is where they meet, [column].
-template <class T, bool Cluster, class Own>
-SIMT_FN void gather(const Member<T, Cluster>& m, float* all, float* out, Own own) {
+template <class T, class Own>
+SIMT_FN void gather(const Member<T>& m, float* all, float* out, Own own) {
   const int cols = m.chip.cols, first = m.slice_begin(), last = m.slice_end();
   for (int i = first + simt::thread(); i < last; i += m.chip.threads) {
     const float value = own(i - first);
@@ -110,15 +110,14 @@ SIMT_FN void gather(const Member<T, Cluster>& m, float* all, float* out, Own own
 }
 
 // The blocks' sums by column become what `axis` makes of them.
-template <class T, bool Cluster, class Axis>
-SIMT_FN void through_columns(const Member<T, Cluster>& m, const Axis& axis, float* all,
-                             float* sums) {
+template <class T, class Axis>
+SIMT_FN void through_columns(const Member<T>& m, const Axis& axis, float* all, float* sums) {
   const OnChip& chip = m.chip;
   const int cols = chip.cols, reach = chip.col_reach, margin = chip.margin(reach);
   const int first = m.slice_begin(), last = m.slice_end();
   float* const partials = m.args.partials + int64_t(m.group()) * chip.blocks * cols;
   simt::sync();
-  if (!Cluster && chip.blocks > 1)
+  if (chip.blocks > 1 && !m.in_cluster())
     for (int i = simt::thread(); i < cols; i += chip.threads)
       simt::store_fresh(partials + int64_t(m.rank()) * cols + i, sums[i]);
   m.sync();
@@ -131,8 +130,8 @@ SIMT_FN void through_columns(const Member<T, Cluster>& m, const Axis& axis, floa
       sum = sums[i];
     else
       for (int rank = 0; rank < chip.blocks; rank++)
-        sum += Cluster ? *simt::peer(sums + i, rank)
-                       : simt::load_fresh(partials + int64_t(rank) * cols + i);
+        sum += m.in_cluster() ? *simt::peer(sums + i, rank)
+                              : simt::load_fresh(partials + int64_t(rank) * cols + i);
     const float value = axis.value(sum, m.col_mask()[i]);
     window[i - first] = value;
     if (axis.keep && first <= i && i < last) axis.keep[i] = value;
@@ -144,8 +143,8 @@ SIMT_FN void through_columns(const Member<T, Cluster>& m, const Axis& axis, floa
 
 // The block's sums by row become what `axis` makes of them. Its values are kept where neighbours
 // find them.
-template <class T, bool Cluster, class Axis>
-SIMT_FN void through_rows(const Member<T, Cluster>& m, const Axis& axis, float* sums) {
+template <class T, class Axis>
+SIMT_FN void through_rows(const Member<T>& m, const Axis& axis, float* sums) {
   const OnChip& chip = m.chip;
   const int reach = chip.row_reach, margin = chip.margin(reach);
   const int row0 = m.row0(), rows = m.rows();
@@ -178,8 +177,8 @@ SIMT_FN A* of_image(A* maps, int image, int64_t entries) {
 }
 
 // Forward's sums become masks.
-template <class T, bool Cluster>
-SIMT_FN void make_masks(const Member<T, Cluster>& m, int image, bool rows, bool cols) {
+template <class T>
+SIMT_FN void make_masks(const Member<T>& m, int image, bool rows, bool cols) {
   const Args<float>& a = m.args.call;
   const SpatialMask spatial{a, m.stencil(), of_image(a.channel_mean, image, a.pixels)};
   const ChannelMask<T> channel{a, of_image(a.pooled, image, a.channels)};
@@ -191,8 +190,8 @@ SIMT_FN void make_masks(const Member<T, Cluster>& m, int image, bool rows, bool 
 }
 
 // Backward's sums become terms of dx.
-template <class T, bool Cluster>
-SIMT_FN void make_terms(const Member<T, Cluster>& m, int image, bool rows, bool cols) {
+template <class T>
+SIMT_FN void make_terms(const Member<T>& m, int image, bool rows, bool cols) {
   const Args<float>& a = m.args.call;
   const SpatialGradient spatial{
       a,
@@ -210,8 +209,8 @@ SIMT_FN void make_terms(const Member<T, Cluster>& m, int image, bool rows, bool 
 }
 
 // Both masks, from the maps that forward saved.
-template <class T, bool Cluster>
-SIMT_FN void recall_masks(const Member<T, Cluster>& m, int image) {
+template <class T>
+SIMT_FN void recall_masks(const Member<T>& m, int image) {
   const OnChip& chip = m.chip;
   const Args<float>& a = m.args.call;
   const SpatialMask spatial{a, m.stencil(), nullptr};

@@ -20,7 +20,7 @@ static_assert(sizeof(simt::Bulk) == kBulkBytes, "");
 
 // A block, as one of the group that owns an image. It computes what it is asked for when it is
 // asked: registers are scarcer than time between the sweeps.
-template <class T, bool Cluster>
+template <class T>
 struct Member {
   static constexpr int E = simt::kPerVector<T>;
   const ChipArgs& args;
@@ -71,11 +71,12 @@ struct Member {
   SIMT_FN float* scratch() const { return at<float>(chip.memory.scratch); }
   SIMT_FN simt::Bulk* load_of(int chunk) const { return at<simt::Bulk>(chip.memory.loads) + chunk; }
 
+  SIMT_FN bool in_cluster() const { return simt::kClusters && chip.barrier == Barrier::cluster; }
   // For the whole group; what its blocks wrote before is then seen by all of them.
   SIMT_FN void sync() const {
     if (chip.blocks == 1)
       simt::sync();
-    else if constexpr (Cluster)
+    else if (in_cluster())
       simt::cluster_sync();
     else
       simt::group_sync(args.counters + group() * kCounterStride, rank(), chip.blocks);
@@ -86,8 +87,8 @@ struct Member {
 };
 
 // Begins to bring a chunk of x, or of dy, into its place in shared memory.
-template <bool Dy, class T, bool Cluster>
-SIMT_FN void fetch(const Member<T, Cluster>& m, int image, int chunk) {
+template <bool Dy, class T>
+SIMT_FN void fetch(const Member<T>& m, int image, int chunk) {
   const int begin = m.chunk_begin(chunk) * m.chip.cols, end = m.chunk_end(chunk) * m.chip.cols;
   if (begin >= end) return;
   T* const to = (Dy ? m.kept_dy() : m.kept_x()) + begin;
@@ -101,8 +102,8 @@ SIMT_FN void fetch(const Member<T, Cluster>& m, int image, int chunk) {
 }
 
 // Until it is there. Loads are counted by chunk, those of dy after those of x.
-template <class T, bool Cluster>
-SIMT_FN void wait_for(const Member<T, Cluster>& m, int image, int load) {
+template <class T>
+SIMT_FN void wait_for(const Member<T>& m, int image, int load) {
   if (m.chip.aligned)
     m.load_of(load)->wait(m.parity(image));
   else
@@ -137,27 +138,27 @@ struct Sweep {
 };
 
 // A thread's share of a sweep over columns that the block spans at once.
-template <class T, bool Cluster, Sums Kind>
+template <class T, Sums Kind>
 struct Tally {
   static constexpr int E = simt::kPerVector<T>;
   using V = Access<T, E>;
   static constexpr bool product = Kind == Sums::backward;
   static constexpr int kRows = Kind == Sums::forward ? 4 : 2;  // at once, as registers allow
-  const Member<T, Cluster>& m;
+  const Member<T>& m;
   const Sweep& sweep;
   const bool weighted;
   unsigned mine;     // a bit for each element of its vectors that is not another row's
   int first, place;  // the first row, and the vector in it, of what the block adds up at once
   float weight[E], sum[E];
 
-  static SIMT_FN float* row_weights(const Member<T, Cluster>& m) {
+  static SIMT_FN float* row_weights(const Member<T>& m) {
     return Kind == Sums::through ? m.row_term() : m.row_mask();
   }
-  static SIMT_FN float* col_weights(const Member<T, Cluster>& m) {
+  static SIMT_FN float* col_weights(const Member<T>& m) {
     return Kind == Sums::through ? m.col_term() : m.col_mask();
   }
 
-  SIMT_FN Tally(const Member<T, Cluster>& m, const Sweep& sweep, int tile)
+  SIMT_FN Tally(const Member<T>& m, const Sweep& sweep, int tile)
       : m(m), sweep(sweep), weighted(Kind != Sums::forward || !sweep.first), mine(0) {
     const Lane lane = m.lane_of_row(tile);
     first = lane.group * m.chip.period + lane.row;
@@ -243,8 +244,8 @@ struct Tally {
 };
 
 // The rows' sums from their parts.
-template <class T, bool Cluster>
-SIMT_FN void fold_rows(const Member<T, Cluster>& m, float* out, bool more) {
+template <class T>
+SIMT_FN void fold_rows(const Member<T>& m, float* out, bool more) {
   const int parts = m.chip.row_parts, rows = m.rows();
   for (int r = simt::thread(); r < rows; r += m.chip.threads) {
     float total = more ? out[r] : 0.f;
@@ -255,9 +256,8 @@ SIMT_FN void fold_rows(const Member<T, Cluster>& m, float* out, bool more) {
 
 // The columns' sums, of a tile's, added up over the rows that the block has added up at once, in
 // their order.
-template <class T, bool Cluster>
-SIMT_FN void fold_columns(const Member<T, Cluster>& m, const float* sum, int tile, float* out,
-                          bool more) {
+template <class T>
+SIMT_FN void fold_columns(const Member<T>& m, const float* sum, int tile, float* out, bool more) {
   constexpr int E = simt::kPerVector<T>;
   const OnChip& chip = m.chip;
   const Lane lane = m.lane_of_row(tile);
@@ -287,9 +287,9 @@ SIMT_FN void fold_columns(const Member<T, Cluster>& m, const float* sum, int til
 }
 
 // The caller syncs before it uses the sums.
-template <Sums Kind, class T, bool Cluster>
-SIMT_FN void add_up(const Member<T, Cluster>& m, const Sweep& sweep, int image) {
-  using Own = Tally<T, Cluster, Kind>;
+template <Sums Kind, class T>
+SIMT_FN void add_up(const Member<T>& m, const Sweep& sweep, int image) {
+  using Own = Tally<T, Kind>;
   const OnChip& chip = m.chip;
   SIMT_ROLLED
   for (int tile = 0; tile < chip.col_tiles; tile++) {
@@ -323,8 +323,8 @@ SIMT_FN void add_up(const Member<T, Cluster>& m, const Sweep& sweep, int image) 
 
 // y from x, or dx from dy, an element at a time: of tensors that are not aligned, or rows shorter
 // than a vector.
-template <bool Backward, class T, bool Cluster>
-SIMT_FN void scale_elements(const Member<T, Cluster>& m, int begin, int end, const T* in, T* out) {
+template <bool Backward, class T>
+SIMT_FN void scale_elements(const Member<T>& m, int begin, int end, const T* in, T* out) {
   const unsigned cols = m.chip.cols;
   for (unsigned i = begin * cols + simt::thread(); i < end * cols; i += m.chip.threads) {
     const unsigned row = i / cols, col = i % cols;
@@ -339,8 +339,8 @@ SIMT_FN void scale_elements(const Member<T, Cluster>& m, int begin, int end, con
 
 // y from x, or dx from dy, over the slab; done(chunk) is called when a chunk has been used, before
 // any barrier.
-template <bool Backward, class T, bool Cluster, class Done>
-SIMT_FN void scale_slab(const Member<T, Cluster>& m, int image, Done done) {
+template <bool Backward, class T, class Done>
+SIMT_FN void scale_slab(const Member<T>& m, int image, Done done) {
   constexpr int E = simt::kPerVector<T>, depth = Backward ? 1 : 4;
   using V = Access<T, E>;
   const OnChip& chip = m.chip;

@@ -6,7 +6,7 @@
 
 namespace simt {
 
-// Clusters exist from sm_90 on: below it, what follows is never run, and not compiled either.
+// Clusters exist from sm_90 on; for what is older, nothing of them is compiled.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool kClusters = true;
 #else
