@@ -20,11 +20,37 @@ da::Problem problem(const py::tuple& shape, bool channels_last, const std::strin
   return p;
 }
 
-py::list passes(const std::vector<da::cpu::Pass>& passes) {
+py::list passes(const da::Schedule& schedule) {
   py::list list;
-  for (const auto& pass : passes)
-    list.append(py::dict(py::arg("name") = pass.name, py::arg("reads") = pass.reads,
-                         py::arg("writes") = pass.writes));
+  for (const da::Pass& pass : schedule)
+    list.append(py::dict(py::arg("name") = pass.name, py::arg("reads") = da::count(pass.reads),
+                         py::arg("writes") = da::count(pass.writes)));
+  return list;
+}
+
+py::list axes(da::Axes axes) {
+  py::list list;
+  if (axes.pixels) list.append("pixels");
+  if (axes.channels) list.append("channels");
+  return list;
+}
+
+py::list tensors(unsigned set) {
+  py::list list;
+  for (const auto& [tensor, name] : {std::pair(da::kDy, "dy"), std::pair(da::kX, "x"),
+                                     std::pair(da::kY, "y"), std::pair(da::kDx, "dx")})
+    if (set & tensor) list.append(name);
+  return list;
+}
+
+py::list schedule(const da::Schedule& schedule) {
+  py::list list;
+  for (const da::Pass& pass : schedule)
+    list.append(py::dict(py::arg("name") = pass.name, py::arg("reads") = tensors(pass.reads),
+                         py::arg("writes") = tensors(pass.writes),
+                         py::arg("weights") = pass.weights == da::Maps::masks ? "masks" : "terms",
+                         py::arg("sums") = axes(pass.sums),
+                         py::arg("complete") = axes(pass.complete)));
   return list;
 }
 
@@ -43,8 +69,8 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   d["sum_together"] = plan.sum_together;
   d["scale_together"] = plan.scale_together;
   d["stream"] = plan.stream;
-  d["forward"] = passes(da::cpu::forward_passes(p.order));
-  d["backward"] = passes(da::cpu::backward_passes(p.order));
+  d["forward"] = passes(da::schedule(p.order, false));
+  d["backward"] = passes(da::schedule(p.order, true));
   d["forward_cached"] = da::cpu::cached(p, machine, false);
   d["backward_cached"] = da::cpu::cached(p, machine, true);
   return d;
@@ -54,8 +80,9 @@ py::list steps(const da::cuda::Direction& direction) {
   py::list list;
   for (const auto& step : direction.steps) {
     const bool on_chip = step.kernel == da::cuda::Kernel::on_chip;
-    list.append(py::dict(py::arg("name") = step.name, py::arg("reads") = step.reads,
-                         py::arg("writes") = step.writes, py::arg("grid") = step.grid,
+    const da::Pass& pass = step.pass;
+    list.append(py::dict(py::arg("name") = pass.name, py::arg("reads") = da::count(pass.reads),
+                         py::arg("writes") = da::count(pass.writes), py::arg("grid") = step.grid,
                          py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
                          py::arg("shared_bytes") = step.shared_bytes));
   }
@@ -127,6 +154,16 @@ PYBIND11_MODULE(_plan, m) {
         py::arg("wish") = "",
         "The CUDA backend's launches on a GPU of this compute capability, with so many "
         "multiprocessors (0: as many as a typical one).");
+  m.def(
+      "schedules",
+      [] {
+        py::dict d;
+        for (const da::Schedules& both : da::kOrders)
+          d[both.order] = py::dict(py::arg("forward") = schedule(both.forward),
+                                   py::arg("backward") = schedule(both.backward));
+        return d;
+      },
+      "csrc/schedule.h as data: the passes of every order, forward and backward.");
   m.def(
       "proofs",
       [] {

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <string>
+
+#include "schedule.h"
 
 namespace da {
 
 enum class Dtype { float16, bfloat16, float32, float64 };
-enum class Order { spatial_channel, channel_spatial, parallel, spatial, channel };
 enum class Gate { affine, scalar, eca, sigmoid };
 
 struct Problem {
@@ -24,8 +26,8 @@ struct Problem {
   int64_t element_size() const {
     return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
   }
-  bool spatial() const { return order != Order::channel; }
-  bool channel() const { return order != Order::spatial; }
+  bool spatial() const { return masks(order).pixels; }
+  bool channel() const { return masks(order).channels; }
   // An image is a matrix: channels x pixels in NCHW, pixels x channels in NHWC.
   int64_t rows() const { return channels_last ? pixels() : c; }
   int64_t cols() const { return channels_last ? c : pixels(); }
@@ -37,10 +39,8 @@ struct Problem {
 
 // False when the name is not one of the enumerators.
 inline bool parse(const std::string& name, Order& order) {
-  constexpr const char* names[] = {"spatial_channel", "channel_spatial", "parallel", "spatial",
-                                   "channel"};
-  for (int i = 0; i < 5; i++)
-    if (name == names[i]) return order = static_cast<Order>(i), true;
+  for (size_t i = 0; i < std::size(kOrders); i++)
+    if (name == kOrders[i].order) return order = static_cast<Order>(i), true;
   return false;
 }
 

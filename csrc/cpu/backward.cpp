@@ -38,56 +38,58 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
               const accumulate_t<T>* channel_mean, const accumulate_t<T>* pooled, T* dx,
               const Gradients<accumulate_t<T>>& gradients) {
   using A = accumulate_t<T>;
-  const Order order = problem.order;
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
+  const Axes outer = da::outer(problem.order);
   std::vector<A> all_dt(problem.channel() ? problem.n * c : 0);
   std::vector<double> all_sums(problem.n * kSpatialSums);
 
   for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
     const T *xn = x + n * size, *dyn = dy + n * size;
     const A *m = channel_mean + n * pixels, *g = pooled + n * c;
-    A *spatial = image.map(0), *ds = image.map(1), *dm = image.map(2), *more_p = image.map(3);
-    A *channel = image.vector(0), *dc = image.vector(1), *dg = image.vector(2);
-    A* more_c = image.vector(3);
-    const A *s = image.ones(), *k = image.ones();
-    if (problem.spatial()) image.spatial_mask(m, spatial), s = spatial;
-    if (problem.channel()) image.channel_mask(g, channel), k = channel;
+    A *spatial_mask = image.map(0), *ds = image.map(1), *dm = image.map(2);
+    A *channel_mask = image.vector(0), *dc = image.vector(1), *dg = image.vector(2);
+    const A *by_pixel = image.ones(), *by_channel = image.ones();
+    if (problem.spatial()) image.spatial_mask(m, spatial_mask), by_pixel = spatial_mask;
+    if (problem.channel()) image.channel_mask(g, channel_mask), by_channel = channel_mask;
 
-    // From one read of (dy, x): the gradients of both masks, before what flows from one to the
-    // other.
-    image.reduce(xn, dyn, k, s, problem.spatial() ? ds : nullptr, problem.channel() ? dc : nullptr);
-
-    // dg and dm are wanted divided by the pixels, by the channels.
+    const auto add_up = [&](const Pass& pass) {
+      if (pass.weights == Maps::masks) {
+        image.reduce(xn, dyn, by_channel, by_pixel, pass.sums.pixels ? ds : nullptr,
+                     pass.sums.channels ? dc : nullptr);
+        return;
+      }
+      A *more_ds = image.map(3), *more_dc = image.vector(3);
+      image.reduce(xn, nullptr, dg, dm, pass.sums.pixels ? more_ds : nullptr,
+                   pass.sums.channels ? more_dc : nullptr);
+      for (int64_t i = 0; pass.sums.pixels && i < pixels; i++) ds[i] += more_ds[i];
+      for (int64_t i = 0; pass.sums.channels && i < c; i++) dc[i] += more_dc[i];
+    };
+    // The terms are dg and dm, divided by the pixels and by the channels.
     const auto through_channel_mask = [&] {
       A* dt = all_dt.data() + n * c;
-      for (int64_t i = 0; i < c; i++) dt[i] = dc[i] * sigmoid_slope(k[i]);
+      for (int64_t i = 0; i < c; i++) dt[i] = dc[i] * sigmoid_slope(channel_mask[i]);
       for (int64_t i = 0; i < c; i++)
         dg[i] =
             gate_transposed<A>(problem.gate, weights.gate, problem.kernel_size, dt, c, i) / pixels;
     };
     const auto through_spatial_mask = [&] {
       A* dz = ds;
-      for (int64_t i = 0; i < pixels; i++) dz[i] *= sigmoid_slope(s[i]);
+      for (int64_t i = 0; i < pixels; i++) dz[i] *= sigmoid_slope(spatial_mask[i]);
       image.tap_sums(dz, m, all_sums.data() + n * kSpatialSums);
       image.stencil(dz, weights.spatial.transposed_stencil(), false, dm);
       for (int64_t i = 0; i < pixels; i++) dm[i] /= c;
     };
 
-    if (order == Order::channel_spatial) {
-      through_spatial_mask();
-      image.reduce(xn, nullptr, nullptr, dm, nullptr, more_c);
-      for (int64_t i = 0; i < c; i++) dc[i] += more_c[i];
-      through_channel_mask();
-    } else {
-      if (problem.channel()) through_channel_mask();
-      if (order == Order::spatial_channel) {
-        image.reduce(xn, nullptr, dg, nullptr, more_p, nullptr);
-        for (int64_t i = 0; i < pixels; i++) ds[i] += more_p[i];
-      }
-      if (problem.spatial()) through_spatial_mask();
+    for (const Pass& pass : schedule(problem.order, true)) {
+      if (pass.sums.any())
+        add_up(pass);
+      else
+        image.combine(dyn, dx + n * size, by_channel, by_pixel, dg,
+                      outer.pixels ? by_pixel : image.ones(), dm,
+                      outer.channels ? by_channel : image.ones());
+      if (pass.complete.channels) through_channel_mask();
+      if (pass.complete.pixels) through_spatial_mask();
     }
-    image.combine(dyn, dx + n * size, k, s, dg, order == Order::spatial_channel ? s : image.ones(),
-                  dm, order == Order::channel_spatial ? k : image.ones());
   });
 
   if (problem.channel())

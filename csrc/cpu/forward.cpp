@@ -10,51 +10,29 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
   for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
     const T* xn = x + n * size;
-    A *spatial = image.map(0), *sums_p = image.map(1);
-    A *channel = image.vector(0), *sums_c = image.vector(1);
-    const A *s = image.ones(), *k = image.ones();
+    A *spatial_mask = image.map(0), *sums_by_pixel = image.map(1);
+    A *channel_mask = image.vector(0), *sums_by_channel = image.vector(1);
+    const A *by_pixel = image.ones(), *by_channel = image.ones();
 
-    const auto spatial_mask = [&] {
-      A* m = channel_mean + n * pixels;
-      for (int64_t i = 0; i < pixels; i++) m[i] = sums_p[i] / c;
-      image.spatial_mask(m, spatial);
-      s = spatial;
-    };
-    const auto channel_mask = [&] {
-      A* g = pooled + n * c;
-      for (int64_t i = 0; i < c; i++) g[i] = sums_c[i] / pixels;
-      image.channel_mask(g, channel);
-      k = channel;
-    };
-
-    switch (problem.order) {
-      case Order::spatial_channel:
-        image.reduce(xn, nullptr, k, nullptr, sums_p, nullptr);
-        spatial_mask();
-        image.reduce(xn, nullptr, nullptr, s, nullptr, sums_c);
-        channel_mask();
-        break;
-      case Order::channel_spatial:
-        image.reduce(xn, nullptr, nullptr, s, nullptr, sums_c);
-        channel_mask();
-        image.reduce(xn, nullptr, k, nullptr, sums_p, nullptr);
-        spatial_mask();
-        break;
-      case Order::parallel:
-        image.reduce(xn, nullptr, k, s, sums_p, sums_c);
-        spatial_mask();
-        channel_mask();
-        break;
-      case Order::spatial:
-        image.reduce(xn, nullptr, k, nullptr, sums_p, nullptr);
-        spatial_mask();
-        break;
-      case Order::channel:
-        image.reduce(xn, nullptr, nullptr, s, nullptr, sums_c);
-        channel_mask();
-        break;
+    for (const Pass& pass : schedule(problem.order, false)) {
+      if (pass.sums.any())
+        image.reduce(xn, nullptr, by_channel, by_pixel, pass.sums.pixels ? sums_by_pixel : nullptr,
+                     pass.sums.channels ? sums_by_channel : nullptr);
+      else
+        image.scale(xn, y + n * size, by_channel, by_pixel);
+      if (pass.complete.pixels) {
+        A* m = channel_mean + n * pixels;
+        for (int64_t i = 0; i < pixels; i++) m[i] = sums_by_pixel[i] / c;
+        image.spatial_mask(m, spatial_mask);
+        by_pixel = spatial_mask;
+      }
+      if (pass.complete.channels) {
+        A* g = pooled + n * c;
+        for (int64_t i = 0; i < c; i++) g[i] = sums_by_channel[i] / pixels;
+        image.channel_mask(g, channel_mask);
+        by_channel = channel_mask;
+      }
     }
-    image.scale(xn, y + n * size, k, s);
   });
 }
 

@@ -96,30 +96,6 @@ Plan plan(const Problem& problem, const Machine& machine) {
   return p;
 }
 
-std::vector<Pass> forward_passes(Order order) {
-  switch (order) {
-    case Order::spatial_channel:
-      return {{"channel mean", 1, 0}, {"pooling", 1, 0}, {"scale", 1, 1}};
-    case Order::channel_spatial:
-      return {{"pooling", 1, 0}, {"channel mean", 1, 0}, {"scale", 1, 1}};
-    case Order::parallel:
-      return {{"channel mean and pooling", 1, 0}, {"scale", 1, 1}};
-    case Order::spatial:
-      return {{"channel mean", 1, 0}, {"scale", 1, 1}};
-    case Order::channel:
-      return {{"pooling", 1, 0}, {"scale", 1, 1}};
-  }
-  return {};
-}
-
-std::vector<Pass> backward_passes(Order order) {
-  std::vector<Pass> passes = {{"mask gradients", 2, 0}};
-  if (order == Order::spatial_channel) passes.push_back({"through the pooling", 1, 0});
-  if (order == Order::channel_spatial) passes.push_back({"through the channel mean", 1, 0});
-  passes.push_back({"combine", 1, 1});
-  return passes;
-}
-
 bool cached(const Problem& problem, const Machine& machine, bool backward) {
   const Plan p = plan(problem, machine);
   const int64_t image = problem.bytes() / std::max<int64_t>(problem.n, 1);

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "problem.h"
 
@@ -51,15 +50,6 @@ struct Plan {
 };
 
 Plan plan(const Problem& problem, const Machine& machine);
-
-// A sweep over full-size tensors, in units of x's size.
-struct Pass {
-  const char* name;
-  int reads, writes;
-};
-
-std::vector<Pass> forward_passes(Order order);
-std::vector<Pass> backward_passes(Order order);
 
 // Whether what an image's passes read again is still in cache, so that memory sees each tensor
 // once.

@@ -31,13 +31,14 @@ struct Args {
   int64_t first_job;  // the first block's: a tile, or other piece of work
   int64_t images, channels, pixels;
   int64_t height, width;
-  Order order;
+  Axes masks;    // that there are
+  Axes pending;  // whose maps this launch makes of the sums before it
+  Axes outer;    // whose mask multiplies the other's term in dx
   Gate gate;
   int64_t kernel_size;
 
   Tiling tiling;
   Staging staging;
-  bool second;  // of forward's two sums
   const void *x, *dy;
   void* out;  // y or dx
 
@@ -52,9 +53,6 @@ struct Args {
   A* gate_parts;  // [image][part]
   int64_t parts;
   Partial<A> to_fold;
-
-  DA_HD bool spatial() const { return order != Order::channel; }
-  DA_HD bool channel() const { return order != Order::spatial; }
 };
 
 // Of the kernels that keep an image on the chip. What the blocks of a group tell each other goes by

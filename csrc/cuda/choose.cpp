@@ -21,9 +21,7 @@ constexpr double kFromL2 = 0.35, kUsableL2 = 0.7;
 constexpr const char* kBarriers[] = {"block", "cluster", "group"};
 
 // Full-size tensors that a block must read again for what it does not keep of x.
-int rereads(const Problem& p) {
-  return p.order == Order::spatial_channel || p.order == Order::channel_spatial ? 2 : 1;
-}
+int rereads(const Problem& p) { return sum_passes(schedule(p.order, false)); }
 
 // Bytes that a multiprocessor moves until the launch is done, with all waiting counted as bytes.
 double cost(const Problem& p, const Device& device, const OnChip& plan) {

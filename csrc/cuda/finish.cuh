@@ -144,7 +144,7 @@ template <class T>
 SIMT_KERNEL(kThreads, 1)
 finish(SIMT_PARAM Args<accumulate_t<T>> a) {
   double* sums = SmallMemory(simt::shared()).sums;
-  const int64_t spatial = a.spatial() ? 1 : 0;
+  const int64_t spatial = a.masks.pixels ? 1 : 0;
   const int64_t job = a.first_job + simt::block();
   if (job < spatial)
     finish_spatial<T>(a, sums);

@@ -19,7 +19,8 @@ Args<A> common(const Problem& p, const Plan& plan, const Direction& direction,
   const Workspace& w = direction.workspace;
   Args<A> a{};
   a.images = p.n, a.channels = p.c, a.pixels = p.pixels(), a.height = p.h, a.width = p.w;
-  a.order = p.order, a.gate = p.gate, a.kernel_size = p.kernel_size;
+  a.masks = masks(p.order), a.outer = outer(p.order);
+  a.gate = p.gate, a.kernel_size = p.kernel_size;
   a.tiling = t, a.staging = plan.staging;
   a.parameters = parameters;
   a.pixel_sums = {workspace + w.pixel_sums, t.channel_tiles(), a.pixels,
@@ -33,13 +34,12 @@ Args<A> common(const Problem& p, const Plan& plan, const Direction& direction,
 }
 
 template <class T, int E>
-int launch_tiles(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& a) {
-  if (step.kernel == Kernel::scale)
-    return step.backward ? simt::launch(launch, scale<T, E, true>, a)
-                         : simt::launch(launch, scale<T, E, false>, a);
-  if (!step.backward) return simt::launch(launch, sums<T, E, Sums::forward>, a);
-  return step.stage == Stage::first ? simt::launch(launch, sums<T, E, Sums::backward>, a)
-                                    : simt::launch(launch, sums<T, E, Sums::through>, a);
+int launch_pass(const Pass& pass, const simt::Launch& launch, const Args<accumulate_t<T>>& a) {
+  if (pass.writes & kY) return simt::launch(launch, scale<T, E, false>, a);
+  if (pass.writes & kDx) return simt::launch(launch, scale<T, E, true>, a);
+  if (pass.reads & kDy) return simt::launch(launch, sums<T, E, Sums::backward>, a);
+  return pass.weights == Maps::terms ? simt::launch(launch, sums<T, E, Sums::through>, a)
+                                     : simt::launch(launch, sums<T, E, Sums::forward>, a);
 }
 
 template <class T>
@@ -53,8 +53,8 @@ int launch_step(const Step& step, const simt::Launch& launch, const Args<accumul
     case Kernel::finish:
       return simt::launch(launch, finish<T>, a);
     default:
-      return a.tiling.vector > 1 ? launch_tiles<T, 16 / sizeof(T)>(step, launch, a)
-                                 : launch_tiles<T, 1>(step, launch, a);
+      return a.tiling.vector > 1 ? launch_pass<T, 16 / sizeof(T)>(step.pass, launch, a)
+                                 : launch_pass<T, 1>(step.pass, launch, a);
   }
 }
 
@@ -105,20 +105,21 @@ int run(const Direction& direction, Args<accumulate_t<T>> a, accumulate_t<T>* wo
       }
     }
     // Backward's second sums come on top of its first.
-    const bool more = step.backward && step.stage == Stage::second;
+    const bool more = step.pass.weights == Maps::terms;
     Partial<A>& pixel_sums = more ? a.more_pixel_sums : a.pixel_sums;
     Partial<A>& channel_sums = more ? a.more_channel_sums : a.channel_sums;
-    a.second = step.stage == Stage::second;
-    a.new_pixel_sums = step.pixels ? pixel_sums.data : nullptr;
-    a.new_channel_sums = step.channels ? channel_sums.data : nullptr;
-    a.to_fold = step.pixels ? pixel_sums : channel_sums;
+    const Axes sums = step.pass.sums;
+    a.pending = step.pending;
+    a.new_pixel_sums = sums.pixels ? pixel_sums.data : nullptr;
+    a.new_channel_sums = sums.channels ? channel_sums.data : nullptr;
+    a.to_fold = sums.pixels ? pixel_sums : channel_sums;
 
     for (a.first_job = 0; a.first_job < step.jobs; a.first_job += step.grid) {
       const unsigned grid = std::min<int64_t>(step.grid, step.jobs - a.first_job);
       const int error = launch_step<T>(step, {grid, kThreads, step.shared_bytes, stream}, a);
       if (error != 0) return error;
     }
-    if (step.kernel == Kernel::fold) (step.pixels ? pixel_sums : channel_sums).terms = 1;
+    if (step.kernel == Kernel::fold) (sums.pixels ? pixel_sums : channel_sums).terms = 1;
   }
   return 0;
 }
@@ -155,13 +156,16 @@ int backward_as(const Problem& problem, const Plan& plan, const Parameters& para
                              static_cast<A*>(const_cast<void*>(pooled)), work);
   a.dy = dy, a.x = x, a.out = dx;
   a.gradients = gradients;
-  if (problem.order == Order::spatial_channel) {
-    a.more_pixel_sums = a.pixel_sums;
-    a.more_pixel_sums.data = work + w.more_pixel_sums;
-  }
-  if (problem.order == Order::channel_spatial) {
-    a.more_channel_sums = a.channel_sums;
-    a.more_channel_sums.data = work + w.more_channel_sums;
+  for (const Pass& pass : schedule(problem.order, true)) {
+    if (pass.weights != Maps::terms) continue;
+    if (pass.sums.pixels) {
+      a.more_pixel_sums = a.pixel_sums;
+      a.more_pixel_sums.data = work + w.more_pixel_sums;
+    }
+    if (pass.sums.channels) {
+      a.more_channel_sums = a.channel_sums;
+      a.more_channel_sums.data = work + w.more_channel_sums;
+    }
   }
   a.d_channel_mean = work + w.d_channel_mean;
   a.d_logit = work + w.d_logit;

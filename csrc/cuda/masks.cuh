@@ -276,21 +276,20 @@ SIMT_FN void weights_of_sums(const Args<A>& a, const Tile& tile, const Memory<A>
   fill(memory.pixel, tile.pixels(), A(1));
   fill(memory.channel, tile.channels(), A(1));
   simt::sync();
-  const bool spatial_first = a.order == Order::spatial_channel;
   if (Kind == Sums::backward) {
-    if (a.spatial())
+    if (a.masks.pixels)
       make_spatial_mask<T>(a, tile, memory, a.channel_mean + tile.image * a.pixels, false);
-    if (a.channel())
+    if (a.masks.channels)
       make_channel_mask<T>(a, tile, memory, a.pooled + tile.image * a.channels, false);
   } else if (Kind == Sums::through) {
-    if (spatial_first)
+    if (a.pending.channels)
       through_channel_mask<T, false>(a, tile, memory.channel);
     else
       through_spatial_mask<T, false>(a, tile, memory, memory.pixel, true);
-  } else if (a.second) {
-    if (spatial_first)
+  } else {
+    if (a.pending.pixels)
       spatial_mask_from_sums<T>(a, tile, memory);
-    else
+    else if (a.pending.channels)
       channel_mask_from_sums<T>(a, tile, memory);
   }
   simt::sync();
@@ -299,20 +298,20 @@ SIMT_FN void weights_of_sums(const Args<A>& a, const Tile& tile, const Memory<A>
 // What forward's last launch scales by.
 template <class T, class A>
 SIMT_FN void weights_of_y(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
-  if (!a.spatial())
+  if (!a.masks.pixels)
     fill(memory.pixel, tile.pixels(), A(1));
-  else if (a.order == Order::spatial_channel)
-    copy(memory.pixel, tile.pixels(), a.spatial_mask + tile.image * a.pixels + tile.pixel());
-  else
+  else if (a.pending.pixels)
     spatial_mask_from_sums<T>(a, tile, memory);
+  else
+    copy(memory.pixel, tile.pixels(), a.spatial_mask + tile.image * a.pixels + tile.pixel());
 
-  if (!a.channel())
+  if (!a.masks.channels)
     fill(memory.channel, tile.channels(), A(1));
-  else if (a.order == Order::channel_spatial)
+  else if (a.pending.channels)
+    channel_mask_from_sums<T>(a, tile, memory);
+  else
     copy(memory.channel, tile.channels(),
          a.channel_mask + tile.image * a.channels + tile.channel());
-  else
-    channel_mask_from_sums<T>(a, tile, memory);
   simt::sync();
 }
 
@@ -321,25 +320,25 @@ template <class T, class A>
 SIMT_FN void weights_of_dx(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
   const int64_t pixel = tile.image * a.pixels + tile.pixel();
   const int64_t channel = tile.image * a.channels + tile.channel();
-  if (!a.spatial()) {
+  if (!a.masks.pixels) {
     fill(memory.pixel, tile.pixels(), A(1));
     fill(memory.pixel_add, tile.pixels(), A(0));
   } else {
     copy(memory.pixel, tile.pixels(), a.spatial_mask + pixel);
-    if (a.order == Order::channel_spatial)
-      copy(memory.pixel_add, tile.pixels(), a.d_channel_mean + pixel);
-    else
+    if (a.pending.pixels)
       through_spatial_mask<T, true>(a, tile, memory, memory.pixel_add, false);
+    else
+      copy(memory.pixel_add, tile.pixels(), a.d_channel_mean + pixel);
   }
-  if (!a.channel()) {
+  if (!a.masks.channels) {
     fill(memory.channel, tile.channels(), A(1));
     fill(memory.channel_add, tile.channels(), A(0));
   } else {
     copy(memory.channel, tile.channels(), a.channel_mask + channel);
-    if (a.order == Order::spatial_channel)
-      through_gate<T>(a, tile, a.d_logit + tile.image * a.channels, memory.channel_add, false);
-    else
+    if (a.pending.channels)
       through_channel_mask<T, true>(a, tile, memory.channel_add);
+    else
+      through_gate<T>(a, tile, a.d_logit + tile.image * a.channels, memory.channel_add, false);
   }
   simt::sync();
 }

@@ -39,10 +39,9 @@ constexpr int kStencil = 2 * kTaps + 1;  // coefficients and bias
 // Whose factor multiplies the other axis' term in dx, see scale.cuh.
 enum class Outer { none, rows, cols };
 
-DA_HD Outer outer(Order order, bool channels_last) {
-  if (order == Order::parallel) return Outer::none;
-  const bool pixels = order == Order::spatial_channel || order == Order::spatial;
-  return pixels == channels_last ? Outer::rows : Outer::cols;
+DA_HD Outer outer(Axes axis, bool channels_last) {
+  if (!axis.any()) return Outer::none;
+  return axis.pixels == channels_last ? Outer::rows : Outer::cols;
 }
 
 // What a block keeps in shared memory, and where: offsets in bytes.
@@ -157,7 +156,7 @@ inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barri
   p.channels_last = problem.channels_last || problem.pixels() == 1;
   p.rows = p.channels_last ? problem.pixels() : problem.c;
   p.cols = p.channels_last ? problem.c : problem.pixels();
-  p.outer = cuda::outer(problem.order, p.channels_last);
+  p.outer = cuda::outer(da::outer(problem.order), p.channels_last);
   p.pixel_mask = problem.spatial();
   p.row_mask = p.channels_last ? problem.spatial() : problem.channel();
   p.col_mask = p.channels_last ? problem.channel() : problem.spatial();
@@ -166,13 +165,11 @@ inline OnChip on_chip(const Problem& problem, bool backward, bool aligned, Barri
       problem.gate == Gate::eca ? std::min(problem.kernel_size / 2, problem.c) : 0;
   p.row_reach = p.channels_last ? pixel_reach : channel_reach;
   p.col_reach = p.channels_last ? channel_reach : pixel_reach;
-  const bool spatial_first = problem.order == Order::spatial_channel;
-  p.steps = spatial_first || problem.order == Order::channel_spatial ? 2 : 1;
+  p.steps = sum_passes(schedule(problem.order, backward));
   for (int step = 0; step < p.steps; step++) {
-    const bool pixels_now = p.steps == 1 || (step == 0) == (spatial_first != backward);
-    const bool channels_now = p.steps == 1 || !pixels_now;
-    p.rows_in[step] = p.row_mask && (p.channels_last ? pixels_now : channels_now);
-    p.cols_in[step] = p.col_mask && (p.channels_last ? channels_now : pixels_now);
+    const Axes complete = schedule(problem.order, backward).passes[step].complete;
+    p.rows_in[step] = p.channels_last ? complete.pixels : complete.channels;
+    p.cols_in[step] = p.channels_last ? complete.channels : complete.pixels;
   }
   p.vector = 16 / problem.element_size();
   p.aligned = aligned && p.cols >= p.vector && int64_t(p.rows) * p.cols % p.vector == 0;

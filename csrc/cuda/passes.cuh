@@ -139,7 +139,7 @@ scale(SIMT_PARAM Args<accumulate_t<T>> a) {
                                  : Lane::of_row<E>(t, tile.col(), tile.cols);
   const bool last = t.channels_last;  // the rows are pixels
   const Scaling<T, E, Backward> scaling(
-      outer(a.order, last), lane, last ? memory.channel : memory.pixel,
+      cuda::outer(a.outer, last), lane, last ? memory.channel : memory.pixel,
       last ? memory.channel_add : memory.pixel_add, last ? memory.pixel : memory.channel,
       last ? memory.pixel_add : memory.channel_add);
 

@@ -82,17 +82,14 @@ class Planner {
   Planner(const Problem& problem, const Plan& plan, const Limits& limits, bool backward)
       : p_(problem), t_(plan.tiling), s_(plan.staging), limits_(limits), backward_(backward) {}
 
-  void sums(const char* name, Stage stage, bool pixels, bool channels) {
-    steps_.push_back({name, Kernel::sums, backward_, stage, pixels, channels, tiles(),
-                      grid(tiles()), shared_bytes(p_, t_, s_, true),
-                      backward_ && stage == Stage::first ? 2 : 1, 0});
-    if (pixels && t_.channel_tiles() > limits_.terms) fold(stage, true, p_.pixels());
-    if (channels && t_.pixel_tiles() > limits_.terms) fold(stage, false, p_.c);
-  }
-
-  void scale(const char* name) {
-    steps_.push_back({name, Kernel::scale, backward_, Stage::last, false, false, tiles(),
-                      grid(tiles()), shared_bytes(p_, t_, s_, false), 1, 1});
+  void passes() {
+    for (const Pass& pass : schedule(p_.order, backward_)) {
+      const bool sums = pass.sums.any();
+      add(sums ? Kernel::sums : Kernel::scale, pass, tiles(), shared_bytes(p_, t_, s_, sums));
+      if (pass.sums.pixels && t_.channel_tiles() > limits_.terms) fold(pass, kPixels, p_.pixels());
+      if (pass.sums.channels && t_.pixel_tiles() > limits_.terms) fold(pass, kChannels, p_.c);
+      pending_ = pass.complete;
+    }
   }
 
   void finish() {
@@ -103,8 +100,10 @@ class Planner {
 
   void on_chip(const OnChip& chip) {
     const int64_t blocks = p_.n > 0 ? int64_t(chip.blocks) * chip.images_at_once : 0;
-    steps_.push_back({"on chip", Kernel::on_chip, backward_, Stage::first, p_.spatial(),
-                      p_.channel(), blocks, grid(blocks), chip.memory.bytes, backward_ ? 2 : 1, 1});
+    Pass all{"on chip", kNothing, kNothing, Maps::masks, masks(p_.order), masks(p_.order)};
+    for (const Pass& pass : schedule(p_.order, backward_))
+      all.reads |= pass.reads, all.writes |= pass.writes;
+    add(Kernel::on_chip, all, blocks, chip.memory.bytes);
   }
 
   const std::vector<Step>& steps() const { return steps_; }
@@ -112,8 +111,6 @@ class Planner {
   Direction direction() const {
     const int64_t maps = p_.spatial() ? p_.n * p_.pixels() : 0;
     const int64_t vectors = p_.channel() ? p_.n * p_.c : 0;
-    const bool spatial_first = p_.order == Order::spatial_channel;
-    const bool channel_first = p_.order == Order::channel_spatial;
     Allocator place;
     Workspace w{};
     w.pixel_sums = place(maps * t_.channel_tiles());
@@ -121,9 +118,12 @@ class Planner {
     w.spatial_mask = place(maps);
     w.channel_mask = place(vectors);
     if (backward_) {
-      w.more_pixel_sums = place(spatial_first ? maps * t_.channel_tiles() : 0);
-      w.more_channel_sums = place(channel_first ? vectors * t_.pixel_tiles() : 0);
-      w.d_channel_mean = place(channel_first ? maps : 0);
+      Axes more = kNone;
+      for (const Step& step : steps_)
+        if (step.pass.weights == Maps::terms) more = step.pass.sums;
+      w.more_pixel_sums = place(more.pixels ? maps * t_.channel_tiles() : 0);
+      w.more_channel_sums = place(more.channels ? vectors * t_.pixel_tiles() : 0);
+      w.d_channel_mean = place(more.channels ? maps : 0);
       w.d_logit = place(vectors);
       w.spatial_blocks = p_.spatial() && tiles() > 0 ? grid(tiles()) : 0;
       w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
@@ -134,14 +134,16 @@ class Planner {
   }
 
  private:
-  void fold(Stage stage, bool pixels, int64_t entries) {
+  void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes) {
+    steps_.push_back({kernel, pass, pending_, jobs, grid(jobs), shared_bytes});
+  }
+  // Adds up one axis' partial sums of a pass.
+  void fold(const Pass& pass, Axes axis, int64_t entries) {
     const int64_t jobs = p_.n * (entries < 32 ? entries : ceil_div(entries, 32));
-    steps_.push_back({"fold", Kernel::fold, backward_, stage, pixels, !pixels, jobs, grid(jobs),
-                      small_bytes(), 0, 0});
+    add(Kernel::fold, {"fold", kNothing, kNothing, pass.weights, axis, kNone}, jobs, small_bytes());
   }
   void small(const char* name, Kernel kernel, int64_t jobs) {
-    steps_.push_back({name, kernel, backward_, Stage::last, false, false, jobs, grid(jobs),
-                      small_bytes(), 0, 0});
+    add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, small_bytes());
   }
   int64_t tiles() const { return p_.n * t_.tiles(); }
   unsigned grid(int64_t jobs) const { return std::clamp<int64_t>(jobs, 1, limits_.grid); }
@@ -152,45 +154,9 @@ class Planner {
   const Staging& s_;
   const Limits& limits_;
   bool backward_;
+  Axes pending_ = kNone;
   std::vector<Step> steps_;
 };
-
-Direction plan_forward(const Problem& p, const Plan& plan, const Limits& limits) {
-  Planner planner(p, plan, limits, false);
-  switch (p.order) {
-    case Order::spatial_channel:
-      planner.sums("channel mean", Stage::first, true, false);
-      planner.sums("pooling", Stage::second, false, true);
-      break;
-    case Order::channel_spatial:
-      planner.sums("pooling", Stage::first, false, true);
-      planner.sums("channel mean", Stage::second, true, false);
-      break;
-    case Order::parallel:
-      planner.sums("channel mean and pooling", Stage::first, true, true);
-      break;
-    case Order::spatial:
-      planner.sums("channel mean", Stage::first, true, false);
-      break;
-    case Order::channel:
-      planner.sums("pooling", Stage::first, false, true);
-      break;
-  }
-  planner.scale("scale");
-  return planner.direction();
-}
-
-Direction plan_backward(const Problem& p, const Plan& plan, const Limits& limits) {
-  Planner planner(p, plan, limits, true);
-  planner.sums("mask gradients", Stage::first, p.spatial(), p.channel());
-  if (p.order == Order::spatial_channel)
-    planner.sums("through the pooling", Stage::second, true, false);
-  if (p.order == Order::channel_spatial)
-    planner.sums("through the channel mean", Stage::second, false, true);
-  planner.scale("combine");
-  planner.finish();
-  return planner.direction();
-}
 
 }  // namespace
 
@@ -198,8 +164,12 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
   if (problem.spatial()) plan.staging = staging(problem, plan.tiling);
-  plan.forward = plan_forward(problem, plan, limits);
-  plan.backward = plan_backward(problem, plan, limits);
+  Planner forward(problem, plan, limits, false), backward(problem, plan, limits, true);
+  forward.passes();
+  backward.passes();
+  backward.finish();
+  plan.forward = forward.direction();
+  plan.backward = backward.direction();
   return plan;
 }
 

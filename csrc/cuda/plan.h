@@ -65,19 +65,15 @@ struct Staging {
 };
 
 enum class Kernel { sums, fold, scale, gate_sums, finish, on_chip };
-enum class Stage { first, second, last };
 
-// One launch. `reads` and `writes` are full-size tensors, that come from or go to global memory.
+// One launch: a pass of the schedule, or what comes between passes and after them.
 struct Step {
-  const char* name;
   Kernel kernel;
-  bool backward;
-  Stage stage;
-  bool pixels, channels;  // which sums are made, or folded
-  int64_t jobs;           // one a block
-  unsigned grid;          // blocks that are launched at a time
+  Pass pass;      // `reads` and `writes` say what comes from and goes to global memory
+  Axes pending;   // whose sums the pass before completed: this launch makes the maps of them
+  int64_t jobs;   // one a block
+  unsigned grid;  // blocks that are launched at a time
   size_t shared_bytes;
-  int reads, writes;
 };
 
 // Partial sums and small maps between launches, as offsets into one array of the accumulation

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...layout import like
-from .. import eager, native
+from .. import eager, native, schedule
 from ..base import Backend, Call, Direction, Gradients, Pass, Plan
 from . import tiles
 from .run import INTERPRETED, TritonFailed
@@ -146,22 +146,8 @@ def _register() -> None:
 
 
 def _plan(call: Call) -> Plan:
-    channel_mean, pooled = Pass("channel mean", 1, 0), Pass("pooled", 1, 0)
-    both, scale = Pass("channel mean, pooled", 1, 0), Pass("scale", 1, 1)
-    gradients = Pass("mask gradients", 2, 0)  # of dy and x
-    second = {
-        "spatial_channel": [Pass("spatial mask gradient", 1, 0)],
-        "channel_spatial": [Pass("channel mask gradient", 1, 0)],
-    }
-    forward = {
-        "spatial_channel": [channel_mean, pooled],
-        "channel_spatial": [pooled, channel_mean],
-        "parallel": [both],
-        "spatial": [channel_mean],
-        "channel": [pooled],
-    }[call.order]
-
-    def direction(*passes: Pass) -> Direction:
+    def direction(steps: tuple[schedule.Pass, ...]) -> Direction:
+        passes = tuple(Pass(p.name, len(p.reads), len(p.writes)) for p in steps)
         return Direction(passes, sum(p.reads + p.writes for p in passes))
 
     m = tiles.matrix(call.shape, call.dtype.itemsize, call.channels_last)
@@ -172,11 +158,8 @@ def _plan(call: Call) -> Plan:
         "tile": f"{t.br}x{t.bq}",
         "tiles_an_image": t.blocks * t.windows * m.group,
     }
-    return Plan(
-        direction(*forward, scale),
-        direction(gradients, *second.get(call.order, []), Pass("input gradient", 1, 1)),
-        details,
-    )
+    passes = schedule.SCHEDULES[call.order]
+    return Plan(direction(passes.forward), direction(passes.backward), details)
 
 
 _register()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...layout import empty_gradient
 from ..base import Gradients
+from ..schedule import NONE, SCHEDULES, Axes
 from . import interpreter, maps, passes, tune
 from .run import INTERPRETED, run
 from .tiles import DEVICE, INTERPRETER, matrix, power_of_two, split, sum_tiles
@@ -56,7 +57,7 @@ class Image:
             "INDEX": tl.int64 if large else tl.int32,
             "ACC": tl.float64 if double else tl.float32,
         }
-        self.spatial, self.channel = order != "channel", order != "spatial"
+        self.spatial, self.channel = SCHEDULES[order].masks
         self.gate = gate if self.channel else "sigmoid"
         given = [None if p is None else p.contiguous() for p in parameters]
         self.conv, self.dilated, self.merge, self.bias, self.gate_weight, self.gate_bias = given
@@ -75,23 +76,23 @@ class Image:
     def sums(
         self,
         x: Tensor,
+        wanted: Axes,
         dy: Tensor | None = None,
         *,
-        over_channels: bool = False,
-        over_pixels: bool = False,
         by_channel: Tensor | None = None,
         by_pixel: Tensor | None = None,
         backwards: bool = False,
     ) -> tuple[Shares, Shares]:
         """From one read of x, or of x and dy for their product t:
 
-            over_channels   sum_c by_channel[c] t, by pixel
-            over_pixels     sum_p by_pixel[p] t, by channel
+            pixels      sum_c by_channel[c] t, for each pixel
+            channels    sum_p by_pixel[p] t, for each channel
 
-        ``backwards``: the last image first, which of a large batch is what caches still hold.
+        ``wanted`` says which. ``backwards``: the last image first, which of a large batch is what
+        caches still hold.
         """
         m = self.matrix
-        want_rows, want_cols = over_pixels, over_channels
+        want_rows, want_cols = wanted.channels, wanted.pixels
         u, v = by_channel, by_pixel
         if m.by_pixel:
             want_rows, want_cols, u, v = want_cols, want_rows, v, u
@@ -133,18 +134,18 @@ class Image:
         by_pixel: Tensor | None,
         add_by_channel: Tensor | None = None,
         add_by_pixel: Tensor | None = None,
-        first: str = "",
+        outer: Axes = NONE,
     ) -> None:
-        """y = x by_channel by_pixel + add_by_channel + add_by_pixel; with ``first`` "channel"
-        (x by_channel + add_by_channel) by_pixel + add_by_pixel, with "pixel" the other way round.
+        """y = x by_channel by_pixel + add_by_channel + add_by_pixel; with ``outer`` pixels
+        (x by_channel + add_by_channel) by_pixel + add_by_pixel, with channels the other way round.
         """
         m = self.matrix
         u, v, a, b = by_channel, by_pixel, add_by_channel, add_by_pixel
         if m.by_pixel:
             u, v, a, b = v, u, b, a
-        order = {"": "together", "channel": "rows", "pixel": "columns"}[first]
-        if m.by_pixel and first:
-            order = "columns" if order == "rows" else "rows"
+        order = "together"
+        if any(outer):
+            order = "rows" if outer.pixels != m.by_pixel else "columns"
         options = {"ORDER": order, "GROUP": m.group, "VECTOR": m.vector, "BACKWARDS": False}
         arguments = (x, y, u, v, a, b, self.n, m.rows, m.cols)
         tune.scale(m, self.n, arguments, {**options, **self.types}, LIMITS)
@@ -259,22 +260,18 @@ def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     m = image.pixel_map() if image.spatial else None
     g = image.channel_map() if image.channel else None
     s = c = None
-    if x.numel() == 0:
-        pass
-    elif order == "spatial_channel":
-        s, _ = image.masks(m, m_shares=image.sums(x, over_channels=True)[0])
-        shares = image.sums(x, over_pixels=True, by_pixel=s, backwards=True)[1]
-        _, c = image.masks(g=g, g_shares=shares)
-    elif order == "channel_spatial":
-        _, c = image.masks(g=g, g_shares=image.sums(x, over_pixels=True)[1])
-        shares = image.sums(x, over_channels=True, by_channel=c, backwards=True)[0]
-        s, _ = image.masks(m, m_shares=shares)
-    else:
-        s, c = image.masks(
-            m, g, *image.sums(x, over_channels=image.spatial, over_pixels=image.channel)
+    for i, step in enumerate(SCHEDULES[order].forward if x.numel() else ()):
+        if step.writes:
+            image.scale(x, y, c, s)
+            continue
+        m_shares, g_shares = image.sums(x, step.sums, by_channel=c, by_pixel=s, backwards=i > 0)
+        new_s, new_c = image.masks(
+            m if step.complete.pixels else None,
+            g if step.complete.channels else None,
+            m_shares,
+            g_shares,
         )
-    if x.numel():
-        image.scale(x, y, c, s)
+        s, c = new_s if s is None else s, new_c if c is None else c
     nothing = image.empty(0)
     return y, nothing if m is None else m, nothing.clone() if g is None else g
 
@@ -295,21 +292,21 @@ def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
     s, c = image.masks(m, g)
     back = Back(image, channel_mean, pooled)
     dx = torch.empty_like(x)
-    ds, dc = image.sums(
-        x, dy, over_channels=image.spatial, over_pixels=image.channel, by_channel=c, by_pixel=s
-    )
-    first = ""
-    if order == "spatial_channel":
-        first = "channel"
-        image.mask_gradients(back, c=c, dc=(dc, NO_SHARES))
-        more = image.sums(x, over_channels=True, by_channel=back.dg, backwards=True)[0]
-        image.mask_gradients(back, s=s, ds=(ds, more))
-    elif order == "channel_spatial":
-        first = "pixel"
-        image.mask_gradients(back, s=s, ds=(ds, NO_SHARES))
-        more = image.sums(x, over_pixels=True, by_pixel=back.dm, backwards=True)[1]
-        image.mask_gradients(back, c=c, dc=(dc, more))
-    else:
-        image.mask_gradients(back, s, (ds, NO_SHARES), c, (dc, NO_SHARES))
-    image.scale(dy, dx, c, s, back.dg, back.dm, first)
+    ds = dc = (NO_SHARES, NO_SHARES)
+    for i, step in enumerate(SCHEDULES[order].backward):
+        if step.writes:
+            image.scale(dy, dx, c, s, back.dg, back.dm, SCHEDULES[order].outer)
+        elif step.weights == "masks":
+            by_pixel, by_channel = image.sums(x, step.sums, dy, by_channel=c, by_pixel=s)
+            ds, dc = (by_pixel, NO_SHARES), (by_channel, NO_SHARES)
+        else:
+            by_pixel, by_channel = image.sums(
+                x, step.sums, by_channel=back.dg, by_pixel=back.dm, backwards=i > 0
+            )
+            ds, dc = (ds[0], by_pixel), (dc[0], by_channel)
+        if any(step.complete):
+            image.mask_gradients(
+                back, s if step.complete.pixels else None, ds,
+                c if step.complete.channels else None, dc,
+            )  # fmt: skip
     return dx, *image.parameter_gradients(back)
