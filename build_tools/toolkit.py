@@ -21,6 +21,7 @@ from .cuda import PIP_TOOLKIT, CudaCompiler, find_cuda
 
 # Where a build keeps what it fetched.
 IN_TREE = Path(__file__).resolve().parents[1] / "build" / "cuda-toolkit"
+SIZE = "105 MB for CUDA 13.0"  # as downloaded; pip says the size of each part
 
 
 def find(*folders: Path) -> CudaCompiler:
@@ -54,10 +55,10 @@ def unwanted(torch_cuda: str, gpu: bool, environ: Mapping[str, str] = os.environ
 
 
 def fetch(torch_cuda: str, folder: Path | None = None) -> str | None:
-    """Have pip install nvcc into `folder`, by default into this environment; pip says what it
-    downloads and how large that is. None, or why it could not be done."""
+    """Have pip install nvcc into `folder`, by default into this environment; None, or why it could
+    not be done."""
     wanted = f"{PIP_TOOLKIT}=={torch_cuda}.*"  # such as 13.0.*
-    tell(f"no nvcc of torch's CUDA {torch_cuda} here; pip fetches {wanted}")
+    tell(f"no nvcc of torch's CUDA {torch_cuda} here; pip fetches {wanted} ({SIZE})")
     try:
         error = install(wanted, folder) if folder else run(*own_pip(), wanted)
     except OSError as problem:
@@ -112,7 +113,8 @@ def run(*command: str, quiet: bool = False) -> str | None:
         print(done.stderr, file=sys.stderr)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
-    return (errors or lines or [f"it ended with {done.returncode}"])[-1].strip()
+    last = (errors or lines or [f"it ended with {done.returncode}"])[-1]
+    return last.partition(";")[0].strip()  # without a requirement's conditions
 
 
 def tell(text: str) -> None:
