@@ -23,6 +23,8 @@ SOURCES := setup.py pyproject.toml da_ops/_version.py $(wildcard build_tools/*.p
 CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu*')
 # For the GPUs of this machine, unless the environment asks for more.
 ARCHS = TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PY) -m build_tools.here)}"
+# The CUDA compiler, into the environment, where there is a GPU and no other one. A failure is told.
+NVCC = $(PY) -m build_tools.toolkit
 # A build is current only while its record is there.
 RECORD := da_ops/_build.json
 BUILT := $(STAMPS)/built
@@ -122,7 +124,7 @@ $(STAMPS)/env-%: FORCE
 	[ -z "$$missing" ] || echo "$(PY) lacks (and what needs it will be skipped or fail):" $$missing
 
 $(BUILT): $(SOURCES) $(if $(wildcard $(RECORD)),,FORCE)
-	$(ARCHS) $(PY) setup.py -q build_ext --inplace
+	PIP_NO_INDEX=1 $(ARCHS) $(PY) setup.py -q build_ext --inplace
 	@mkdir -p $(@D) && touch $@
 
 $(OLDEST)/% $(NEWEST)/%:
@@ -137,6 +139,7 @@ $(STAMPS)/env-%: pyproject.toml build_tools/requirements.py | $(VENV)/bin/python
 	@mkdir -p $(@D)
 	$(PY) build_tools/requirements.py $(filter-out base,$*) > $(@D)/$*.txt
 	$(PY) -m pip install -r $(@D)/$*.txt
+	@$(NVCC)
 	@touch $@
 
 $(OLDEST)/bin/python $(NEWEST)/bin/python: | $(VENV)/bin/python
@@ -154,6 +157,7 @@ $(NEWEST)/stamps/env-test: FORCE | $(NEWEST)/bin/python  # there may be a newer 
 	$(NEWEST)/bin/python -m pip install --upgrade -r $(@D)/test.txt
 
 $(BUILT): $(SOURCES) $(if $(wildcard $(RECORD)),,FORCE) | $(STAMPS)/env-base
+	@$(NVCC)
 	$(ARCHS) $(PY) -m pip install --no-build-isolation --no-deps -e .
 	@$(PY) -m build_tools.record
 	@mkdir -p $(@D) && touch $@

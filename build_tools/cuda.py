@@ -17,6 +17,8 @@ ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # instructions.
 PTX = ("7.5", "8.0", "9.0", "10.0")
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+PIP_TOOLKIT = "cuda-toolkit[nvcc,cccl,crt,nvvm]"  # pip's nvcc, and all that it needs to compile
+HEADERS = ("cuda_runtime.h", "nv/target")  # toolkits in parts may lack either
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ def find_cuda(
             passed_over.append(f"{where}: no working bin/nvcc in {home}")
         elif version.split(".")[0] != torch_cuda.split(".")[0]:
             passed_over.append(f"{where}: nvcc is {version}, torch was built with {torch_cuda}")
-        elif not _has_runtime_header(home):
-            passed_over.append(f"{where}: no cuda_runtime.h in {home}")
+        elif missing := _missing_headers(home):
+            passed_over.append(f"{where}: no {' and no '.join(missing)} in {home}")
         else:
             return CudaCompiler(home, version, "; ".join([where, *passed_over]))
-    nowhere = "no nvcc in CUDA_HOME, on PATH, or from pip's cuda-toolkit[nvcc,cccl,crt,nvvm]"
+    nowhere = f"no nvcc in CUDA_HOME, on PATH, or from pip's {PIP_TOOLKIT}"
     return CudaCompiler(None, None, "; ".join(passed_over) or nowhere)
 
 
@@ -152,8 +154,9 @@ def _nvcc_version(home: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _has_runtime_header(home: Path) -> bool:
-    return any(Path(folder, "cuda_runtime.h").exists() for folder in include_folders(home))
+def _missing_headers(home: Path) -> list[str]:
+    folders = [f for folder in include_folders(home) for f in (folder, f"{folder}/cccl")]
+    return [name for name in HEADERS if not any(Path(f, name).exists() for f in folders)]
 
 
 def _run(*command: str | Path) -> str | None:

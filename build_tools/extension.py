@@ -21,7 +21,6 @@ from .cuda import (
     NVCC_FLAGS,
     CudaCompiler,
     arch_list,
-    find_cuda,
     gencode,
     include_folders,
     library_folders,
@@ -39,6 +38,8 @@ except ModuleNotFoundError as error:
         f"da_ops needs torch >= 2.10 to build, but {error}. Install torch first, or leave out "
         "--no-build-isolation so that pip brings its own."
     ) from None
+
+from . import toolkit
 
 # The oldest torch that the binary runs on, whichever torch builds it.
 TARGET_VERSION = "0x020a000000000000"  # 2.10
@@ -121,7 +122,9 @@ class BuildOps(BuildExtension):
 
     def run(self) -> None:
         folder = Path("da_ops") if self.inplace else Path(self.build_lib, "da_ops")
-        cuda = find_cuda(torch.version.cuda, os.environ, [Path(torch.__file__).parents[1]])
+        # Nothing is fetched for a library that could not be built all the same.
+        possible = find_cxx() is not None and os.environ.get("DA_OPS_CPU") != "0"
+        cuda = toolkit.find_or_fetch() if possible else toolkit.find()
         self.record = record = survey({ext.name for ext in self.extensions}, cuda)
         # Nothing from an earlier build may pass for this one's.
         for name in [RECORD, *(Path(self.get_ext_filename(e.name)).name for e in self.extensions)]:

@@ -15,8 +15,6 @@ from build_tools.cuda import CudaCompiler, find_cuda
 from build_tools.machine_code import Function
 from da_ops.backends.native import build_record
 
-from .cases import FULL
-
 ROOT = Path(__file__).resolve().parents[1]
 
 LOAD = """
@@ -54,35 +52,6 @@ def test_the_library_brings_its_runtime():
     if not library.exists():
         pytest.skip("the CUDA part was not built")
     assert b"libcudart.so" not in library.read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not FULL or torch.version.cuda is None, reason="DA_OPS_TEST_FULL=1 with a CUDA torch"
-)
-def test_it_builds_and_loads_with_the_compiler_from_pip(tmp_path):
-    wanted = f"cuda-toolkit[nvcc,cccl,crt,nvvm]=={torch.version.cuda}.*"
-    pip = (sys.executable, "-m", "pip")
-    run(*pip, "install", "-q", "--target", tmp_path / "pip", wanted)
-    (home,) = tmp_path.glob("pip/nvidia/cu*")
-    # A copy of the tracked files, for the build must leave the working tree's alone.
-    files = run("git", "ls-files", "-co", "--exclude-standard").splitlines()
-    for name in filter(os.path.exists, files):
-        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "tree" / name).write_bytes((ROOT / name).read_bytes())
-    out = tmp_path / "site"
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "-v", "--target", out]
-    told = run(
-        *pip,
-        "install",
-        *options,
-        tmp_path / "tree",
-        CUDA_HOME=str(home),
-        DA_OPS_CUDA="1",
-        TORCH_CUDA_ARCH_LIST="9.0",
-    )
-    assert f"{home}, from CUDA_HOME" in told
-    run(sys.executable, "-c", LOAD, out, CUDA_VISIBLE_DEVICES="")
 
 
 # Machine code

@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def make_toolkit(home, release="13.0", archs="75 80 86 87 89 90 100 120"):
     """A folder that looks like a CUDA toolkit as far as the discovery asks."""
     (home / "bin").mkdir(parents=True)
-    (home / "include").mkdir()
-    (home / "include" / "cuda_runtime.h").touch()
+    (home / "include" / "nv").mkdir(parents=True)
+    for header in ("cuda_runtime.h", "nv/target"):
+        (home / "include" / header).touch()
     listing = "".join(f"echo compute_{arch}; " for arch in archs.split())
     script(
         home / "bin" / "nvcc",
@@ -85,12 +86,21 @@ def test_a_compiler_that_does_not_serve_is_passed_over_with_the_reason(tmp_path)
     assert "PATH: nvcc is 12.4, torch was built with 13.2" in found.why
 
 
-def test_a_toolkit_without_headers_is_passed_over(tmp_path):
+@pytest.mark.parametrize("header", ["cuda_runtime.h", "nv/target"])
+def test_a_toolkit_without_headers_is_passed_over(tmp_path, header):
     home = make_toolkit(tmp_path / "cuda")
-    (home / "include" / "cuda_runtime.h").unlink()
+    (home / "include" / header).unlink()
     found = find_cuda("13.0", {"CUDA_HOME": str(home), "PATH": ""})
     assert found.home is None
-    assert "no cuda_runtime.h" in found.why
+    assert f"no {header} in {home}" in found.why
+
+
+def test_headers_may_lie_where_cuda_13_has_them(tmp_path):
+    home = make_toolkit(tmp_path / "cuda")
+    (home / "include" / "nv").rename(home / "include" / "cccl")
+    (home / "include" / "cccl" / "nv").mkdir()
+    (home / "include" / "cccl" / "target").rename(home / "include" / "cccl" / "nv" / "target")
+    assert find_cuda("13.0", {"CUDA_HOME": str(home), "PATH": ""}).home == home
 
 
 def test_nothing_found_names_where_it_looked():

@@ -21,6 +21,10 @@ import torch
 
 from build_tools import requirements
 from build_tools.cuda import find_cuda
+from build_tools.cuda_report import Tools
+
+from .cases import FULL
+from .test_cuda_build import LOAD
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.xdist_group("install")
@@ -64,8 +68,11 @@ def try_package(folder, cwd):
     return found["backends"]
 
 
-def pip_wheel(source, out, env=None, check=True):
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "-v", "-w", out]
+def pip_wheel(source, out, env=None, check=True, offline=True):
+    options = ["--no-build-isolation", "--no-deps", "-v", "-w", out]
+    # Also for the pip that fetches nvcc, which obeys no options.
+    no_index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    env = {**(no_index if offline else {}), **(env or {})}
     return run(sys.executable, "-m", "pip", "wheel", *options, source, env=env, check=check)
 
 
@@ -239,6 +246,59 @@ def test_cuda_asked_for_that_does_not_compile_fails_the_install(broken_cuda, tmp
     assert done.returncode != 0
     assert "broken on purpose" in done.stdout + done.stderr
     assert "DA_OPS_CUDA=0 installs without it" in done.stdout + done.stderr
+
+
+@pytest.fixture
+def no_nvcc():
+    """An environment without nvcc that has all else."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    path = os.pathsep.join(f for f in folders if not Path(f, "nvcc").exists())
+    env = {"PATH": path, "CXX": shutil.which("c++") or "", "CUDA_HOME": "", "CUDA_PATH": ""}
+    if torch.version.cuda is None or int(torch.version.cuda.split(".")[0]) < 13:
+        pytest.skip("needs a torch whose nvcc pip has")
+    if find_cuda(torch.version.cuda, env).home:
+        pytest.skip("nvcc is in the environment")
+    return env
+
+
+@pytest.mark.slow
+def test_nvcc_that_cannot_be_fetched_fails_only_who_asked_for_cuda(broken_cuda, no_nvcc, tmp_path):
+    done = pip_wheel(broken_cuda, tmp_path / "out", env=no_nvcc)
+    record = record_of(unpack(tmp_path / "out", tmp_path / "site"))
+    assert record["cpu"]["built"] and not record["cuda"]["built"]
+    reason = "could not be fetched" if torch.cuda.is_available() else "it is not fetched, for torch"
+    assert reason in record["cuda"]["reason"]
+    assert f"cuda   not built: {record['cuda']['reason']}" in done.stdout + done.stderr
+
+    done = pip_wheel(broken_cuda, tmp_path, env={**no_nvcc, "DA_OPS_CUDA": "1"}, check=False)
+    assert done.returncode != 0
+    told = " ".join((done.stdout + done.stderr).split())
+    assert "DA_OPS_CUDA=1 asks for a part that cannot be built here" in told
+    assert f"`pip install 'cuda-toolkit[nvcc,cccl,crt,nvvm]=={torch.version.cuda}.*'`" in told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="DA_OPS_TEST_FULL=1: it downloads 105 MB and compiles")
+def test_a_build_fetches_the_nvcc_that_is_not_there(sdist, no_nvcc, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    (source,) = tmp_path.glob("da_ops-*")
+    env = {**no_nvcc, "DA_OPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0 9.0"}
+    done = pip_wheel(source, tmp_path / "out", env=env, offline=False)
+    wanted = f"cuda-toolkit[nvcc,cccl,crt,nvvm]=={torch.version.cuda}.*"
+    assert f"pip fetches {wanted}" in done.stdout + done.stderr
+    (home,) = source.glob("build/cuda-toolkit/nvidia/cu*")
+
+    site = unpack(tmp_path / "out", tmp_path / "site")
+    cuda = record_of(site)["cuda"]
+    assert cuda["built"] and cuda["arch_list"] == ["8.0", "9.0"]
+    assert f"{home}, from pip" in cuda["compiler"]
+    run(sys.executable, "-c", LOAD, site, env={"CUDA_VISIBLE_DEVICES": ""})
+    tools = Tools(home)
+    if tools.missing() is None:
+        (tmp_path / "code").mkdir()
+        library = site / "da_ops" / "_cuda.abi3.so"
+        assert set(tools.extract(library, tmp_path / "code")) == {"sm_80", "sm_90"}
 
 
 @pytest.mark.slow
