@@ -1,12 +1,10 @@
-"""The driver and the measurements for a GPU, without one."""
+"""The measurements for a GPU, without one."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,178 +14,9 @@ pytest.importorskip("tqdm")
 pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
-from benchmarks import (
-    cases,
-    chosen,
-    environment,
-    fused,
-    gpu,
-    graphs,
-    layer,
-    network,
-    op,
-    report,
-    smoke,
-    summary,
-)
+from benchmarks import cases, fused, graphs, layer, networks, op, report, summary
 
 FAST = ["--rivals", "eager", "--backends", "eager", "--budget", "0.01"]
-
-
-@pytest.fixture(scope="module")
-def op_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("results") / "x-op.json"
-    assert op.main(["--shapes", "2x8x5x5", *FAST, "--output", str(path)]) == 0
-    return path
-
-
-@pytest.fixture
-def gpu_results(op_file, tmp_path):
-    """Results of a GPU that was tested and measured, all well, with today's sources."""
-    measured = json.loads(op_file.read_text())
-    cores = {"cores": 16, "threads": 16, "vector": "AVX512"}
-    head = {
-        **{"schema": environment.SCHEMA, "kind": "gpu", "preset": "quick", "date": "2026-01-02"},
-        **{"command": "python -m benchmarks.gpu", "versions": {"python": "3", "torch": "2"}},
-        "device": {"kind": "cuda", "name": "NVIDIA H200", "sm": "9.0"} | cores,
-        "digest": environment.digest("cuda"),
-    }
-    outcomes = [gpu.Outcome(name, "passed", passed=1) for name in environment.GPU_PARTS]
-    written = gpu.results(outcomes, head, tmp_path)
-    network_part = {"kind": "network", "layouts": [], "summary": {"checks": []}}
-    about = {"name": "resnet50", "layers": 16, "batch": 128, "size": 224, "amp": "bfloat16"}
-    return {
-        **written,
-        "op": measured | head | {"kind": "op"},
-        "network": head | network_part | {"network": about},
-    }
-
-
-def check_h200(folder, results=None):
-    if results is not None:
-        environment.write_results(folder / "nvidia-h200.json", results)
-    return report.main(["--check", "--device", "H200", "--results", str(folder)])
-
-
-def test_gpu_results_that_count(gpu_results, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    assert check_h200(tmp_path, gpu_results) == 0
-    shown = report.block(tmp_path, readme)
-    assert "### NVIDIA H200" in shown
-    assert "`make gpu`" in shown
-    assert "bfloat16" in shown
-    assert "left out" not in shown
-    assert report.NO_GPU not in shown
-    assert report.main(["--check", "--device", "A100", "--results", str(tmp_path)]) == 1
-    assert "no results of a GPU named 'A100'" in capsys.readouterr().err
-    assert report.main(["--device", "H200"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (lambda r: r["checks"].update(triton=False), "part 'triton' failed"),
-        (lambda r: r["checks"].update(sanitize=None), "part 'sanitize' was skipped"),
-        (lambda r: r["checks"].pop("gpu"), "part 'gpu' was not run"),
-        (lambda r: r.pop("op"), "no results of 'op'"),
-        (lambda r: r.update(digest="0" * 64), "other kernel sources than today's"),
-    ],
-)
-def test_gpu_results_that_do_not_count(gpu_results, tmp_path, capsys, change, why):
-    change(gpu_results)
-    assert check_h200(tmp_path, gpu_results) == 1
-    assert why in capsys.readouterr().err
-    shown = report.block(tmp_path, tmp_path / "README.md")
-    assert "Results of NVIDIA H200 are left out: " in shown
-    assert why in shown
-    assert "###" not in shown
-
-
-def test_no_gpu_results(tmp_path, capsys):
-    assert check_h200(tmp_path) == 1
-    assert "run make gpu there" in capsys.readouterr().err
-    (tmp_path / "nvidia-h200.json").write_text("{")
-    assert check_h200(tmp_path) == 1
-    assert "expected a results file" in capsys.readouterr().err
-
-
-def part(name, code, **options):
-    return gpu.Part(name, 1, lambda seconds: [[sys.executable, "-c", code]], **options)
-
-
-def test_a_failing_part_stops_no_other(tmp_path, capsys):
-    endless = "import time; print('begun', flush=True); time.sleep(60)"
-    parts = [
-        part("build", "raise SystemExit('no compiler')"),
-        part("cuda", "print('=== 1 failed, 2 passed, 3 skipped in 1s ==='); exit(1)"),
-        part("triton", "print('5 skipped in 1s')"),
-        gpu.Part("gpu", 1, lambda seconds: [["/no/such/program"]]),
-        part("sanitize", "print('2 passed, 1 skipped')"),
-        part("op", endless),
-        part("network", "print('met: all of 7 contenders, 0 failed')"),
-    ]
-    outcomes = gpu.run_all(parts, 10, tmp_path)
-    assert [(o.name, o.status, o.passed, o.failed, o.skipped) for o in outcomes] == [
-        ("build", "failed", 0, 1, 0),
-        ("cuda", "failed", 2, 1, 3),
-        ("triton", "skipped", 0, 0, 5),
-        ("gpu", "failed", 0, 1, 0),
-        ("sanitize", "passed", 2, 0, 1),
-        ("op", "failed", 0, 1, 0),
-        ("network", "passed", 1, 0, 0),
-    ]
-    assert outcomes[5].note.startswith("stopped after")
-    assert sum(o.seconds for o in outcomes) < 30
-    assert "no compiler" in capsys.readouterr().out
-    table = gpu.table(outcomes)
-    assert len(table.splitlines()) == 2 + len(parts)
-    checks = gpu.results(outcomes, {}, tmp_path)["checks"]
-    assert checks["cuda"] is False
-    assert checks["triton"] is None
-    assert checks["network"] is True
-
-
-@pytest.mark.parametrize("failing", [False, True])
-def test_the_driver(failing, tmp_path, monkeypatch, capsys):
-    """As on a machine with a GPU: its results, the table last, the exit status, the copy."""
-    head = {"kind": "gpu", "device": {"name": "A GPU"}}
-    parts = [part("build", "exit(1)" if failing else ""), part("op", "print('1 passed')")]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(environment, "head", lambda *arguments: dict(head))
-    monkeypatch.setattr(gpu, "parts", lambda preset, scratch: parts)
-    monkeypatch.setenv("OUT", str(tmp_path / "copy"))
-    assert gpu.main(["--budget", "20", "--out", str(tmp_path / "out")]) == int(failing)
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last[0].split()[:2] == ["build", "failed" if failing else "passed"]
-    assert last[1].split()[:3] == ["op", "passed", "1"]
-    for folder in ("out", "copy"):
-        written = json.loads((tmp_path / folder / "a-gpu.json").read_text())
-        assert written["checks"] == {"build": not failing, "op": True}
-    assert "==== build.log" in (tmp_path / "copy" / "a-gpu.log").read_text()
-
-
-def test_the_driver_needs_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert "no GPU" in capsys.readouterr().err
-
-
-def test_the_plan_fits_its_budget(tmp_path):
-    """Whether parts take all they get, or nothing."""
-    parts = gpu.parts("quick", tmp_path)
-    assert tuple(p.name for p in parts) == environment.GPU_PARTS
-    for used in (0.0, 0.5, 1.0):
-        left = gpu.BUDGET
-        for i in range(len(parts)):
-            seconds = gpu.limit(parts[i:], left)
-            assert 0 < seconds <= left
-            left -= used * seconds
-        assert left >= -1e-6
-    assert gpu.limit(parts, gpu.BUDGET) == parts[0].firm
-    (command,) = parts[-1].commands(100)
-    assert float(command[command.index("--seconds") + 1]) < 100
-    for p in parts:
-        assert all(command[0] in (sys.executable, "make", "env") for command in p.commands(60))
 
 
 def test_gpu_cases():
@@ -196,7 +25,10 @@ def test_gpu_cases():
     assert {c.shape[0] for c in quick} >= {1, 8, 32, 64, 256}
     assert {c.dtype for c in quick} == {"float16", "bfloat16", "float32"}
     assert all(c.launches == cases.LAUNCHES and c.regimes == cases.REGIMES for c in quick[:5])
-    assert [c.role for c in quick if c.compile] == ["stage"] * 5
+    compiled = [c for c in quick if c.compiled]  # measured without what compiles before
+    assert [c.role for c in compiled] == ["stage"] * 2
+    assert {c.shape for c in compiled} < {c.shape for c in quick[:5] if not c.compiled}
+    assert all(c.compiled for c in full)
     wanted = {
         (n, *shape[1:], dtype)
         for n in (1, 8, 32, 64, 256)
@@ -335,52 +167,17 @@ def test_a_plan_is_a_contender(monkeypatch):
     assert fused.names("cuda") == ["da_ops:cuda"]
 
 
-def test_tests_of_one_backend_are_chosen():
-    class Item:
-        def __init__(self, target):
-            if target:
-                self.callspec = SimpleNamespace(params={"_target": (target, "cpu")})
-
-    items = [Item(name) for name in ("cuda", "triton", None, "cuda", "cuda") * 10]
-    few = chosen.choose(items, "cuda", 7)
-    assert len(few) == 7
-    assert all(i.callspec.params["_target"][0] == "cuda" for i in few)
-    assert few == chosen.choose(items, "cuda", 7)
-    assert len(chosen.choose(items, "cuda", 100)) == 30
-
-
-def test_smoke(monkeypatch, capsys):
-    assert smoke.main(["--device", "cpu", "--backends", "eager", "--few"]) == 0
-    assert "eager: right" in capsys.readouterr().out
-    assert smoke.main(["--device", "cpu", "--backends", "cuda"]) == 1
-    assert "cuda: failed" in capsys.readouterr().out
-    monkeypatch.setattr(smoke, "sanitizer", lambda: None)
-    assert smoke.main(["--sanitize"]) == 0
-    assert capsys.readouterr().out.endswith("0 passed, 3 skipped\n")
-
-
-def test_the_sanitizers_findings_fail(tmp_path, monkeypatch, capsys):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text('#!/bin/sh\ntest "$2" != racecheck || { echo "a hazard"; exit 9; }\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert smoke.main(["--sanitize"]) == 1
-    out = capsys.readouterr().out
-    assert "a hazard" in out
-    assert out.endswith("2 passed, 1 failed\n")
-
-
 def test_whole_networks_are_compiled_and_compared(monkeypatch):
     pytest.importorskip("torchvision")
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compiled.append(self))
-    networks = network.build(["plain", "eager", "whole:eager", "whole:plain"], "resnet18", 3)
-    assert compiled == [networks["whole:eager"], networks["whole:plain"]]
+    made = networks.build(["plain", "eager", "whole:eager", "whole:plain"], "resnet18", 3)
+    assert compiled == [made["whole:eager"], made["whole:plain"]]
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         for name in ("plain", "eager"):
-            networks[name].eval()
-            networks[f"whole:{name}"].eval()
-            torch.testing.assert_close(networks[f"whole:{name}"](x), networks[name](x))
+            made[name].eval()
+            made[f"whole:{name}"].eval()
+            torch.testing.assert_close(made[f"whole:{name}"](x), made[name](x))
     name = report.tables.name_of("whole:da_ops:cuda")
     assert name == "whole network compiled, fused (cuda)"
