@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,9 +17,22 @@ pytest.importorskip("tqdm")
 pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
-from benchmarks import cases, fused, graphs, layer, networks, op, report, summary
+from benchmarks import (
+    cases,
+    environment,
+    fused,
+    graphs,
+    layer,
+    measure,
+    network,
+    networks,
+    op,
+    report,
+    summary,
+    tally,
+)
 
-FAST = ["--rivals", "eager", "--backends", "eager", "--budget", "0.01"]
+FAST = ["--device", "cpu", "--rivals", "eager", "--backends", "eager", "--budget", "0.01"]
 
 
 def test_gpu_cases():
@@ -46,6 +62,115 @@ def test_a_run_out_of_time_names_what_it_left_out(tmp_path):
     results = json.loads(path.read_text())
     assert results["left_out"] == ["1x4x4x4 float32", "1x4x5x5 float32"]
     assert "for want of time: 1x4x4x4" in report.text(results)
+
+
+@pytest.mark.parametrize("told_to", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_the_cases_before(told_to, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x-op.json"
+    measure_case = layer.measure_case
+
+    def interrupted(case, *rest):
+        if case.shape == (1, 4, 5, 5):
+            assert json.loads(path.read_text())["left_out"] == ["1x4x5x5 float32"]
+            signal.raise_signal(told_to)
+        return measure_case(case, *rest)
+
+    monkeypatch.setattr(layer, "measure_case", interrupted)
+    monkeypatch.setenv(tally.VARIABLE, str(tmp_path / "told"))
+    options = ["--shapes", "1x4x4x4,1x4x5x5", *FAST, "--output", str(path)]
+    before = signal.getsignal(signal.SIGTERM)
+    assert op.main(options) == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGTERM) == before
+    found = json.loads(path.read_text())
+    assert [c["shape"] for c in found["cases"]] == [[1, 4, 4, 4]]
+    assert found["summary"]["checks"][0]["passed"]
+    assert "Not measured, for want of time: 1x4x5x5 float32" in capsys.readouterr().out
+    assert tally.read(tmp_path / "told") == tally.Tally(passed=1, of=2)
+
+
+def test_a_run_interrupted_at_once_shows_no_older_results(tmp_path, monkeypatch, capsys):
+    (tmp_path / "x-op.json").write_text("older")
+    monkeypatch.setattr(layer, "measure_case", lambda *_: signal.raise_signal(signal.SIGINT))
+    output = ["--output", str(tmp_path / "x-op.json")]
+    assert op.main(["--shapes", "1x4x4x4", *FAST, *output]) == 130
+    assert (tmp_path / "x-op.json").read_text() == "older"
+
+
+def test_an_interrupted_network_leaves_the_rounds_before(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("skimage")
+    path = tmp_path / "x-network.json"
+    sample = networks.Trainer.sample
+
+    def interrupted(self, steps):
+        if path.exists() and json.loads(path.read_text())["layouts"][0]["results"]:
+            raise KeyboardInterrupt
+        return sample(self, steps)
+
+    monkeypatch.setattr(networks.Trainer, "sample", interrupted)
+    monkeypatch.setattr(measure, "TELLING", 0.0)
+    small = ["--network", "resnet18", "--batch", "2", "--size", "32", "--rounds", "9"]
+    options = [*small, *FAST, "--output", str(path)]
+    assert network.main(options) == 128 + signal.SIGINT
+    (part,) = json.loads(path.read_text())["layouts"]
+    found = {r["variant"]: r["seconds"]["samples"] for r in part["results"]}
+    assert found == {"plain": 1, "eager": 1, "da_ops:eager": 1}
+
+
+def test_what_compiles_is_measured_last_and_in_place():
+    """Cases that come again take the place of the first; until then they are said to be left."""
+    todo = cases.gpu_preset("quick")
+    names = op.labels(todo)
+    assert len(set(names)) == len(names)
+    again = next(i for i, name in enumerate(names) if "torch.compile" in name)
+    assert todo[again].compiled and todo[again].shape == todo[1].shape
+    records = [
+        {"shape": list(c.shape), "dtype": c.dtype, "role": c.role, "threads": None, "case": i}
+        for i, c in enumerate(todo)
+    ]
+    merged = []
+    for record in records:
+        merged = op.merged(merged, [record, dict(record)])
+    assert [r["case"] for r in merged[:4]] == [0, 0, again, again]
+    assert len(merged) == 2 * (len(todo) - 2)
+    contenders = ["eager", "compile", "da_ops:cuda", "da_ops:cuda:onchip", "da_ops:triton"]
+    assert [c for c in contenders if op.compiles(c)] == ["compile", "da_ops:triton"]
+    # Where there may not be time for compiling, other cases are measured.
+    assert op.COMPILING["cuda"] > 0 == op.COMPILING["cpu"]
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_the_gpu_is_measured_if_there_is_one(there, device, tmp_path, monkeypatch):
+    """Unless the CPU is asked for; GPU results stay here until `make gpu` has tested it, too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(environment, "device_record", lambda device: {"name": f"a {device}"})
+    for module in (op, network):
+        options = module.parser().parse_args([])
+        op.prepare(options)
+        assert options.device == device
+        options = module.parser().parse_args(["--device", "cpu"])
+        op.prepare(options)
+        assert options.device == "cpu"
+    network.complete(options)
+    assert options.batch == 8
+    monkeypatch.setattr(environment, "LOCAL", tmp_path / "local")
+    for preset in ("quick", "full"):
+        path = environment.results_file("op", "cuda", preset, None)
+        assert path == tmp_path / "local" / "a-cuda-op.json"
+
+
+@pytest.mark.parametrize(("device", "told"), [("", ""), ("cpu", "--device cpu")])
+def test_make_bench_passes_the_device_on(device, told):
+    command = ["make", "-n", "VENV=", f"PYTHON={sys.executable}", f"DEVICE={device}", "bench"]
+    try:
+        done = subprocess.run(
+            command, cwd=environment.ROOT, capture_output=True, text=True, check=True
+        )
+    except FileNotFoundError:
+        pytest.skip("no make")
+    lines = [x for x in done.stdout.splitlines() if "-m benchmarks." in x]
+    assert [x.partition("--preset quick")[2].strip() for x in lines[:2]] == [told, told]
+    assert lines[2].endswith("benchmarks.report")
 
 
 def test_percent_of_the_floor():

@@ -22,14 +22,13 @@ from benchmarks import environment, op, report, tally
 from benchmarks.gpu import chosen, parts, results, run, sanitize, smoke
 from da_ops.backends import native
 
-FAST = ["--rivals", "eager", "--backends", "eager", "--budget", "0.01"]
+FAST = ["--device", "cpu", "--rivals", "eager", "--backends", "eager", "--budget", "0.01"]
 
 
 @pytest.fixture(scope="module")
 def op_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "x-op.json"
-    device = ["--device", "cpu"]
-    assert op.main(["--shapes", "2x8x5x5", *FAST, *device, "--output", str(path)]) == 0
+    assert op.main(["--shapes", "2x8x5x5", *FAST, "--output", str(path)]) == 0
     return path
 
 
