@@ -1,5 +1,6 @@
 """pytest plugin: `-p benchmarks.gpu.chosen --backend cuda --at-most 800` runs the tests of one
-backend, and of those no more than so many, spread over all and the same ones each time.
+backend, and of those no more than so many: some of everything, in mixed order, so that also a run
+that is cut has met all, and the same each time.
 
 How far they came is told (benchmarks/tally.py) after each, so that a run that is cut counts. A test
 that leaves the GPU's context unusable, as an access to memory that is not there does, ends its
@@ -31,8 +32,7 @@ def choose(items: list[Any], backend: str, most: int) -> list[Any]:
         if getattr(item, "callspec", None)
         and item.callspec.params.get("_target", ("",))[0] == backend
     ]
-    kept = set(random.Random(0).sample(range(len(mine)), min(most, len(mine))))
-    return [item for i, item in enumerate(mine) if i in kept]
+    return random.Random(0).sample(mine, min(most, len(mine)))
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
