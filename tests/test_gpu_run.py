@@ -287,12 +287,15 @@ def test_the_plan_fits_its_budget(tmp_path, monkeypatch):
     def commands(preset):
         return {p.name: " ".join(p.commands(60)[-1]) for p in parts.parts(preset, tmp_path)}
 
-    assert "-n 8" in commands("quick")["cuda"]
-    assert "--at-most 60 " in commands("quick")["triton"]
+    if parts.installed("xdist"):
+        assert "-n 8 " in commands("quick")["cuda"]
+        assert "--at-most 60 " in commands("quick")["triton"]
     assert "DA_OPS_PLAN=onchip" in commands("quick")["onchip"]
     assert all("DA_OPS_TEST_FULL=1" in commands("full")[n] for n in ("cuda", "onchip", "gpu"))
-    monkeypatch.setattr(parts, "several", lambda: False)  # pytest-xdist is not installed
+    assert ("--timeout=60" in commands("quick")["cuda"]) == parts.installed("pytest_timeout")
+    monkeypatch.setattr(parts, "installed", lambda module: module == "pytest_timeout")
     assert "-n 8" not in commands("quick")["cuda"]
+    assert "--timeout" not in commands("quick")["cuda"]
     assert "--at-most 160 " in commands("quick")["cuda"]
 
 
@@ -334,14 +337,15 @@ def test_how_far_a_suite_comes(several, tmp_path, monkeypatch):
     several and pytest.importorskip("xdist")
     (tmp_path / "test_x.py").write_text(A_SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]")
-    monkeypatch.setattr(parts, "several", lambda: several)
+    monkeypatch.setattr(parts, "installed", lambda module: several and module == "xdist")
     monkeypatch.setattr(parts, "WORKERS", 1)
     command = parts.pytest("cuda", 400, "-c", str(tmp_path / "pytest.ini"), str(tmp_path))
     told, log = tmp_path / "told", tmp_path / "log"
     assert run.run_command(command, 60, log, told, lambda: None) == 1
     found = tally.read(told)
     assert (found.of, found.skipped) == (40, 1), log.read_text()
-    assert (found.passed, found.failed) == ((38, 2) if several else (3, 36)), log.read_text()
+    assert found.passed + found.failed == (40 if several else 39), log.read_text()
+    assert (found.failed == 2) == several, log.read_text()
 
 
 WITHOUT = """
@@ -359,7 +363,7 @@ def test_the_suite_does_without_what_a_machine_may_lack(tmp_path, monkeypatch):
     """A GPU's machine may have no network, and not all that the tests of other things need."""
     (tmp_path / "without.py").write_text(WITHOUT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(parts, "several", lambda: False)
+    monkeypatch.setattr(parts, "installed", lambda module: False)
     command = parts.pytest("cuda", 10**6, "-p", "without", "--collect-only", "tests")
     done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -11,6 +11,7 @@ from pathlib import Path
 BUDGET = 460.0
 MARGIN = 12.0  # seconds that a benchmark needs beyond its own limit, to start and to write
 WORKERS = 8
+LONGEST = 60  # seconds of a test
 ALL = 10**6
 
 Command = list[str]
@@ -27,16 +28,19 @@ class Part:
     firm: float = 0.0
 
 
-def several() -> bool:
-    """Whether tests can run in several processes."""
-    return importlib.util.find_spec("xdist") is not None
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def pytest(backend: str, most: int, *paths: str) -> Command:
     """The tests of one backend, no more than so many; a tenth of them in a single process."""
-    # pytest-xdist's loadgroup does not outlive a process that crashes, and this does.
-    parallel = ["-n", str(WORKERS), "--dist", "worksteal"] if several() else []
-    most = most if several() else most // 10
+    parallel = []
+    if installed("xdist"):  # whose loadgroup does not outlive a process that crashes; this does
+        parallel = ["-n", str(WORKERS), "--dist", "worksteal"]
+        if installed("pytest_timeout"):  # one that waits for ever is ended, and replaced
+            parallel += [f"--timeout={LONGEST}", "--timeout-method=thread"]
+    else:
+        most //= 10
     chosen = ["-p", "benchmarks.gpu.chosen", "--backend", backend, "--at-most", str(most)]
     # A file that lacks what it imports stops no other.
     how = ["-q", "--tb=short", "--continue-on-collection-errors"]
