@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from benchmarks import (
     networks,
     op,
     report,
+    rivals,
     summary,
     tally,
 )
@@ -135,8 +137,30 @@ def test_what_compiles_is_measured_last_and_in_place():
     assert len(merged) == 2 * (len(todo) - 2)
     contenders = ["eager", "compile", "da_ops:cuda", "da_ops:cuda:onchip", "da_ops:triton"]
     assert [c for c in contenders if op.compiles(c)] == ["compile", "da_ops:triton"]
-    # Where there may not be time for compiling, other cases are measured.
-    assert op.COMPILING["cuda"] > 0 == op.COMPILING["cpu"]
+
+
+def test_where_there_is_no_time_to_compile_other_cases_are_measured(tmp_path, monkeypatch):
+    todo = [cases.Case((1, 4, 4, 4), "stage"), cases.Case((1, 4, 5, 5), "stage", compiled=False)]
+    monkeypatch.setattr(cases, "preset", lambda name: todo)
+    monkeypatch.setattr(op, "COMPILING", {"cpu": 500.0})
+    path = tmp_path / "x-op.json"
+    options = ["--rivals", "eager,compile", "--seconds", "400", "--output", str(path)]
+    assert op.main(["--device", "cpu", "--backends", "eager", "--budget", "0.01", *options]) == 0
+    found = json.loads(path.read_text())
+    assert found["left_out"] == ["1x4x4x4 float32"]
+    assert [c["shape"] for c in found["cases"]] == [[1, 4, 5, 5]]
+
+
+def test_quick_leaves_out_what_compiles_longest():
+    def contenders(*arguments):
+        options = op.parser().parse_args(["--device", "cuda", "--backends", "eager", *arguments])
+        return op.contenders_for(options)[0]
+
+    assert rivals.SLOW in rivals.compile_names("cuda")
+    assert rivals.SLOW not in contenders()
+    assert "compile:reduce-overhead" in contenders()
+    assert rivals.SLOW in contenders("--preset", "full")
+    assert rivals.SLOW in contenders("--rivals", f"eager,{rivals.SLOW}")
 
 
 @pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
@@ -204,11 +228,13 @@ def test_graph_samples(monkeypatch):
 
 
 def test_graphs_hold_every_input():
-    seen = []
+    seen, given = [], []
 
     def call(x):
         seen.append(x)
-        return 2 * x
+        y = 2 * x
+        given.append(weakref.ref(y))
+        return y
 
     xs = [torch.ones(3, requires_grad=True) for _ in range(4)]
     dys = [torch.ones(3) for _ in xs]
@@ -219,6 +245,8 @@ def test_graphs_hold_every_input():
         seen.clear()
         assert len(made(4)) == phases
         assert [id(x) for x in seen] == [id(x) for x in xs]
+        # Nothing is left of one recording that the next could meet.
+        assert not any(y() is not None for y in given)
 
 
 def test_both_launches_are_measured(tmp_path, monkeypatch):

@@ -9,9 +9,11 @@ import pytest
 pytest.importorskip("psutil")
 
 import da_ops
-from benchmarks import tally
+from benchmarks import environment, tally
 from benchmarks.gpu import parts, run, sanitize, smoke
 from da_ops.backends import native
+
+from .plans import or_skipped
 
 
 def built(monkeypatch, compiler):
@@ -66,6 +68,16 @@ def test_what_cannot_be_had_is_skipped(monkeypatch, capsys, tmp_path):
     assert (found.passed, found.failed, found.skipped) == (0, 0, 1)
     built(monkeypatch, compiler="nvcc 13.0")
     assert smoke.main(["--device", "cpu", "--targets", "cuda-block"]) == 1
+
+
+def test_tests_of_a_plan_that_is_refused_are_skipped():
+    """By what the CUDA library says then, and by nothing else."""
+    said = "da_ops: DA_OPS_PLAN="
+    assert f'"{said}"' in (environment.ROOT / "csrc" / "cuda" / "ops_cuda.cpp").read_text()
+    with pytest.raises(pytest.skip.Exception, match="the image is too large"), or_skipped():
+        raise RuntimeError(f"{said}block: the image is too large; unset it")
+    with pytest.raises(RuntimeError, match="CUDA error"), or_skipped():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 TOOL = """#!/bin/sh
