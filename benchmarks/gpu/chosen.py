@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's processes
         config.pluginmanager.register(Lost(), "lost")
     else:
         config.pluginmanager.register(Told(), "told")
