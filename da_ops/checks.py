@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .parameters import Parameters
 from .reference import GATES, ORDERS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,21 +45,12 @@ def odd_int(name: str, value: Any) -> int:
     return number
 
 
-def check_arguments(
-    x: Tensor,
-    conv_weight: Tensor | None,
-    dilated_weight: Tensor | None,
-    merge_weight: Tensor | None,
-    spatial_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    order: str,
-    gate: str,
-) -> None:
+def check_arguments(x: Tensor, parameters: Parameters, order: str, gate: str) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the operator can take the call.
 
     On every call's path: messages are made only when one is needed.
     """
+    conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias = parameters
     _check_x(x)
     if order not in ORDERS or gate not in GATES:
         check_options(order, gate)

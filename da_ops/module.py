@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_options, odd_int, positive_int
 from .functional import attention
+from .parameters import Parameters
 from .reference import accumulation_dtype, channel_logit, channel_mean, pooled
 
 logger = logging.getLogger("da_ops")
@@ -122,15 +123,8 @@ class DAModule(nn.Module):
                         for child in (self.conv, self.dilated_conv, self.merge)
                     )
                 spatial = (conv[0], dilated[0], merge[0], _folded_bias(conv[1], dilated[1], *merge))
-            return attention(
-                x,
-                *spatial,
-                _parameter(self, "gate_weight"),
-                _parameter(self, "gate_bias"),
-                self.order,
-                self.gate,
-                self.backend,
-            )
+            gate = _parameter(self, "gate_weight"), _parameter(self, "gate_bias")
+            return attention(x, Parameters(*spatial, *gate), self.order, self.gate, self.backend)
 
     def unfused(self) -> str | None:
         """Why the layer calls its convolutions; None where the fused kernels take their place.

@@ -70,11 +70,10 @@ class Plan:
 class Backend:
     """One way to compute the operator.
 
-    ``forward(x, conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias,
-    order, gate)`` returns ``(y, channel_mean, pooled)``, and ``backward(dy, x, the six parameters,
-    channel_mean, pooled, order, gate)`` the gradients of ``x`` and of the six parameters. Both get
-    checked arguments, ``x`` contiguous or channels_last and ``dy`` in the same layout.
-    ``plan(call)`` says what they will do.
+    ``forward(x, parameters, order, gate)`` returns ``(y, channel_mean, pooled)``, and
+    ``backward(dy, x, parameters, channel_mean, pooled, order, gate)`` the gradients of ``x`` and of
+    the six parameters. Both get checked arguments, ``x`` contiguous or channels_last and ``dy`` in
+    the same layout. ``plan(call)`` says what they will do.
 
     ``missing()`` says what it needs of this machine and does not find, ``unfit()``, which is asked
     once there is a tensor on a device, why it cannot run there. What may fail as late as at run

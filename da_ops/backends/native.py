@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import empty_gradient
+from ..parameters import Parameters
 from .base import Gradients
 
 _FOLDER = Path(__file__).resolve().parent.parent
@@ -63,30 +64,30 @@ def planner() -> Any:
     return _plan
 
 
-def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.da_ops.forward.default(*args)
+def forward(
+    x: Tensor, parameters: Parameters, order: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.da_ops.forward.default(x, *parameters, order, gate)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    conv: Tensor | None,
-    dilated: Tensor | None,
-    merge: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    *args: Any,
+    parameters: Parameters,
+    channel_mean: Tensor,
+    pooled: Tensor,
+    order: str,
+    gate: str,
 ) -> Gradients:
-    parameters = conv, dilated, merge, bias, gate, gate_bias
-    out = torch.ops.da_ops.backward.default(dy, x, *parameters, *args)
+    conv, dilated, merge, bias, gate_weight, gate_bias = parameters
+    out = torch.ops.da_ops.backward.default(dy, x, *parameters, channel_mean, pooled, order, gate)
     return (  # written out: a loop takes a microsecond longer
         out[0],
         None if conv is None else out[1],
         None if dilated is None else out[2],
         None if merge is None else out[3],
         None if bias is None else out[4],
-        None if gate is None else out[5],
+        None if gate_weight is None else out[5],
         None if gate_bias is None else out[6],
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...layout import like
+from ...parameters import Parameters
 from .. import eager, native, schedule
 from ..base import Backend, Call, Direction, Gradients, Pass, Plan
 from . import tiles
@@ -80,7 +81,8 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             return y, channel_mean, pooled
         except TritonFailed as error:
             _refuse_or_tell(error, forgiving)
-    y, _, _ = eager.BACKEND.forward(x, *arguments_of_all)
+    *parameters, order, gate = arguments_of_all
+    y, _, _ = eager.BACKEND.forward(x, Parameters(*parameters), order, gate)
     _, channel_mean, pooled = native.fake_forward(x, *arguments_of_all)
     return like(y, x), channel_mean.zero_(), pooled.zero_()
 
@@ -94,7 +96,8 @@ def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         except TritonFailed as error:
             _refuse_or_tell(error, forgiving)
     if gradients is None:  # forward may have left maps, which plain PyTorch does not look at
-        dx, *gradients_of_parameters = eager.BACKEND.backward(dy, x, *arguments_of_all)
+        parameters, rest = Parameters(*arguments_of_all[:6]), arguments_of_all[6:]
+        dx, *gradients_of_parameters = eager.BACKEND.backward(dy, x, parameters, *rest)
         gradients = (None if dx is None else like(dx, x), *gradients_of_parameters)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
@@ -106,12 +109,14 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _calls(forgiving: bool) -> dict[str, Any]:
     """Of the Backend: through the dispatcher, so that compiled graphs hold them as one node."""
 
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.da_ops.triton_forward.default(*arguments, forgiving)
+    def forward(
+        x: Tensor, parameters: Parameters, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.da_ops.triton_forward.default(x, *parameters, *arguments, forgiving)
 
-    def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
-        out = torch.ops.da_ops.triton_backward.default(dy, x, *arguments, forgiving)
-        given = (x, *arguments[:6])
+    def backward(dy: Tensor, x: Tensor, parameters: Parameters, *arguments: Any) -> Gradients:
+        out = torch.ops.da_ops.triton_backward.default(dy, x, *parameters, *arguments, forgiving)
+        given = (x, *parameters)
         return tuple([None if p is None else g for g, p in zip(out, given, strict=True)])
 
     return {"forward": forward, "backward": backward}
