@@ -9,7 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import reference
-from .backends import implementation, select
+from .backends.choice import CHOICE
 from .checks import check_arguments
 from .layout import dense, like
 from .parameters import Parameters
@@ -53,8 +53,7 @@ class DAFunction(torch.autograd.Function):
             conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
         )
         check_arguments(x, parameters, order, gate)
-        chosen = select(backend, x.device.type)
-        served = implementation(chosen, backend)
+        served = CHOICE.implementation(backend, x.device.type)
         y, channel_mean, pooled = served.forward(dense(x), parameters, order, gate)
         ctx.options = order, gate, served
         ctx.set_materialize_grads(False)
@@ -89,5 +88,5 @@ def transformed() -> bool:
 def plain(x: Tensor, parameters: Parameters, order: str, gate: str, backend: str) -> Tensor:
     """The operator as differentiable PyTorch operations, for calls that no kernel can serve."""
     check_arguments(x, parameters, order, gate)
-    select(backend, x.device.type)
+    CHOICE.select(backend, x.device.type)
     return reference.forward(x, parameters, order, gate)

@@ -59,20 +59,32 @@ def da_attention(
         ValueError: a shape, device, option, or an argument that the order or gate does not take.
         RuntimeError: ``backend`` names one that cannot serve here; the message says why.
     """
+    parameters = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
+    return attention(x, *parameters, order, gate, backend)
+
+
+def attention(
+    x: Tensor,
+    conv_weight: Tensor | None,
+    dilated_weight: Tensor | None,
+    merge_weight: Tensor | None,
+    spatial_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    order: str,
+    gate: str,
+    backend: str,
+) -> Tensor:
+    """:func:`da_attention` with every argument positional: one node of an FX graph, and, compiled
+    by TorchScript, plain operations."""
     parameters = Parameters(
         conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
     )
-    return attention(x, parameters, order, gate, backend)
-
-
-def attention(x: Tensor, parameters: Parameters, order: str, gate: str, backend: str) -> Tensor:
-    """:func:`da_attention` with every argument positional: one node of an FX graph, and, compiled
-    by TorchScript, plain operations."""
     if torch.jit.is_scripting():
         return rounded_once(x, parameters, order, gate)
     else:  # TorchScript compiles what stands after a return, but not this branch
         if has_torch_function_unary(x):  # a Proxy of FX, among others
-            return handle_torch_function(attention, (x,), x, parameters, order, gate, backend)
+            return handle_torch_function(attention, (x,), x, *parameters, order, gate, backend)
         if isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided:
             x = dense(x)  # here, so that backward finds the copy and makes none
         if type(x) is not Tensor and is_distributed(x):

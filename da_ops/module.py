@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .checks import check_options, odd_int, positive_int
 from .functional import attention
-from .parameters import Parameters
 from .reference import accumulation_dtype, channel_logit, channel_mean, pooled
 
 logger = logging.getLogger("da_ops")
@@ -124,7 +123,7 @@ class DAModule(nn.Module):
                     )
                 spatial = (conv[0], dilated[0], merge[0], _folded_bias(conv[1], dilated[1], *merge))
             gate = _parameter(self, "gate_weight"), _parameter(self, "gate_bias")
-            return attention(x, Parameters(*spatial, *gate), self.order, self.gate, self.backend)
+            return attention(x, *spatial, *gate, self.order, self.gate, self.backend)
 
     def unfused(self) -> str | None:
         """Why the layer calls its convolutions; None where the fused kernels take their place.

@@ -20,7 +20,7 @@ def is_distributed(x: object) -> bool:
 def on_each_shard(
     function: Callable[..., Tensor], x: Any, parameters: Parameters, *options: str
 ) -> Tensor:
-    """``function(x, parameters, *options)`` where ``x`` is a DTensor ``[N, C, H, W]``.
+    """``function(x, *parameters, *options)`` where ``x`` is a DTensor ``[N, C, H, W]``.
 
     An image needs no other, and so ``x`` may be split over N; if it is split otherwise, it is
     gathered first. The parameters must be DTensors on the mesh of ``x``; their gradients are
@@ -47,7 +47,8 @@ def on_each_shard(
         whole = p.redistribute(mesh, [Replicate()] * mesh.ndim)
         return whole.to_local(grad_placements=gradients)
 
-    y = function(x.redistribute(mesh, placements).to_local(), parameters.each(local), *options)
+    own = parameters.each(local)
+    y = function(x.redistribute(mesh, placements).to_local(), *own, *options)
     return DTensor.from_local(
         y, mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
     )

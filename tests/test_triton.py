@@ -17,14 +17,13 @@ import pytest
 import torch
 
 import da_ops
-from da_ops.backends import BACKENDS, select, triton
+from da_ops.backends import BACKENDS, select
 from da_ops.backends.triton import tiles
 from da_ops.backends.triton.run import TritonFailed, run
 
 from .cases import CASES, FEW_CASES, FULL, LAYOUTS, assert_equal, assert_promised, make
 from .conftest import GPU, need
 
-backends = sys.modules["da_ops.backends"]  # `da_ops.backends` is the function
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -167,16 +166,13 @@ def test_compiles_for(target):
 
 
 @pytest.fixture
-def auto_takes_triton(monkeypatch):
-    """As on a GPU without the CUDA library; what is found out at run time is forgotten after."""
+def auto_takes_triton(monkeypatch, choice):
+    """As on a GPU without the CUDA library."""
     known = replace(BACKENDS["triton"], explicit_only=None)
     monkeypatch.setitem(BACKENDS, "triton", known)
     if "cuda" in BACKENDS:
         gone = replace(BACKENDS["cuda"], reason="left out for a test")
         monkeypatch.setitem(BACKENDS, "cuda", gone)
-    monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "_warned", {"left out for a test"})
-    monkeypatch.setattr(triton, "_failure", None)
     assert select("auto", DEVICE) == "triton"
 
 

@@ -20,10 +20,9 @@ from ...layout import like
 from ...parameters import Parameters
 from .. import eager, native, schedule
 from ..base import Backend, Call, Direction, Gradients, Pass, Plan
+from ..choice import CHOICE
 from . import tiles
 from .run import INTERPRETED, TritonFailed
-
-_failure: str | None = None
 
 
 def _reason() -> str | None:
@@ -66,16 +65,12 @@ def _refuse_or_tell(error: TritonFailed, forgiving: bool) -> None:
             f"da_attention: backend 'triton' cannot serve: {error}; "
             "use backend='auto' for the best that can"
         ) from error
-    from .. import give_up
-
-    global _failure
-    _failure = str(error)
-    give_up("triton", _failure)
+    CHOICE.give_up("triton", str(error))
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments_of_all, forgiving = arguments
-    if not (forgiving and _failure):
+    if not (forgiving and CHOICE.gave_up("triton")):
         try:
             y, channel_mean, pooled = _run("forward", x, (x, *arguments_of_all))
             return y, channel_mean, pooled
@@ -90,7 +85,7 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *arguments_of_all, forgiving = arguments
     gradients: Gradients | None = None
-    if not (forgiving and _failure):
+    if not (forgiving and CHOICE.gave_up("triton")):
         try:
             gradients = _run("backward", x, (dy, x, *arguments_of_all))
         except TritonFailed as error:
