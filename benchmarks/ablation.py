@@ -39,10 +39,10 @@ from da_ops.detection.distributed import World
 from da_ops.detection.evaluation import evaluate
 from da_ops.detection.loading import StepSampler, training_loader
 from da_ops.detection.optimisation import Trainer, parameter_groups
+from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
 from da_ops.detection.voc import VOCDetection, read_classes
 from da_ops.models import insert_attention
-from da_ops.settings import Settings
 
 VARIANTS: dict[str, dict[str, Any]] = {
     report.PLAIN: {"attention": "none"},

@@ -20,13 +20,13 @@ from matplotlib.patches import Rectangle
 
 from benchmarks import environment
 from benchmarks.charts import INK, QUIET
-from da_ops.cam import grad_cam
 from da_ops.cli import main as da_ops
+from da_ops.detection.cam import grad_cam
 from da_ops.detection.checkpoint import Detector, load_detector
+from da_ops.detection.figures import show_map
+from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
 from da_ops.detection.training import evaluation_set, train
-from da_ops.figures import show_map
-from da_ops.settings import Settings
 
 SETTINGS = Settings(
     backbone="resnet18",

@@ -22,8 +22,8 @@ from da_ops.backends import NAMES, unserved
 from da_ops.cli import main
 from da_ops.detection import synthetic, training
 from da_ops.detection.interrupts import uninterrupted
+from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
-from da_ops.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

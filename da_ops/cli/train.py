@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..settings import Settings
+from ..detection.settings import Settings
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+
+from .vision import tv_tensors, v2
 
 _MEAN = (124, 116, 104)  # ImageNet's, of which the border is made that zooming out brings
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from torchvision.models.detection.ssd import SSD
 
+from .vision import SSD
+
+# isort: split
 from ..models.ssd import ssd
 from ..models.weights import read, unprefixed
-from ..settings import Settings
+from .settings import Settings
 
 FORMAT = 1
 LAST = "last.pt"  # the newest checkpoint of a run

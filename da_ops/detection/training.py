@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from ..backends import select
-from ..settings import Settings
 from .augment import eval_transforms, train_transforms
 from .checkpoint import (
     LAST,
@@ -32,6 +31,7 @@ from .interrupts import uninterrupted
 from .loading import StepSampler, started, training_loader
 from .logs import Log
 from .optimisation import Trainer, parameter_groups, stepwise
+from .settings import Settings
 from .voc import VOCDetection, available_splits, read_classes
 
 logger = logging.getLogger("da_ops")

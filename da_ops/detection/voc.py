@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .files import BadFileError, Files, decoded, read_lines
 from .pictures import SUFFIXES, open_picture
+from .vision import F, tv_tensors
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -296,7 +295,7 @@ def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
     if picture.size != (width, height):
         told = "is {}x{}, its annotation says {}x{}".format(*picture.size, width, height)
         raise _bad(path, told)
-    image: Tensor = pil_to_tensor(picture)
+    image: Tensor = F.pil_to_tensor(picture)
     return image
 
 

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .vision import SSD
+
 try:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    from torchvision.models.detection.ssd import SSD
 except ImportError as error:
     raise ImportError(
-        f'da_ops.cam needs grad-cam ({error}): pip install "da-ops[detection]"'
+        f'da_ops.detection.cam needs grad-cam ({error}): pip install "da-ops[detection]"'
     ) from error
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
-from .backends import NAMES
-from .reference import GATES, ORDERS
+from ..backends import NAMES
+from ..reference import GATES, ORDERS
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 ATTENTIONS = ("da", "se", "sge", "eca", "none")
