@@ -1,6 +1,6 @@
 """From nothing to a picture: makes data, trains a small DA-ResNet18 SSD128, tests and draws.
 
-python -m benchmarks.demo        some minutes on two cores; goes on where it was stopped
+python -m benchmarks.paper.demo        some minutes on two cores; goes on where it was stopped
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def outline(axes: Axes, box: list[float], colour: Any, text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.demo", description=__doc__.split("\n")[0]
+        "python -m benchmarks.paper.demo", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, default=environment.LOCAL / "demo", metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         print(f"drawn: {demo(options.out, SETTINGS, PICTURES)}")
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"benchmarks.demo: {error}", file=sys.stderr)
+        print(f"benchmarks.paper.demo: {error}", file=sys.stderr)
         return 1
     return 0
 
