@@ -1,4 +1,4 @@
-"""What the operator takes. One place, asked before any kernel runs."""
+"""The checks of the operator's arguments, made before any kernel runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def odd_int(name: str, value: Any) -> int:
-    """The same of an odd number."""
+    """``value`` as an int; ValueError unless it is one, positive and odd."""
     number = positive_int(name, value)
     if number % 2 == 0:
         raise ValueError(f"{name} must be odd, got {value!r}")
@@ -48,7 +48,7 @@ def odd_int(name: str, value: Any) -> int:
 def check_arguments(x: Tensor, parameters: Parameters, order: str, gate: str) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the operator can take the call.
 
-    On every call's path: messages are made only when one is needed.
+    Every call comes here, and so a message is made only when it is needed.
     """
     conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias = parameters
     _check_x(x)

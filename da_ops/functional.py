@@ -82,7 +82,7 @@ def attention(
     )
     if torch.jit.is_scripting():
         return rounded_once(x, parameters, order, gate)
-    else:  # TorchScript compiles what stands after a return, but not this branch
+    else:  # TorchScript compiles code after a return, but not this branch
         if has_torch_function_unary(x):  # a Proxy of FX, among others
             return handle_torch_function(attention, (x,), x, *parameters, order, gate, backend)
         if isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided:

@@ -12,7 +12,7 @@ from .parameters import Parameters
 
 
 def is_distributed(x: object) -> bool:
-    """Whether ``x`` is a DTensor. Costs no import of what makes them."""
+    """Whether ``x`` is a DTensor; imports nothing."""
     made_by = sys.modules.get("torch.distributed.tensor")
     return made_by is not None and isinstance(x, made_by.DTensor)
 

@@ -1,7 +1,7 @@
-"""The compiled libraries: loading them, and what PyTorch must know of their operators.
+"""The compiled libraries: loads them, and tells PyTorch of their operators.
 
 Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``; the dispatcher
-chooses among them by device. Shapes and FLOPs, which hold for all, are registered here.
+chooses among them by device. Shapes and FLOPs are the same for all, and are registered here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).resolve().parent.parent
 
 
 def build_record() -> dict[str, Any]:
-    """What the build made and what not and why, as setup.py wrote it; empty if it never ran."""
+    """The record of setup.py: what it built, and why not the rest; empty if it never ran."""
     try:
         return dict(json.loads((_FOLDER / "_build.json").read_text()))
     except (OSError, ValueError):

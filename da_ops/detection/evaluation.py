@@ -1,4 +1,4 @@
-"""What a detector finds in a data set, and how well."""
+"""How well a detector finds the objects of a data set."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Network:
         return picture
 
     def inputs(self, picture: Tensor) -> Tensor:
-        """What ``see`` gave as the network takes it, a batch of one."""
+        """A picture from ``see`` as the network takes it, a batch of one."""
         if not self.detector:
             picture = F.normalize(picture, list(_MEAN), list(_STD))
         return picture[None]

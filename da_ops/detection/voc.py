@@ -35,7 +35,7 @@ logger = logging.getLogger("da_ops")
 
 @dataclass(frozen=True)
 class Annotation:
-    """The objects of one image: what VOC's XML says."""
+    """The objects of one image, as VOC's XML has them."""
 
     size: tuple[int, int]  # height, width
     boxes: np.ndarray  # float32 [K, 4], x1 y1 x2 y2 of pixel edges, from 0
@@ -249,7 +249,7 @@ def _box_text(*corners: float) -> str:
 
 
 def _text(element: ElementTree.Element, tag: str, path: Path) -> str:
-    """What stands at ``tag``, a path of names that must each be there once or not at all."""
+    """The text at ``tag``, a path of names that must each be there once or not at all."""
     found: ElementTree.Element | None = element
     for part in tag.split("/"):
         if found is not None:
