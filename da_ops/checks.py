@@ -51,12 +51,12 @@ def check_arguments(x: Tensor, parameters: Parameters, order: str, gate: str) ->
     Every call comes here, and so a message is made only when it is needed.
     """
     conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias = parameters
-    _check_x(x)
+    channels = _check_x(x)
     if order not in ORDERS or gate not in GATES:
         check_options(order, gate)
     spatial, channel = order != "channel", order != "spatial"
     with_weight, with_bias = channel and gate != "sigmoid", channel and gate in ("affine", "scalar")
-    gate_shape: tuple[int, ...] = (x.shape[1],) if gate == "affine" else _ONE
+    gate_shape: tuple[int, ...] = (channels,) if gate == "affine" else _ONE
     if gate == "eca" and with_weight and isinstance(gate_weight, Tensor):
         gate_shape = gate_weight.shape
         if len(gate_shape) != 1 or gate_shape[0] % 2 == 0:
@@ -96,7 +96,8 @@ def check_arguments(x: Tensor, parameters: Parameters, order: str, gate: str) ->
         shared = own
 
 
-def _check_x(x: Tensor) -> None:
+def _check_x(x: Tensor) -> int:
+    """C of ``x``; TypeError or ValueError unless it is a feature map."""
     if not isinstance(x, Tensor):
         raise TypeError(f"da_attention: x must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
@@ -115,6 +116,7 @@ def _check_x(x: Tensor) -> None:
         )
     if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
         raise ValueError(f"da_attention: C, H and W of x must be at least 1, got {list(shape)}")
+    return shape[1]
 
 
 def _refuse_unused(name: str, order: str, gate: str) -> NoReturn:
