@@ -80,8 +80,11 @@ class Choice:
 
     def implementation(self, asked: str, device_type: str) -> Backend:
         """The backend that :meth:`select` names, in its forgiving variant for "auto"."""
-        backend = self.backends[self.select(asked, device_type)]
-        return backend.forgiving or backend if asked == "auto" else backend
+        if asked != "auto":
+            return self.backends[self.select(asked, device_type)]
+        name = self._chosen.get(device_type) or self.select(asked, device_type)  # most calls' way
+        backend = self.backends[name]
+        return backend.forgiving or backend
 
     def give_up(self, name: str, reason: str) -> None:
         """Never choose backend ``name`` again, which turned out at run time not to work; warn."""
