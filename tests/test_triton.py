@@ -47,13 +47,13 @@ SIZES = [
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_tiles(itemsize, channels_last):
-    """Groups of rows are whole vectors, tiles cover everything, and one crosses one row's end."""
+    """Super-rows are whole vectors, tiles cover everything and cross the end of one row at most."""
     for shape in SIZES:
-        m = tiles.matrix(shape, itemsize, channels_last)
+        m = tiles.matrix(shape, itemsize, channels_last=channels_last)
         assert m.rows * m.cols == shape[1] * shape[2] * shape[3]
-        assert m.rows % m.group == 0
-        assert m.group * m.cols % m.vector == 0
-        for phase in range(m.group):
+        assert m.rows % m.period == 0
+        assert m.period * m.cols % m.vector == 0
+        for phase in range(m.period):
             first = phase * m.cols
             begin = first // m.vector * m.vector
             end = -(-(first + m.cols) // m.vector) * m.vector
@@ -61,11 +61,11 @@ def test_tiles(itemsize, channels_last):
         for limits in (tiles.DEVICE, tiles.INTERPRETER):
             for t, cols in (
                 (tiles.sum_tiles(m, shape[0], limits), m.reach),
-                (tiles.scale_tiles(m, limits), m.cols * m.group),
+                (tiles.scale_tiles(m, limits), m.cols * m.period),
             ):
-                assert t.br * t.blocks >= m.groups
-                assert t.bq * t.windows >= cols
-            assert m.group == 1 or t.bq <= m.cols
+                assert t.height * t.blocks >= m.super_rows
+                assert t.width * t.windows >= cols
+            assert m.period == 1 or t.width <= m.cols
             s = tiles.split(t.blocks, shape[0] * t.windows, limits)
             assert s.splits * s.each >= t.blocks
             assert s.splits <= limits.shares
@@ -74,13 +74,13 @@ def test_tiles(itemsize, channels_last):
 @pytest.mark.parametrize("edge", [7, 14, 56, 75])
 def test_loads_are_as_wide_at_odd_sizes(edge):
     for channels_last in (False, True):
-        m = tiles.matrix((8, 256, edge, edge), 2, channels_last)
+        m = tiles.matrix((8, 256, edge, edge), 2, channels_last=channels_last)
         assert m.vector * m.itemsize == 16
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("order", "gate"), FEW_CASES)
-def test_groups_of_rows(order, gate, layout):
+def test_super_rows(order, gate, layout):
     """7x7 in half: rows that begin in the middle of a vector."""
     call = make((1, 16, 7, 7), order, gate, dtype=torch.float16, layout=layout, device=DEVICE)
     assert_promised(call, call.results(backend="triton"))
@@ -294,10 +294,10 @@ def test_measures_once_and_only_when_it_may(monkeypatch, wish, capturing, measur
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setenv("DA_OPS_TRITON_AUTOTUNE", wish)
     x = torch.empty(2, 8, 4, 4)
-    m = tiles.matrix(tuple(x.shape), 4, False)
+    m = tiles.matrix(tuple(x.shape), 4, channels_last=False)
     for _ in range(2):
         tune.scale(
-            m, 2, (x, x, None, None, None, None, 2, 8, 16), {"ORDER": "together"}, tiles.DEVICE
+            m, 2, (x, x, None, None, None, None, 2, 8, 16), {"OUTER": "neither"}, tiles.DEVICE
         )
     assert len(times) == measured
     assert taken == [tune.CANDIDATES[2 if measured else 0]] * 2
@@ -356,7 +356,7 @@ def test_explain(order, reads):
 
 
 def test_large_images_count_in_64_bits():
-    """And do not take vectors over groups of rows, whose length 32 bits might not hold."""
-    m = tiles.matrix((1, 3 * 2**28, 3, 3), 2, False)
+    """And do not take vectors over super-rows, whose length 32 bits might not hold."""
+    m = tiles.matrix((1, 3 * 2**28, 3, 3), 2, channels_last=False)
     assert m.rows * m.cols >= tiles.DEVICE.large
-    assert m.group == 1
+    assert m.period == 1
