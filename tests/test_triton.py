@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import da_ops
 from da_ops.backends import BACKENDS, select, triton
 from da_ops.backends.triton import tiles
 from da_ops.backends.triton.run import TritonFailed, run
 
-from .cases import CASES, FEW_CASES, FULL, LAYOUTS, assert_equal, assert_promised, make
+from .cases import CASES, DTYPES, FEW_CASES, FULL, LAYOUTS, assert_equal, assert_promised, make
 from .conftest import GPU, need
 
 backends = sys.modules["da_ops.backends"]  # `da_ops.backends` is the function
@@ -76,6 +79,31 @@ def test_loads_are_as_wide_at_odd_sizes(edge):
     for channels_last in (False, True):
         m = tiles.matrix((8, 256, edge, edge), 2, channels_last=channels_last)
         assert m.vector * m.itemsize == 16
+
+
+SIDES = st.sampled_from([1, 2, 3, 5, 7, 14, 19, 28, 56, 75]) | st.integers(1, 300)
+CHANNELS = st.sampled_from([1, 3, 8, 48, 67, 256, 2048]) | st.integers(1, 2048)
+
+
+@settings(max_examples=1000 if FULL else 200)
+@given(
+    shape=st.tuples(st.integers(1, 64), CHANNELS, SIDES, SIDES),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS)),
+    large=st.sampled_from([2**30, 2**14]),
+)
+def test_vectors_and_super_rows_are_those_of_the_cuda_planner(shape, dtype, layout, large):
+    """With one difference: in a large image whose rows are no whole vectors, elements are loaded
+    one by one here, since an offset of 32 bits might not hold the length of a super-row."""
+    plan = pytest.importorskip("da_ops._plan").cuda
+    channels_last, name = layout == "channels_last", str(dtype).removeprefix("torch.")
+    told = plan(shape, channels_last, name, "spatial_channel", "affine", 90, 0)
+    expected = told["vector_bytes"], told["rows_a_super_row"]
+    if math.prod(shape[1:]) >= large and expected[1] > 1:
+        expected = dtype.itemsize, 1
+    limits = replace(tiles.DEVICE, large=large)
+    m = tiles.matrix(shape, dtype.itemsize, channels_last=channels_last, limits=limits)
+    assert (m.vector * m.itemsize, m.period) == expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
