@@ -65,7 +65,7 @@ class Batch:
         self.blocks = self._blocks()
 
     def _blocks(self) -> ByAxis:
-        """How the kernels over small maps share out the pixels and the channels of an image."""
+        """How programs share out the small maps; no blocks for an axis that has none."""
 
         def blocks(length: int, reach: int, most: int, chunk: int) -> Blocks:
             size = min(max(16, power_of_two(length)), most)
@@ -178,16 +178,17 @@ class Batch:
         """The small maps of the way back, of which the means and the masks are known."""
         d_logits, d_means = self.new_maps(self.axes), self.new_maps(self.axes)
         numbers = maps.TAP_SUMS, max(self.taps, 1)
-        sums = [self.empty(self.images, b.number, k) for b, k in zip(self.blocks, numbers)]
+        sums = [self.empty(self.images, b.number, each) for b, each in zip(self.blocks, numbers)]
         return self.small_maps(means, masks, d_logits, d_means, sums)
 
     def small_maps(self, *by_axis: Any) -> ByAxis:
+        """The maps of each axis, given in the order of AxisMaps."""
         return ByAxis(*map(AxisMaps, self.blocks, *by_axis))
 
     def over_blocks(
         self, kernel: Any, axes: Axes, by_axis: ByAxis, shares: ByAxis, more: ByAxis = NO_SHARES
     ) -> None:
-        """Start a kernel over the small maps of these axes, from the shares of two passes."""
+        """Start a kernel over the small maps of these axes, with the shares of one pass or two."""
         spatial, channel = [
             m._replace(shares=s, more_shares=t, PARTS=_parts(m.blocks, s, t)) if wanted
             else AxisMaps()
