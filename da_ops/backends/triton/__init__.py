@@ -1,8 +1,8 @@
 """Triton kernels: the fused layer on every GPU that Triton knows, with no compiler at build time.
 
-The kernels are imported, and compiled, when a call first needs them; so that they cannot be had may
-turn up as late as then. `da_ops::triton_forward` and `triton_backward` are theirs: those of a
-library would be there only where that is.
+The kernels are imported, and compiled, when a call first needs them, so it may turn out as late as
+then that they do not work. They have operators of their own, `da_ops::triton_forward` and
+`triton_backward`, since `da_ops::forward` is there only where a compiled library is.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _run(direction: str, x: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ..
         return tuple(getattr(launch, direction)(*arguments))
 
 
-def _refuse_or_tell(error: TritonFailed, forgiving: bool) -> None:
+def _refuse_or_tell(error: TritonFailed, *, forgiving: bool) -> None:
     """Raise RuntimeError, or say once why plain PyTorch takes over."""
     if not forgiving:
         raise RuntimeError(
@@ -75,7 +75,7 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             y, channel_mean, pooled = _run("forward", x, (x, *arguments_of_all))
             return y, channel_mean, pooled
         except TritonFailed as error:
-            _refuse_or_tell(error, forgiving)
+            _refuse_or_tell(error, forgiving=forgiving)
     *parameters, order, gate = arguments_of_all
     y, _, _ = eager.BACKEND.forward(x, Parameters(*parameters), order, gate)
     _, channel_mean, pooled = native.fake_forward(x, *arguments_of_all)
@@ -89,8 +89,8 @@ def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         try:
             gradients = _run("backward", x, (dy, x, *arguments_of_all))
         except TritonFailed as error:
-            _refuse_or_tell(error, forgiving)
-    if gradients is None:  # forward may have left maps, which plain PyTorch does not look at
+            _refuse_or_tell(error, forgiving=forgiving)
+    if gradients is None:  # plain PyTorch does not look at the maps that forward may have left
         parameters, rest = Parameters(*arguments_of_all[:6]), arguments_of_all[6:]
         dx, *gradients_of_parameters = eager.BACKEND.backward(dy, x, parameters, *rest)
         gradients = (None if dx is None else like(dx, x), *gradients_of_parameters)
@@ -101,8 +101,8 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return native.fake_forward(x, *arguments[:-1])
 
 
-def _calls(forgiving: bool) -> dict[str, Any]:
-    """Of the Backend: through the dispatcher, so that compiled graphs hold them as one node."""
+def _calls(*, forgiving: bool) -> dict[str, Any]:
+    """The functions of the Backend; the dispatcher makes each one node of a compiled graph."""
 
     def forward(
         x: Tensor, parameters: Parameters, *arguments: Any
@@ -150,13 +150,13 @@ def _plan(call: Call) -> Plan:
         passes = tuple(Pass(p.name, len(p.reads), len(p.writes)) for p in steps)
         return Direction(passes, sum(p.reads + p.writes for p in passes))
 
-    m = tiles.matrix(call.shape, call.dtype.itemsize, call.channels_last)
+    m = tiles.matrix(call.shape, call.dtype.itemsize, channels_last=call.channels_last)
     t = tiles.sum_tiles(m, call.shape[0], tiles.DEVICE)
     details = {
         "vector_bytes": m.vector * m.itemsize,
-        "rows_a_group": m.group,
-        "tile": f"{t.br}x{t.bq}",
-        "tiles_an_image": t.blocks * t.windows * m.group,
+        "rows_a_super_row": m.period,
+        "tile": f"{t.height}x{t.width}",
+        "tiles_an_image": t.blocks * t.windows * m.period,
     }
     passes = schedule.SCHEDULES[call.order]
     return Plan(direction(passes.forward), direction(passes.backward), details)
