@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/plan.h"
-#include "cuda/choose.h"
-#include "cuda/plan.h"
+#include "cuda/plan/choose.h"
+#include "cuda/plan/plan.h"
 
 namespace py = pybind11;
 

@@ -3,11 +3,11 @@
 
 #include <algorithm>
 
-#include "cuda/finish.cuh"
+#include "cuda/common/finish.cuh"
 #include "cuda/launch.h"
-#include "cuda/onchip.cuh"
-#include "cuda/passes.cuh"
-#include "cuda/simt_launch.cuh"
+#include "cuda/onchip/kernels.cuh"
+#include "cuda/portable/passes.cuh"
+#include "cuda/simt/launch.cuh"
 
 namespace da::cuda {
 namespace detail {

@@ -1,7 +1,7 @@
 // The launchers: torch-free, asynchronous on the stream, with the device's pointers.
 #pragma once
 
-#include "cuda/args.h"
+#include "cuda/common/args.h"
 
 namespace da::cuda {
 

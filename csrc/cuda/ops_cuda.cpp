@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cuda/choose.h"
 #include "cuda/launch.h"
+#include "cuda/plan/choose.h"
 
 namespace da::cuda {
 namespace {

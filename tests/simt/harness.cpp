@@ -5,8 +5,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/simt_group.cuh"
-#include "cuda/simt_launch.cuh"
+#include "cuda/simt/launch.cuh"
+#include "cuda/simt/team.cuh"
 
 namespace {
 

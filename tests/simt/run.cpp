@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda/choose.cpp"
 #include "cuda/launch.cuh"
-#include "cuda/plan.cpp"
+#include "cuda/plan/choose.cpp"
+#include "cuda/plan/plan.cpp"
 
 namespace da::cuda {
 DA_LAUNCHERS(template, Dtype::float16)

@@ -2,7 +2,7 @@
 // that go on behind the threads' backs. simt.cuh's vocabulary, continued.
 #pragma once
 
-#include "cuda/simt.cuh"
+#include "cuda/simt/simt.cuh"
 
 namespace simt {
 

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/onchip.h"
-#include "cuda/plan.h"
+#include "cuda/plan/onchip.h"
+#include "cuda/plan/plan.h"
 
 namespace da::cuda {
 

@@ -2,8 +2,8 @@
 // kernel.
 #pragma once
 
-#include "cuda/carver.h"
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
+#include "cuda/simt/carver.h"
 
 namespace da::cuda {
 

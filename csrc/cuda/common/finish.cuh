@@ -2,7 +2,8 @@
 // gradients.
 #pragma once
 
-#include "cuda/masks.cuh"
+#include "cuda/common/masks.cuh"
+#include "cuda/plan/memory.h"
 
 namespace da::cuda {
 

@@ -3,8 +3,8 @@
 // gradients. Sums are written by tile and added by tile: no atomics, the same bits in every run.
 #pragma once
 
-#include "cuda/masks.cuh"
-#include "cuda/scale.cuh"
+#include "cuda/common/scaling.cuh"
+#include "cuda/portable/masks.cuh"
 
 namespace da::cuda {
 

@@ -1,9 +1,9 @@
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 
 #include <algorithm>
 #include <numeric>
 
-#include "cuda/memory.h"
+#include "cuda/plan/memory.h"
 
 namespace da::cuda {
 namespace {

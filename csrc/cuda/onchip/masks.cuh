@@ -10,7 +10,7 @@
 //                                     sums by rank
 #pragma once
 
-#include "cuda/onchip_slab.cuh"
+#include "cuda/onchip/slab.cuh"
 
 namespace da::cuda {
 

@@ -3,7 +3,7 @@
 // this one's result is stored.
 #pragma once
 
-#include "cuda/onchip_masks.cuh"
+#include "cuda/onchip/masks.cuh"
 
 namespace da::cuda {
 

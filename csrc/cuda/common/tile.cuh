@@ -11,8 +11,8 @@
 // Where a vector and a row begin is then fixed for a thread, and so are the columns that it holds.
 #pragma once
 
-#include "cuda/plan.h"
-#include "cuda/simt.cuh"
+#include "cuda/plan/plan.h"
+#include "cuda/simt/simt.cuh"
 
 namespace da::cuda {
 

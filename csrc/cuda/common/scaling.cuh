@@ -7,7 +7,7 @@
 // is added, and the term within the brackets is multiplied by the other axis' factor.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/common/tile.cuh"
 
 namespace da::cuda {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/onchip.h"
+#include "cuda/plan/onchip.h"
 #include "formula.h"
 
 namespace da::cuda {

@@ -3,10 +3,13 @@
 
 #include <type_traits>
 
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 #include "formula.h"
 
 namespace da::cuda {
+
+// What is summed: forward, x; backward, first dy x, then x again, weighted with a term.
+enum class Sums { forward, backward, through };
 
 // Sums over the tiles of the other axis, not yet added up: [image][tile][entry].
 template <class A>

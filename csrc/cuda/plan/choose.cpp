@@ -1,4 +1,4 @@
-#include "cuda/choose.h"
+#include "cuda/plan/choose.h"
 
 #include <algorithm>
 #include <cstdlib>

@@ -18,8 +18,8 @@
 #include <cstdint>
 #include <numeric>
 
-#include "cuda/carver.h"
-#include "cuda/limits.h"
+#include "cuda/plan/limits.h"
+#include "cuda/simt/carver.h"
 #include "formula.h"
 
 namespace da::cuda {

@@ -1,7 +1,7 @@
 // Launches, and how many of their blocks run at once. simt.cuh's vocabulary, continued.
 #pragma once
 
-#include "cuda/simt.cuh"
+#include "cuda/simt/simt.cuh"
 
 #ifdef __CUDACC__
 

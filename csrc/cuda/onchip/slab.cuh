@@ -10,9 +10,9 @@
 //   lane i    x x x x   ----------------->   x x    --------------->  x ------------------------>
 #pragma once
 
-#include "cuda/masks.cuh"
-#include "cuda/scale.cuh"
-#include "cuda/simt_group.cuh"
+#include "cuda/common/masks.cuh"
+#include "cuda/common/scaling.cuh"
+#include "cuda/simt/team.cuh"
 
 namespace da::cuda {
 

@@ -19,7 +19,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/carver.h"
+#include "cuda/simt/carver.h"
 
 namespace simt {
 
