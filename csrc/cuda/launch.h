@@ -16,7 +16,7 @@ int backward_as(const Problem& problem, const Plan& plan, const Parameters& para
                 void* dx, const Gradients& gradients, void* workspace, void* stream);
 
 template <Dtype D>
-int resident_groups_as(const OnChip& chip, int& groups);
+int resident_teams_as(const OnChip& chip, int& teams);
 
 // `how` is `template` to instantiate a type's launchers, `extern template` where others do.
 #define DA_LAUNCHERS(how, D)                                                                       \
@@ -24,7 +24,7 @@ int resident_groups_as(const OnChip& chip, int& groups);
                         void*, void*, void*);                                                      \
   how int backward_as<D>(const Problem&, const Plan&, const Parameters&, const void*, const void*, \
                          const void*, const void*, void*, const Gradients&, void*, void*);         \
-  how int resident_groups_as<D>(const OnChip&, int&);
+  how int resident_teams_as<D>(const OnChip&, int&);
 DA_LAUNCHERS(extern template, Dtype::float16)
 DA_LAUNCHERS(extern template, Dtype::bfloat16)
 DA_LAUNCHERS(extern template, Dtype::float32)
@@ -67,9 +67,9 @@ inline int backward(const Problem& problem, const Plan& plan, const Parameters& 
 }
 
 // How many images of such a launch the current device holds at once; 0: it cannot run it.
-inline int resident_groups(Dtype dtype, const OnChip& chip, int& groups) {
+inline int resident_teams(Dtype dtype, const OnChip& chip, int& teams) {
   return with_dtype(
-      dtype, [&](auto dtype) { return resident_groups_as<decltype(dtype)::value>(chip, groups); });
+      dtype, [&](auto dtype) { return resident_teams_as<decltype(dtype)::value>(chip, teams); });
 }
 
 }  // namespace da::cuda

@@ -45,14 +45,14 @@ const Device& device_of(const Tensor& x) {
 }
 
 int residents(Dtype dtype, const OnChip& chip) {
-  int groups = 0;
-  return resident_groups(dtype, chip, groups) == cudaSuccess ? groups : 0;
+  int teams = 0;
+  return resident_teams(dtype, chip, teams) == cudaSuccess ? teams : 0;
 }
 
 // One direction's launches, as this thread planned them before: a plan costs more than a launch.
-const Plan& planned(const Problem& p, const Tensor& x, bool backward, bool aligned) {
-  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Dtype, Order, Gate, bool,
-                         bool, bool, int, std::string>;
+const Plan& planned(const Problem& p, const Tensor& x, Way way, bool aligned) {
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Dtype, Order, Gate, bool, Way,
+                         bool, int, std::string>;
   constexpr size_t kMost = 1024;
   thread_local std::map<Key, Plan> plans;
   const char* const text = std::getenv("DA_OPS_PLAN");
@@ -65,7 +65,7 @@ const Plan& planned(const Problem& p, const Tensor& x, bool backward, bool align
                 p.order,
                 p.gate,
                 p.channels_last,
-                backward,
+                way,
                 aligned,
                 x.get_device_index(),
                 text ? text : ""};
@@ -75,12 +75,12 @@ const Plan& planned(const Problem& p, const Tensor& x, bool backward, bool align
   STD_TORCH_CHECK(parse(std::get<std::string>(key), wish), kWishes, text);
   const Device& device = device_of(x);
   Plan plan = cuda::plan(p, device, aligned, wish.limits);
-  const OnChip chip = choose(p, backward, device, aligned, wish,
+  const OnChip chip = choose(p, way, device, aligned, wish,
                              [&](const OnChip& chip) { return residents(p.dtype, chip); });
   STD_TORCH_CHECK(!chip.refused || wish.kind != Wish::Kind::exact, "da_ops: DA_OPS_PLAN=", text,
                   ": ", chip.refused, "; unset it, or name another plan");
   if (!chip.refused)
-    (backward ? plan.backward : plan.forward) = on_chip_direction(p, chip, wish.limits);
+    (way == Way::backward ? plan.backward : plan.forward) = on_chip_direction(p, chip, wish.limits);
   if (plans.size() >= kMost) plans.clear();
   return plans.emplace(key, std::move(plan)).first->second;
 }
@@ -142,7 +142,7 @@ Outputs forward_cuda(const Problem& p, const Tensor& x, const Arguments& given) 
   Tensor y = allocate_like(x);
   Tensor channel_mean = allocate_channel_mean(p, x), pooled = allocate_pooled(p, x);
   if (p.n > 0) {
-    const Plan& plan = planned(p, x, false, aligned({&x, &y}));
+    const Plan& plan = planned(p, x, Way::forward, aligned({&x, &y}));
     Tensor workspace = allocate(x, {plan.forward.workspace.elements}, accumulation_type(x));
     require(forward(p, plan, *parameters, x.const_data_ptr(), y.mutable_data_ptr(),
                     channel_mean.mutable_data_ptr(), pooled.mutable_data_ptr(),
@@ -167,7 +167,7 @@ InputGradients backward_cuda(const Problem& p, const Tensor& dy, const Tensor& x
   const Gradients addresses{address(0, given.conv),  address(1, given.dilated),
                             address(2, given.merge), address(3, given.spatial_bias),
                             address(4, given.gate),  address(5, given.gate_bias)};
-  const Plan& plan = planned(p, x, true, aligned({&x, &dy, &dx}));
+  const Plan& plan = planned(p, x, Way::backward, aligned({&x, &dy, &dx}));
   Tensor workspace = allocate(x, {plan.backward.workspace.elements}, accumulation_type(x));
   require(backward(p, plan, *parameters, dy.const_data_ptr(), x.const_data_ptr(),
                    channel_mean.const_data_ptr(), pooled.const_data_ptr(), dx.mutable_data_ptr(),

@@ -10,6 +10,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/plan/choose.cpp"
+#include "cuda/plan/onchip.cpp"
 #include "cuda/plan/plan.cpp"
 
 namespace da::cuda {
@@ -95,9 +96,8 @@ void require(int error) {
   if (error != 0) std::exit(4);
 }
 
-Direction direction_on_chip(const Header& header, const Wish& wish, const Problem& p,
-                            bool backward) {
-  OnChip chip = on_chip(p, backward, header.aligned, wish.barrier, std::max(wish.blocks, 1),
+Direction direction_on_chip(const Header& header, const Wish& wish, const Problem& p, Way way) {
+  OnChip chip = on_chip(p, way, header.aligned, wish.barrier, std::max(wish.blocks, 1),
                         int64_t(1) << 30, wish.limits);
   if (chip.refused) {
     std::fprintf(stderr, "refused: %s\n", chip.refused);
@@ -111,8 +111,8 @@ Plan plan_of(const Header& header, const Wish& wish, const Problem& p) {
   const Device device{90, int(header.multiprocessors), 50 << 20};
   Plan plan = da::cuda::plan(p, device, header.aligned, wish.limits);
   if (wish.kind == Wish::Kind::exact) {
-    plan.forward = direction_on_chip(header, wish, p, false);
-    plan.backward = direction_on_chip(header, wish, p, true);
+    plan.forward = direction_on_chip(header, wish, p, Way::forward);
+    plan.backward = direction_on_chip(header, wish, p, Way::backward);
   }
   return plan;
 }

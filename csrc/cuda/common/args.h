@@ -11,12 +11,12 @@ namespace da::cuda {
 // What is summed: forward, x; backward, first dy x, then x again, weighted with a term.
 enum class Sums { forward, backward, through };
 
-// Sums over the tiles of the other axis, not yet added up: [image][tile][entry].
+// Partial sums, one for each tile of the other axis: [image][tile][entry].
 template <class A>
 struct Partial {
   A* data;
   int64_t tiles, entries;
-  int terms;  // tiles that are still to be added
+  int terms;  // tiles that are still to be added: all, or one once they were folded
 };
 
 // In x's type, or (`wide`) in float32.
@@ -25,23 +25,24 @@ struct Parameters {
   bool wide;
 };
 
+// In the parameters' type; null where a gradient is not wanted.
 struct Gradients {
   void *conv, *dilated, *merge, *spatial_bias, *gate, *gate_bias;
 };
 
 template <class A>
 struct Args {
-  int64_t first_job;  // the first block's: a tile, or other piece of work
+  int64_t first_job;  // of the launch's first block: a tile, or another piece of work
   int64_t images, channels, pixels;
-  int64_t height, width;
-  Axes masks;    // that there are
-  Axes pending;  // whose maps this launch makes of the sums before it
-  Axes outer;    // whose mask multiplies the other's term in dx
+  int64_t height, width;  // of an image, in pixels
+  Axes masks;             // those that the order has
+  Axes pending;           // the axes whose maps this launch makes of the sums before it
+  Axes outer;             // the axis whose mask multiplies the other's term in dx
   Gate gate;
-  int64_t kernel_size;
+  int64_t kernel_size;  // of the eca gate
 
   Tiling tiling;
-  Staging staging;
+  Halo halo;
   const void *x, *dy;
   void* out;  // y or dx
 
@@ -51,23 +52,22 @@ struct Args {
   A *new_pixel_sums, *new_channel_sums;             // what this launch sums; null: not wanted
   A *channel_mean, *spatial_mask, *d_channel_mean;  // [image][pixel]
   A *pooled, *channel_mask, *d_logit;               // [image][channel]
-  A* spatial_parts;                                 // [block][kSpatialSums]
+  A* spatial_parts;                                 // [spatial_blocks][kSpatialSums]
   int64_t spatial_blocks;
-  A* gate_parts;  // [image][part]
+  A* gate_parts;  // [image][parts]
   int64_t parts;
   Partial<A> to_fold;
 };
 
-// Of the kernels that keep an image on the chip. What the blocks of a group tell each other goes by
-// image where it is small, so that none of it is written twice, and there is no need to wait until
-// it has been read.
+// Of the kernels that keep an image on the chip. Blocks of a team exchange small maps in arrays by
+// image: nothing is written twice, so nobody waits until it has been read.
 struct ChipArgs {
   Args<float> call;
   OnChip chip;
-  float* partials;               // [group][block][column]: sums, where there is no cluster
+  float* partials;               // [team][block][column]: sums, where the barrier is a counter
   float *col_masks, *col_terms;  // [image][column]
   float* row_gradients;          // [image][row]: dz
-  unsigned* counters;            // of the groups' barriers
+  unsigned* counters;            // of the teams' barriers, kCounterStride apart
 };
 
 }  // namespace da::cuda

@@ -6,6 +6,7 @@
 
 namespace da::cuda {
 
+// A parameter's values, in x's type T or (`wide`) in float32.
 template <class T>
 struct Parameter {
   using A = accumulate_t<T>;
@@ -23,7 +24,7 @@ SIMT_FN A sigmoid(A z) {
   return A(1) / (A(1) + simt::exp(-z));
 }
 
-// The same sum in every lane.
+// The sum over a warp, in every lane.
 template <class A>
 SIMT_FN A warp_sum(A value) {
   SIMT_UNROLL
@@ -31,61 +32,65 @@ SIMT_FN A warp_sum(A value) {
   return value;
 }
 
-// What the stencil sees of a staged map.
+// A map as the stencil sees it: its values at the pixels from `pixel` on, and in their halo.
 template <class A>
 struct Surroundings {
-  const A* staged;
-  Staging staging;
-  uint32_t height, width, row0, col0;  // of the tile's first pixel
+  const A* values;
+  Halo halo;
+  uint32_t height, width;  // of the image
+  uint32_t row0, col0;     // of the pixel
 
-  SIMT_FN Surroundings(const Args<A>& a, int64_t pixel, const A* staged, const Staging& staging)
-      : staged(staged), staging(staging), height(a.height), width(a.width) {
-    row0 = pixel / a.width;
-    col0 = pixel % a.width;
+  SIMT_FN Surroundings(const Args<A>& args, int64_t pixel, const A* values, const Halo& halo)
+      : values(values), halo(halo), height(args.height), width(args.width) {
+    row0 = pixel / args.width;
+    col0 = pixel % args.width;
   }
 
-  SIMT_FN A centre(int i) const { return staged[staging.at(0, width) + i]; }
+  SIMT_FN A centre(int i) const { return values[halo.at(0, width) + i]; }
 
-  // f(value) if the tile's i-th pixel has a neighbour at this tap of the near (step 1) or far
-  // (step 3) kernel. A coordinate below zero is a large one.
-  template <class F>
-  SIMT_FN void neighbour(int i, int step, int tap, F f) const {
+  // visit(value) if the i-th pixel has a neighbour at this tap of the near (step 1) or far (step 3)
+  // kernel. A coordinate below zero is a large one.
+  template <class Visit>
+  SIMT_FN void neighbour(int i, int step, int tap, Visit visit) const {
     const int down = step * (tap / 3 - 1), right = step * (tap % 3 - 1);
     const uint32_t row = row0 + (col0 + i) / width, col = (col0 + i) % width;
-    if (row + down < height && col + right < width) f(staged[staging.at(down, width) + i + right]);
+    if (row + down < height && col + right < width) visit(values[halo.at(down, width) + i + right]);
   }
 
-  // sum_t coefficients[t] value(t), without the bias.
+  // The sum over all taps of coefficient times value, without the bias.
   SIMT_FN A stencil(int i, const A* coefficients) const {
     A sum = 0;
-    for (int k = 0; k < 2; k++) {
+    for (int kernel = 0; kernel < 2; kernel++) {
       SIMT_UNROLL
-      for (int t = 0; t < kTaps; t++)
-        neighbour(i, k == 0 ? 1 : kReach, t,
-                  [&](A value) { sum += coefficients[k * kTaps + t] * value; });
+      for (int tap = 0; tap < kTaps; tap++)
+        neighbour(i, kernel == 0 ? 1 : kReach, tap,
+                  [&](A value) { sum += coefficients[kernel * kTaps + tap] * value; });
     }
     return sum;
   }
 };
 
-// The stencil's coefficients, or those of its adjoint; visible after the next sync.
+enum class Taps { as_given, turned };  // turned by 180 degrees they are the adjoint's
+
+// Puts the stencil's coefficients and bias into shared memory; of the adjoint, the bias is 0. The
+// caller syncs.
 template <class T, class A>
-SIMT_FN void load_stencil(const Args<A>& a, A* stencil, bool transposed) {
-  const Parameters& p = a.parameters;
+SIMT_FN void load_stencil(const Args<A>& args, A* stencil, Taps taps) {
+  const Parameters& p = args.parameters;
+  const bool turned = taps == Taps::turned;
   const int t = simt::thread();
   if (t < 2 * kTaps) {
     const Parameter<T> kernel{t < kTaps ? p.conv : p.dilated, p.wide};
     const int tap = t % kTaps;
-    stencil[t] =
-        Parameter<T>{p.merge, p.wide}[t / kTaps] * kernel[transposed ? kTaps - 1 - tap : tap];
+    stencil[t] = Parameter<T>{p.merge, p.wide}[t / kTaps] * kernel[turned ? kTaps - 1 - tap : tap];
   } else if (t == 2 * kTaps) {
-    stencil[t] = p.spatial_bias && !transposed ? Parameter<T>{p.spatial_bias, p.wide}[0] : A(0);
+    stencil[t] = p.spatial_bias && !turned ? Parameter<T>{p.spatial_bias, p.wide}[0] : A(0);
   }
 }
 
-// keep(i, sum) for each of the 19 sums behind the spatial parameters' gradients, of these pixels'
-// share: sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz is at hand. A warp takes a sum at a
-// time.
+// Calls keep(i, sum) for each of the 19 sums behind the spatial parameters' gradients, over these
+// pixels' share: sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz is at hand. A warp takes a
+// sum at a time.
 template <class A, class Keep>
 SIMT_FN void spatial_sums(const Surroundings<A>& dz, const A* mean, int pixels, int warps,
                           Keep keep) {

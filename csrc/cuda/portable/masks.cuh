@@ -1,11 +1,14 @@
 // The small maps that a block needs for its tile: masks, and what flows back through them. Each is
-// made by every block that needs it and kept in memory by the first tile of the other axis only.
+// made by every block that needs it, and kept in memory by the first tile of the other axis only.
 #pragma once
 
 #include "cuda/common/masks.cuh"
 #include "cuda/plan/memory.h"
 
 namespace da::cuda {
+
+// Whether the first tile of the other axis also keeps, for later launches, what a map is made of.
+enum class Keep { no, yes };
 
 // An image's sums, added up where they are read, in the tiles' order.
 template <class A>
@@ -15,10 +18,10 @@ struct Folded {
   int terms;
   A scale;
 
-  SIMT_FN Folded(const Partial<A>& p, int64_t image, A scale)
-      : data(p.data + image * p.tiles * p.entries),
-        entries(p.entries),
-        terms(p.data ? p.terms : 0),
+  SIMT_FN Folded(const Partial<A>& sums, int64_t image, A scale)
+      : data(sums.data + image * sums.tiles * sums.entries),
+        entries(sums.entries),
+        terms(sums.data ? sums.terms : 0),
         scale(scale) {}
 
   SIMT_FN A operator[](int64_t entry) const {
@@ -39,58 +42,59 @@ SIMT_FN void copy(A* out, int count, const A* from) {
   for (int i = simt::thread(); i < count; i += kThreads) out[i] = from[i];
 }
 
-// A map's values around the tile's pixels, in shared memory: all pixels within the stencil's reach,
-// or where rows are long the five pieces of rows that it touches. The caller syncs.
+// Puts a map's values in the tile and its halo into shared memory: all pixels within the stencil's
+// reach, or where rows are long the five pieces of rows that it touches. The caller syncs.
 template <class A, class Map>
-SIMT_FN void stage(const Args<A>& a, const Tile& tile, const Memory<A>& memory, Map map) {
-  const Staging s = a.staging;
+SIMT_FN void load_halo(const Args<A>& args, const Tile& tile, const Memory<A>& memory, Map map) {
+  const Halo halo = args.halo;
   SIMT_ROLLED
-  for (int i = simt::thread(); i < s.pieces * s.length; i += kThreads) {
-    const int piece = i / s.length;
-    const int64_t p = tile.pixel() + s.row_of(piece) * a.width - s.margin + i % s.length;
-    memory.staged[i] = p >= 0 && p < a.pixels ? map[p] : A(0);
+  for (int i = simt::thread(); i < halo.pieces * halo.length; i += kThreads) {
+    const int piece = i / halo.length;
+    const int64_t pixel =
+        tile.pixel() + halo.row_of(piece) * args.width - halo.margin + i % halo.length;
+    memory.halo[i] = pixel >= 0 && pixel < args.pixels ? map[pixel] : A(0);
   }
 }
 
-// memory.pixel = s, from the channel mean.
+// memory.pixel_factor = s, from the channel mean.
 template <class T, class A, class Map>
-SIMT_FN void make_spatial_mask(const Args<A>& a, const Tile& tile, const Memory<A>& memory,
-                               Map mean, bool keep_mean) {
-  load_stencil<T>(a, memory.stencil, false);
-  stage(a, tile, memory, mean);
+SIMT_FN void make_spatial_mask(const Args<A>& args, const Tile& tile, const Memory<A>& memory,
+                               Map mean, Keep keep_mean) {
+  load_stencil<T>(args, memory.stencil, Taps::as_given);
+  load_halo(args, tile, memory, mean);
   simt::sync();
   const bool keep = tile.channel_tile() == 0;
-  const Surroundings<A> m(a, tile.pixel(), memory.staged, a.staging);
+  const Surroundings<A> m(args, tile.pixel(), memory.halo, args.halo);
   SIMT_ROLLED
   for (int i = simt::thread(); i < tile.pixels(); i += kThreads) {
     const A s = sigmoid(m.stencil(i, memory.stencil) + memory.stencil[2 * kTaps]);
-    memory.pixel[i] = s;
-    const int64_t at = tile.image * a.pixels + tile.pixel() + i;
-    if (keep) a.spatial_mask[at] = s;
-    if (keep && keep_mean) a.channel_mean[at] = m.centre(i);
+    memory.pixel_factor[i] = s;
+    const int64_t at = tile.image * args.pixels + tile.pixel() + i;
+    if (keep) args.spatial_mask[at] = s;
+    if (keep && keep_mean == Keep::yes) args.channel_mean[at] = m.centre(i);
   }
 }
 
-// memory.channel = c, from the pooled channels.
+// memory.channel_factor = c, from the pooled channels.
 template <class T, class A, class Map>
-SIMT_FN void make_channel_mask(const Args<A>& a, const Tile& tile, const Memory<A>& memory,
-                               Map pooled, bool keep_pooled) {
-  const Parameter<T> weight{a.parameters.gate, a.parameters.wide};
-  const Parameter<T> bias{a.parameters.gate_bias, a.parameters.wide};
+SIMT_FN void make_channel_mask(const Args<A>& args, const Tile& tile, const Memory<A>& memory,
+                               Map pooled, Keep keep_pooled) {
+  const Parameter<T> weight{args.parameters.gate, args.parameters.wide};
+  const Parameter<T> bias{args.parameters.gate_bias, args.parameters.wide};
   const bool keep = tile.pixel_tile() == 0;
   SIMT_ROLLED
   for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
-    const int64_t c = tile.channel() + i, at = tile.image * a.channels + c;
+    const int64_t c = tile.channel() + i, at = tile.image * args.channels + c;
     const A mask =
-        sigmoid(gate_logit<A>(a.gate, weight, bias, a.kernel_size, pooled, a.channels, c));
-    memory.channel[i] = mask;
-    if (keep) a.channel_mask[at] = mask;
-    if (keep && keep_pooled) a.pooled[at] = pooled[c];
+        sigmoid(gate_logit<A>(args.gate, weight, bias, args.kernel_size, pooled, args.channels, c));
+    memory.channel_factor[i] = mask;
+    if (keep) args.channel_mask[at] = mask;
+    if (keep && keep_pooled == Keep::yes) args.pooled[at] = pooled[c];
   }
 }
 
-// Gradients at the masks' logits, from the sums over dy x and, with More, over x what came through
-// the other mask.
+// The gradients at a mask's logits, from the sums over dy x and, with More, from those over x that
+// came through the other mask.
 template <class A, bool More>
 struct LogitGradient {
   Folded<A> sums, more;
@@ -108,132 +112,140 @@ struct LogitGradient {
 };
 
 // out = dm / C over the tile's pixels. The first tile along the channels also makes its share of
-// the spatial sums; the block adds it to that of earlier launches.
+// the spatial sums, and the block adds it to that of earlier launches.
 template <class T, bool More, class A>
-SIMT_FN void through_spatial_mask(const Args<A>& a, const Tile& tile, const Memory<A>& memory,
-                                  A* out, bool keep) {
-  const int64_t image = tile.image * a.pixels;
+SIMT_FN void through_spatial_mask(const Args<A>& args, const Tile& tile, const Memory<A>& memory,
+                                  A* out, Keep keep) {
+  const int64_t image = tile.image * args.pixels;
   const bool first = tile.channel_tile() == 0;
-  const LogitGradient<A, More> dz(a.pixel_sums, a.more_pixel_sums, tile.image, a.spatial_mask);
-  load_stencil<T>(a, memory.stencil, true);
-  stage(a, tile, memory, dz);
+  const LogitGradient<A, More> dz(args.pixel_sums, args.more_pixel_sums, tile.image,
+                                  args.spatial_mask);
+  load_stencil<T>(args, memory.stencil, Taps::turned);
+  load_halo(args, tile, memory, dz);
   simt::sync();
-  const Surroundings<A> d(a, tile.pixel(), memory.staged, a.staging);
-  const A scale = A(1) / a.channels;
+  const Surroundings<A> around(args, tile.pixel(), memory.halo, args.halo);
+  const A scale = A(1) / args.channels;
   SIMT_ROLLED
   for (int i = simt::thread(); i < tile.pixels(); i += kThreads) {
-    const A dm = scale * d.stencil(i, memory.stencil);
+    const A dm = scale * around.stencil(i, memory.stencil);
     out[i] = dm;
-    if (keep && first) a.d_channel_mean[image + tile.pixel() + i] = dm;
+    if (keep == Keep::yes && first) args.d_channel_mean[image + tile.pixel() + i] = dm;
   }
 
-  const A* mean = a.channel_mean + image + tile.pixel();
-  A* total = a.spatial_parts + simt::block() * kSpatialSums;
-  spatial_sums(d, mean, first ? tile.pixels() : 0, kWarps, [&](int part, A sum) {
-    total[part] = (a.first_job == 0 ? A(0) : total[part]) + sum;
+  const A* mean = args.channel_mean + image + tile.pixel();
+  A* total = args.spatial_parts + simt::block() * kSpatialSums;
+  spatial_sums(around, mean, first ? tile.pixels() : 0, kWarps, [&](int part, A sum) {
+    total[part] = (args.first_job == 0 ? A(0) : total[part]) + sum;
   });
 }
 
-// out = dg / P over the tile's channels, from dt: the gradient at the gate's logits.
+// out = dg / P over the tile's channels, from dt, the gradient at the gate's logits.
 template <class T, class A, class Map>
-SIMT_FN void through_gate(const Args<A>& a, const Tile& tile, Map dt, A* out, bool keep) {
-  const Parameter<T> weight{a.parameters.gate, a.parameters.wide};
-  const A scale = A(1) / a.pixels;
+SIMT_FN void through_gate(const Args<A>& args, const Tile& tile, Map dt, A* out, Keep keep) {
+  const Parameter<T> weight{args.parameters.gate, args.parameters.wide};
+  const A scale = A(1) / args.pixels;
   SIMT_ROLLED
   for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
     const int64_t c = tile.channel() + i;
-    out[i] = scale * gate_transposed<A>(a.gate, weight, a.kernel_size, dt, a.channels, c);
-    if (keep && tile.pixel_tile() == 0) a.d_logit[tile.image * a.channels + c] = dt[c];
+    out[i] = scale * gate_transposed<A>(args.gate, weight, args.kernel_size, dt, args.channels, c);
+    if (keep == Keep::yes && tile.pixel_tile() == 0)
+      args.d_logit[tile.image * args.channels + c] = dt[c];
   }
 }
 
 template <class T, bool More, class A>
-SIMT_FN void through_channel_mask(const Args<A>& a, const Tile& tile, A* out) {
-  const LogitGradient<A, More> dt(a.channel_sums, a.more_channel_sums, tile.image, a.channel_mask);
-  through_gate<T>(a, tile, dt, out, true);
+SIMT_FN void through_channel_mask(const Args<A>& args, const Tile& tile, A* out) {
+  const LogitGradient<A, More> dt(args.channel_sums, args.more_channel_sums, tile.image,
+                                  args.channel_mask);
+  through_gate<T>(args, tile, dt, out, Keep::yes);
 }
 
 template <class T, class A>
-SIMT_FN void spatial_mask_from_sums(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
-  make_spatial_mask<T>(a, tile, memory, Folded<A>(a.pixel_sums, tile.image, A(1) / a.channels),
-                       true);
+SIMT_FN void spatial_mask_from_sums(const Args<A>& args, const Tile& tile,
+                                    const Memory<A>& memory) {
+  const Folded<A> mean(args.pixel_sums, tile.image, A(1) / args.channels);
+  make_spatial_mask<T>(args, tile, memory, mean, Keep::yes);
 }
 
 template <class T, class A>
-SIMT_FN void channel_mask_from_sums(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
-  make_channel_mask<T>(a, tile, memory, Folded<A>(a.channel_sums, tile.image, A(1) / a.pixels),
-                       true);
+SIMT_FN void channel_mask_from_sums(const Args<A>& args, const Tile& tile,
+                                    const Memory<A>& memory) {
+  const Folded<A> pooled(args.channel_sums, tile.image, A(1) / args.pixels);
+  make_channel_mask<T>(args, tile, memory, pooled, Keep::yes);
 }
 
-// What it weighs its elements with: memory.pixel and memory.channel.
+// The weights of a launch's sums, as memory.pixel_factor and memory.channel_factor.
 template <class T, Sums Kind, class A>
-SIMT_FN void weights_of_sums(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
-  fill(memory.pixel, tile.pixels(), A(1));
-  fill(memory.channel, tile.channels(), A(1));
+SIMT_FN void weights_of_sums(const Args<A>& args, const Tile& tile, const Memory<A>& memory) {
+  fill(memory.pixel_factor, tile.pixels(), A(1));
+  fill(memory.channel_factor, tile.channels(), A(1));
   simt::sync();
   if (Kind == Sums::backward) {
-    if (a.masks.pixels)
-      make_spatial_mask<T>(a, tile, memory, a.channel_mean + tile.image * a.pixels, false);
-    if (a.masks.channels)
-      make_channel_mask<T>(a, tile, memory, a.pooled + tile.image * a.channels, false);
+    if (args.masks.pixels)
+      make_spatial_mask<T>(args, tile, memory, args.channel_mean + tile.image * args.pixels,
+                           Keep::no);
+    if (args.masks.channels)
+      make_channel_mask<T>(args, tile, memory, args.pooled + tile.image * args.channels, Keep::no);
   } else if (Kind == Sums::through) {
-    if (a.pending.channels)
-      through_channel_mask<T, false>(a, tile, memory.channel);
+    if (args.pending.channels)
+      through_channel_mask<T, false>(args, tile, memory.channel_factor);
     else
-      through_spatial_mask<T, false>(a, tile, memory, memory.pixel, true);
+      through_spatial_mask<T, false>(args, tile, memory, memory.pixel_factor, Keep::yes);
   } else {
-    if (a.pending.pixels)
-      spatial_mask_from_sums<T>(a, tile, memory);
-    else if (a.pending.channels)
-      channel_mask_from_sums<T>(a, tile, memory);
+    if (args.pending.pixels)
+      spatial_mask_from_sums<T>(args, tile, memory);
+    else if (args.pending.channels)
+      channel_mask_from_sums<T>(args, tile, memory);
   }
   simt::sync();
 }
 
-// What forward's last launch scales by.
+// The factors of y, for forward's last launch.
 template <class T, class A>
-SIMT_FN void weights_of_y(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
-  if (!a.masks.pixels)
-    fill(memory.pixel, tile.pixels(), A(1));
-  else if (a.pending.pixels)
-    spatial_mask_from_sums<T>(a, tile, memory);
+SIMT_FN void factors_of_y(const Args<A>& args, const Tile& tile, const Memory<A>& memory) {
+  const int64_t pixel = tile.image * args.pixels + tile.pixel();
+  const int64_t channel = tile.image * args.channels + tile.channel();
+  if (!args.masks.pixels)
+    fill(memory.pixel_factor, tile.pixels(), A(1));
+  else if (args.pending.pixels)
+    spatial_mask_from_sums<T>(args, tile, memory);
   else
-    copy(memory.pixel, tile.pixels(), a.spatial_mask + tile.image * a.pixels + tile.pixel());
+    copy(memory.pixel_factor, tile.pixels(), args.spatial_mask + pixel);
 
-  if (!a.masks.channels)
-    fill(memory.channel, tile.channels(), A(1));
-  else if (a.pending.channels)
-    channel_mask_from_sums<T>(a, tile, memory);
+  if (!args.masks.channels)
+    fill(memory.channel_factor, tile.channels(), A(1));
+  else if (args.pending.channels)
+    channel_mask_from_sums<T>(args, tile, memory);
   else
-    copy(memory.channel, tile.channels(),
-         a.channel_mask + tile.image * a.channels + tile.channel());
+    copy(memory.channel_factor, tile.channels(), args.channel_mask + channel);
   simt::sync();
 }
 
-// What backward's last launch scales by and adds.
+// The factors and terms of dx, for backward's last launch.
 template <class T, class A>
-SIMT_FN void weights_of_dx(const Args<A>& a, const Tile& tile, const Memory<A>& memory) {
-  const int64_t pixel = tile.image * a.pixels + tile.pixel();
-  const int64_t channel = tile.image * a.channels + tile.channel();
-  if (!a.masks.pixels) {
-    fill(memory.pixel, tile.pixels(), A(1));
-    fill(memory.pixel_add, tile.pixels(), A(0));
+SIMT_FN void factors_of_dx(const Args<A>& args, const Tile& tile, const Memory<A>& memory) {
+  const int64_t pixel = tile.image * args.pixels + tile.pixel();
+  const int64_t channel = tile.image * args.channels + tile.channel();
+  if (!args.masks.pixels) {
+    fill(memory.pixel_factor, tile.pixels(), A(1));
+    fill(memory.pixel_term, tile.pixels(), A(0));
   } else {
-    copy(memory.pixel, tile.pixels(), a.spatial_mask + pixel);
-    if (a.pending.pixels)
-      through_spatial_mask<T, true>(a, tile, memory, memory.pixel_add, false);
+    copy(memory.pixel_factor, tile.pixels(), args.spatial_mask + pixel);
+    if (args.pending.pixels)
+      through_spatial_mask<T, true>(args, tile, memory, memory.pixel_term, Keep::no);
     else
-      copy(memory.pixel_add, tile.pixels(), a.d_channel_mean + pixel);
+      copy(memory.pixel_term, tile.pixels(), args.d_channel_mean + pixel);
   }
-  if (!a.masks.channels) {
-    fill(memory.channel, tile.channels(), A(1));
-    fill(memory.channel_add, tile.channels(), A(0));
+  if (!args.masks.channels) {
+    fill(memory.channel_factor, tile.channels(), A(1));
+    fill(memory.channel_term, tile.channels(), A(0));
   } else {
-    copy(memory.channel, tile.channels(), a.channel_mask + channel);
-    if (a.pending.channels)
-      through_channel_mask<T, true>(a, tile, memory.channel_add);
+    copy(memory.channel_factor, tile.channels(), args.channel_mask + channel);
+    if (args.pending.channels)
+      through_channel_mask<T, true>(args, tile, memory.channel_term);
     else
-      through_gate<T>(a, tile, a.d_logit + tile.image * a.channels, memory.channel_add, false);
+      through_gate<T>(args, tile, args.d_logit + tile.image * args.channels, memory.channel_term,
+                      Keep::no);
   }
   simt::sync();
 }

@@ -1,9 +1,9 @@
 // What a kernel may ask of the machine, in one vocabulary for two: under nvcc these names are CUDA,
-// and no file but simt*.cuh writes an intrinsic or PTX; under a C++ compiler tests/simt/simt_host.h
-// turns each thread into a fiber, so that the same kernels run on a CPU, under sanitizers. The
-// names are written with their simt::, since several are also those of functions of C. Here
-// threads, memory and numbers; simt_group.cuh has what blocks do together, simt_launch.cuh the
-// launches.
+// and no file outside cuda/simt writes an intrinsic or PTX; under a C++ compiler
+// tests/simt/simt_host.h turns each thread into a fiber, so that the same kernels run on a CPU,
+// under sanitizers. The names are written with their simt::, since several are also those of
+// functions of C. Here threads, memory and numbers; team.cuh has what blocks do together,
+// launch.cuh the launches.
 //
 // What keeps a kernel true to both:
 // - all shared memory is dynamic and carved by a Carver;
@@ -25,14 +25,13 @@ namespace simt {
 
 constexpr int kWarp = 32;
 
-// A launch is one-dimensional. `group` consecutive blocks, of which the grid is a multiple, may
-// wait for each other: as a thread block cluster, or else all blocks of a cooperative launch at
-// once.
+// A launch is one-dimensional. `team` consecutive blocks, of which the grid is a multiple, may wait
+// for each other: as a thread block cluster, or else all blocks of a cooperative launch at once.
 struct Launch {
-  unsigned grid, block;
+  unsigned grid, block;  // blocks, threads of a block
   size_t shared_bytes = 0;
   void* stream = nullptr;
-  unsigned group = 1;
+  unsigned team = 1;
   bool cluster = false;
 };
 
