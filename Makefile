@@ -77,14 +77,16 @@ test-versions: test-oldest $(NEWEST)/stamps/env-test  ## the same on the newest,
 simt: $(STAMPS)/env-test $(BUILT)  ## run the CUDA sources on the CPU, under sanitizers
 	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests/test_simt.py tests/test_cuda_kernels.py
 
+# On the GPU if there is one, else on the CPU, unless DEVICE names either.
+ON := $(if $(DEVICE),--device $(DEVICE))
 bench: $(STAMPS)/env-bench $(BUILT)  ## compare with eager and torch.compile, in minutes
-	$(PY) -m benchmarks.op --preset quick
-	$(PY) -m benchmarks.network --preset quick
+	$(PY) -m benchmarks.op --preset quick $(ON)
+	$(PY) -m benchmarks.network --preset quick $(ON)
 	$(PY) -m benchmarks.report
 
 bench-full: $(STAMPS)/env-bench $(BUILT)  ## the same over all shapes, dtypes and networks
-	$(PY) -m benchmarks.op --preset full
-	$(PY) -m benchmarks.network --preset full
+	$(PY) -m benchmarks.op --preset full $(ON)
+	$(PY) -m benchmarks.network --preset full $(ON)
 	$(PY) -m benchmarks.report
 
 ablation: $(STAMPS)/env-bench $(BUILT)  ## the paper's Tables I, II and III in miniature, 45 minutes

@@ -55,7 +55,7 @@ class Case:
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     regimes: tuple[str, ...] = ("warm",)
     threads: int | None = None  # None: as the process has it
-    compile: bool = True
+    compiled: bool = True  # whether what is compiled for each case takes part
     launches: tuple[str, ...] = ("stream",)
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ def preset(name: str) -> list[Case]:
     if name == "quick":
         return [
             *(Case(shape, "stage") for shape in QUICK),
-            Case(OVERHEAD, "overhead", layouts=("contiguous",), compile=False),
+            Case(OVERHEAD, "overhead", layouts=("contiguous",), compiled=False),
         ]
     threads = {1, torch.get_num_threads()}
     return [
@@ -86,7 +86,8 @@ def preset(name: str) -> list[Case]:
 def gpu_preset(name: str) -> list[Case]:
     """The same for a GPU, what matters most first: a run out of time leaves out the last ones.
 
-    "quick" has torch.compile take part at the stages only: compiling takes longer than measuring.
+    In "quick" torch.compile and Triton take part at two stages only, which are measured without
+    them before: to compile takes longer than to measure.
     """
     both: dict[str, Any] = {"regimes": REGIMES, "launches": LAUNCHES}
     full = name == "full"
@@ -95,11 +96,12 @@ def gpu_preset(name: str) -> list[Case]:
     kinds = ("float16", "bfloat16", "float32")
     batches = [(n, *shape[1:]) for n, shape in product(GPU_BATCHES, few)]
     return [
-        *(Case(shape, "stage", "float16", **both) for shape in stages),
-        Case(OVERHEAD, "overhead", layouts=("contiguous",), compile=full),
-        *(Case(shape, "dtype", k, compile=full, **both) for k, shape in product(kinds[1:], few)),
-        *(Case(shape, "batch", "float16", compile=full, **both) for shape in batches),
-        *(Case(shape, "ssd", "float16", compile=full, launches=LAUNCHES) for shape in SSD),
+        *(Case(shape, "stage", "float16", compiled=full, **both) for shape in stages),
+        Case(OVERHEAD, "overhead", layouts=("contiguous",), compiled=full),
+        *(Case(shape, "stage", "float16", **both) for shape in (() if full else few)),
+        *(Case(shape, "dtype", k, compiled=full, **both) for k, shape in product(kinds[1:], few)),
+        *(Case(shape, "batch", "float16", compiled=full, **both) for shape in batches),
+        *(Case(shape, "ssd", "float16", compiled=full, launches=LAUNCHES) for shape in SSD),
         *(Case(s, "batch", k, **both) for k, s in product(kinds[1:] if full else (), batches)),
     ]
 

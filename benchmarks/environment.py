@@ -11,10 +11,11 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ COMMITTED = ROOT / "benchmarks" / "results"  # full runs, which the README shows
 LOCAL = ROOT / "bench-results"  # quick runs, not under version control
 SCHEMA = 1
 GPU_PARTS = (  # of `make gpu`
-    "build", "cuda", "onchip", "triton", "gpu", "sanitize", "op", "network",
+    "build", "cuda", "onchip", "gpu", "sanitize", "op", "triton", "network",
 )  # fmt: skip
 # What decides the speed on one kind of device only, and so is in no digest of the other.
 FOREIGN = {
@@ -33,6 +34,16 @@ FOREIGN = {
     "cuda": ("csrc/cpu/", "da_ops/backends/cpu.py"),
 }
 GIB = 2**30
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Within, being told to end is being interrupted: what was measured is there, and is shown."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class BenchmarkError(Exception):

@@ -7,7 +7,6 @@ their sum.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,8 +26,6 @@ def record(works: Sequence[Work]) -> list[Work]:
         for work in works:
             work()
     torch.cuda.current_stream().wait_stream(stream)
-    gc.collect()
-    torch.cuda.empty_cache()
     pool = torch.cuda.graph_pool_handle()
     replays: list[Work] = []
     for work in works:
@@ -92,5 +89,7 @@ def training_sampler(
     def backward() -> None:
         for y, x, dy in zip(ys, xs, dys, strict=True):
             torch.autograd.grad(y, [x, *parameters], dy)
+        # What is recorded next must find no autograd graph of another stream, nor its memory taken.
+        ys.clear()
 
     return sampler(record([forward, backward]), len(xs), Stopwatch(xs[0].device.type))

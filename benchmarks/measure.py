@@ -29,6 +29,7 @@ Sampler = Callable[[int], Sequence[float]]
 Rounds = NDArray[np.float64]  # [rounds, phases], seconds per call
 Name = TypeVar("Name", bound=Hashable)
 MARK = "benchmarks: forward done"
+TELLING = 5.0  # seconds from one time that rounds are told to the next
 
 
 class Stopwatch:
@@ -100,8 +101,10 @@ def interleaved(
     budget: float = 10.0,
     sample_seconds: float = 1e-3,
     seed: int = 0,
+    told: Callable[[dict[Name, Rounds]], object] | None = None,
 ) -> dict[Name, Rounds]:
     """Time all contenders round by round: `rounds` of them, fewer (but `least`) after `budget` s.
+    `told` is given those until now, every few seconds.
 
     The longest inner loop is 10,000 calls. Garbage is collected before, not while, timing.
     """
@@ -118,10 +121,14 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
+        start = last = time.perf_counter()
         for done in range(rounds):
-            if done >= least and time.perf_counter() - start > budget:
+            now = time.perf_counter()
+            if done >= least and now - start > budget:
                 break
+            if told is not None and done > 0 and (done == 1 or now - last > TELLING):
+                told({name: np.array(times[name]) for name in contenders})
+                last = time.perf_counter()
             order.shuffle(names)
             for name in names:
                 spans = contenders[name](calls[name])

@@ -3,8 +3,9 @@
 python -m benchmarks.report                      tables and charts of the newest results
 python -m benchmarks.report --readme README.md   and the block of the committed ones
 python -m benchmarks.report --check              exit 1 if the block is not what they generate
-python -m benchmarks.report --check --device H200
-                                 exit 1 unless `make gpu` passed there, with today's kernel sources
+python -m benchmarks.report --check --device NAME
+                                 exit 1 unless `make gpu` passed there, with today's kernel sources:
+                                 H100, H200, any part of a GPU's name, or its results file
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 KINDS = ("op", "network")
 ABLATION = "ablation"  # whose block benchmarks.ablation writes
 NO_GPU = "No GPU results are committed yet: `make gpu` tests and measures on a machine with a GPU."
-PART_HEADER = ["part", "result", "passed", "failed", "skipped", "seconds"]
+PART_HEADER = ["part", "result", "passed", "failed", "skipped", "of", "seconds"]
 CHECK_HEADER = ["target", "what", "found", "expected"]
 
 
@@ -57,29 +58,57 @@ def load_folder(folder: Path) -> dict[str, dict[str, Results]]:
 
 
 def faults(gpu: Results) -> list[str]:
-    """Why the results of a GPU do not count, if they do not."""
-    checks, words = gpu.get("checks", {}), {None: "was skipped", False: "failed"}
-    found = [
-        f"part {part!r} {words.get(checks[part], 'failed') if part in checks else 'was not run'}"
-        for part in environment.GPU_PARTS
-        if checks.get(part) is not True
-    ]
+    """Why the results of a GPU do not count, if they do not. A part that was cut counts as what it
+    did until then."""
+    parts = {part["name"]: part for part in gpu.get("parts", [])}
+    found = []
+    for name in environment.GPU_PARTS:
+        part = parts.get(name)
+        if part is None:
+            found.append(f"part {name!r} was not run")
+        elif part["status"] == "skipped":
+            found.append(f"part {name!r} was skipped" + (f" ({n})" if (n := part["note"]) else ""))
+        elif part["status"] == "failed" or part["failed"]:
+            found.append(f"part {name!r} failed")
+        elif not part["passed"]:
+            found.append(f"part {name!r} was cut before anything passed")
     found += [f"no results of {kind!r}" for kind in KINDS if kind not in gpu]
     return found + ([doubt] if (doubt := tables.stale(gpu)) else [])
 
 
+def named(folder: Path, wanted: str) -> dict[str, Results]:
+    """The results of GPUs of this name, or with it in theirs, or the file of this name."""
+    path = Path(wanted)
+    if path.suffix == ".json":
+        results = load(path)
+        if results["kind"] != "gpu":
+            raise BenchmarkError(
+                f"{path}: expected results of make gpu, got those of {results['kind']!r}"
+            )
+        return {shown(path): results}
+    devices = load_folder(folder)
+    gpus = {name: together["gpu"] for name, together in devices.items() if "gpu" in together}
+    exact = {name: gpu for name, gpu in gpus.items() if name == environment.slug(wanted)}
+    found = exact or {n: gpu for n, gpu in gpus.items() if environment.slug(wanted) in n}
+    if not found:
+        there = f"there are those of {', '.join(gpus)}" if gpus else "there are those of no GPU"
+        raise BenchmarkError(
+            f"{shown(folder)} has no results of a GPU named {wanted!r}, {there}: run make gpu on"
+            " that machine, or name a results file of it"
+        )
+    return found
+
+
 def check_device(folder: Path, wanted: str) -> int:
-    """0 if there are results of a GPU of this name that count; else print why not."""
-    why = []
-    for name, together in load_folder(folder).items():
-        if "gpu" in together and environment.slug(wanted) in name:
-            if not (found := faults(together["gpu"])):
-                return 0
-            why.append(f"{name}: {'; '.join(found)}")
-    why = why or [f"{shown(folder)} has no results of a GPU named {wanted!r}; run make gpu there"]
-    for line in why:
-        print(f"benchmarks.report: {line}", file=sys.stderr)
-    return 1
+    """0 if all results of GPUs of this name count; else print why not."""
+    status = 0
+    for name, gpu in named(folder, wanted).items():
+        if found := faults(gpu):
+            print(f"benchmarks.report: {name}: {'; '.join(found)}", file=sys.stderr)
+            status = 1
+        else:
+            print(f"{name}: passed\n{tables.plain_table(PART_HEADER, part_rows(gpu))}")
+    return status
 
 
 def doubts(results: Results) -> list[str]:
@@ -123,6 +152,7 @@ def part_rows(gpu: Results) -> list[list[str]]:
         [
             *(part["name"], part["status"]),
             *(str(part[key]) for key in ("passed", "failed", "skipped")),
+            str(part["of"] or "-"),
             f"{part['seconds']:.0f}",
         ]
         for part in gpu["parts"]
@@ -291,7 +321,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", help="folder of results files")
     parser.add_argument("--readme", help="file whose block is to be written (or checked)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is old")
-    parser.add_argument("--device", metavar="NAME", help="of a GPU, or part of it; with --check")
+    parser.add_argument(
+        "--device", metavar="NAME", help="with --check: a GPU's name, part of it, its results file"
+    )
     try:
         return run(parser.parse_args(arguments))
     except BenchmarkError as error:

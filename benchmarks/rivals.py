@@ -15,6 +15,8 @@ COMPILE_MODES = {
     "cpu": ("default",),
     "cuda": ("default", "reduce-overhead", "max-autotune-no-cudagraphs"),
 }
+# On a GPU compiling takes far longer than measuring; this one tries some dozen kernels for each.
+SLOW = "compile:max-autotune-no-cudagraphs"
 
 
 class PlainDA(nn.Module):

@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "parameters.h"
 #include "problem.h"
 
 namespace da {
@@ -71,9 +72,7 @@ inline bool dense(const Tensor& t, std::initializer_list<int> order) {
   return true;
 }
 
-struct Arguments {
-  const Parameter &conv, &dilated, &merge, &spatial_bias, &gate, &gate_bias;
-};
+using Arguments = Parameters<const Parameter&>;
 
 inline Problem describe(const Tensor& x, const Arguments& given, const std::string& order,
                         const std::string& gate) {
@@ -137,8 +136,12 @@ inline Tensor allocate_pooled(const Problem& p, const Tensor& x) {
 
 // y, channel_mean, pooled.
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
-// dx, then the parameters' in the order of Arguments.
+// dx, then the parameters' gradients.
 using InputGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline InputGradients input_gradients(const Tensor& dx, const Parameters<Tensor>& d) {
+  return {dx, d.conv, d.dilated, d.merge, d.spatial_bias, d.gate, d.gate_bias};
+}
 
 // The operators, by a backend's function of the checked call.
 template <Outputs (*kForward)(const Problem&, const Tensor& x, const Arguments&)>

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "parameters.h"
 #include "problem.h"
 
 #ifdef __CUDACC__
@@ -17,6 +18,12 @@ namespace da {
 constexpr int kTaps = 9;                     // of one 3x3 convolution
 constexpr int kReach = 3;                    // the dilated convolution looks three pixels far
 constexpr int kSpatialSums = 2 * kTaps + 1;  // what the spatial parameters' gradients need
+
+// Elements of each parameter that the problem has; of the gate's, 0 where it has none.
+inline Parameters<int64_t> sizes(const Problem& p) {
+  const int64_t gate = p.gate_weights();
+  return {kTaps, kTaps, 2, 1, gate, p.gate == Gate::eca ? 0 : gate};
+}
 
 // z = sum_t near[t] m[p + t] + far[t] m[p + 3t] + bias: both convolutions with the merge folded in.
 template <class A>

@@ -66,9 +66,9 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   d["whole_images"] = plan.whole_images;
   d["slab_rows"] = plan.slab_rows;
   d["slabs"] = plan.slabs;
-  d["sum_together"] = plan.sum_together;
-  d["scale_together"] = plan.scale_together;
-  d["stream"] = plan.stream;
+  d["sum_together"] = plan.sums == da::cpu::Rows::together;
+  d["scale_together"] = plan.combines == da::cpu::Rows::together;
+  d["stream"] = plan.stores == da::cpu::Stores::streamed;
   d["forward"] = passes(da::schedule(p.order, false));
   d["backward"] = passes(da::schedule(p.order, true));
   d["forward_cached"] = da::cpu::cached(p, machine, false);

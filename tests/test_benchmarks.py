@@ -17,7 +17,8 @@ pytest.importorskip("matplotlib")
 from benchmarks import cases, environment, layer, measure, network, op, report, rivals, summary
 from benchmarks.environment import BenchmarkError
 
-FAST = ["--rivals", "eager", "--budget", "0.01"]
+CPU = ["--device", "cpu"]
+FAST = ["--rivals", "eager", "--budget", "0.01", *CPU]
 
 
 class Negated(torch.nn.Module):
@@ -130,9 +131,9 @@ def test_network_results(network_file):
 def test_unwritable_results_are_refused_before_measuring(module, tmp_path, monkeypatch, capsys):
     occupied = tmp_path / "occupied"
     occupied.write_text("a file, not a folder")
-    monkeypatch.setattr(module, "run", lambda options: pytest.fail("measured"))
+    monkeypatch.setattr(module, "run", lambda *_: pytest.fail("measured"))
     for target in (occupied / "op.json", tmp_path):
-        assert module.main(["--output", str(target)]) == 2
+        assert module.main([*CPU, "--output", str(target)]) == 2
         message = capsys.readouterr().err
         assert str(target) in message
         assert "nothing was measured" in message
@@ -165,7 +166,7 @@ def test_a_failing_rival_is_told_and_not_timed(kind, tmp_path, monkeypatch, caps
     monkeypatch.setattr(rivals, "compiled", broken)
     path = tmp_path / "x-op.json"
     options = ["--shapes", "1x4x4x4", "--layouts", "contiguous", "--budget", "0.01"]
-    assert op.main([*options, "--backends", "eager", "--output", str(path)]) == 0
+    assert op.main([*options, *CPU, "--backends", "eager", "--output", str(path)]) == 0
     (case,) = json.loads(path.read_text())["cases"]
     result = {r["rival"]: r for r in case["results"]}
     assert result["compile"]["status"] == "failed"
@@ -250,7 +251,7 @@ def test_no_results(tmp_path, capsys):
     ],
 )
 def test_bad_options(arguments, tmp_path, capsys):
-    assert op.main([*arguments, "--output", str(tmp_path / "x-op.json")]) == 2
+    assert op.main([*arguments, *CPU, "--output", str(tmp_path / "x-op.json")]) == 2
     assert capsys.readouterr().err.startswith("benchmarks.op: ")
     assert list(tmp_path.iterdir()) == []
 

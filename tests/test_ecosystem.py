@@ -8,12 +8,9 @@ import operator
 import re
 
 import numpy as np
-import ptflops
 import pytest
-import thop
 import timm
 import torch
-import torchinfo
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -60,17 +57,20 @@ def images(size=64):
 
 
 def test_thop_counts_the_convolutions():
+    thop = pytest.importorskip("thop")
     macs, _ = thop.profile(DAModule(8), (torch.randn(1, 8, 16, 16),), verbose=False)
     assert macs == MACS
 
 
 def test_torchinfo_counts_the_convolutions():
+    torchinfo = pytest.importorskip("torchinfo")
     summary = torchinfo.summary(DAModule(8), (1, 8, 16, 16), verbose=0)
     assert summary.total_mult_adds == MACS
     assert summary.total_params == 20 + 2 * 8
 
 
 def test_ptflops_counts_the_convolutions():
+    ptflops = pytest.importorskip("ptflops")
     macs, _ = ptflops.get_model_complexity_info(
         DAModule(8), (8, 16, 16), as_strings=False, print_per_layer_stat=False, backend="pytorch"
     )
@@ -78,6 +78,7 @@ def test_ptflops_counts_the_convolutions():
 
 
 def test_counting_leaves_the_layer_fused():
+    thop, torchinfo = (pytest.importorskip(name) for name in ("thop", "torchinfo"))
     layer = DAModule(8)
     thop.profile(layer, (torch.randn(1, 8, 16, 16),), verbose=False)
     torchinfo.summary(layer, (1, 8, 16, 16), verbose=0)

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
+pytest.importorskip("pytorch_grad_cam")
+
 from da_ops.detection.pictures import open_picture, to_rgb
 from da_ops.detection.voc import BadFileError
 from da_ops.figures import Network, draw_comparison
@@ -128,19 +130,17 @@ def grey(image):
 def tiff(path, pixels, bits=None, kind=1, order="<"):
     """A TIFF with one channel, of a kind of sample that Pillow does not write."""
     height, width = pixels.shape
-    code = {1: "u", 2: "i", 3: "f"}[kind]
     if bits == 12:
         pairs = pixels.reshape(-1, 2).astype(np.uint32)
         packed = (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4")
         data = packed.view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
     else:
         bits = pixels.itemsize * 8
-        data = pixels.astype(f"{order}{code}{pixels.itemsize}").tobytes()
+        data = pixels.astype(f"{order}{' uif'[kind]}{pixels.itemsize}").tobytes()
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height,
             279: len(data), 339: kind}  # fmt: skip
     entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
-    mark = b"II" if order == "<" else b"MM"
-    head = mark + struct.pack(order + "HI", 42, 8 + len(data))
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(data))
     path.write_bytes(head + data + struct.pack(order + "H", len(tags)) + entries + bytes(4))
 
 

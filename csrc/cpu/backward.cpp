@@ -5,9 +5,10 @@
 namespace da::cpu {
 namespace {
 
-// Sums the images' shares of the gate's gradients, in double and in index order.
+// Sums the images' shares of the gate's gradients in double and in index order, rounded to A.
 template <class A>
-void gate_gradients(const Problem& p, const A* dt, const A* pooled, A* d_weight, A* d_bias) {
+void gate_gradients(const Problem& p, const A* dt, const A* pooled, double* d_weight,
+                    double* d_bias) {
   if (p.gate_weights() == 0) return;
   std::vector<double> weight(p.gate_weights()), bias(p.gate_weights());
   const int64_t step = p.gate == Gate::affine ? 1 : 0;  // one weight a channel, or one for all
@@ -26,8 +27,8 @@ void gate_gradients(const Problem& p, const A* dt, const A* pooled, A* d_weight,
       }
     }
   }
-  std::copy(weight.begin(), weight.end(), d_weight);
-  if (p.gate != Gate::eca) std::copy(bias.begin(), bias.end(), d_bias);
+  for (int64_t i = 0; i < p.gate_weights(); i++) d_weight[i] = A(weight[i]);
+  for (int64_t i = 0; p.gate != Gate::eca && i < p.gate_weights(); i++) d_bias[i] = A(bias[i]);
 }
 
 }  // namespace
@@ -36,10 +37,9 @@ template <class T>
 void backward(const Problem& problem, const Plan& plan, const Pool& pool,
               const Weights<accumulate_t<T>>& weights, const T* dy, const T* x,
               const accumulate_t<T>* channel_mean, const accumulate_t<T>* pooled, T* dx,
-              const Gradients<accumulate_t<T>>& gradients) {
+              const Parameters<double*>& gradients) {
   using A = accumulate_t<T>;
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
-  const Axes outer = da::outer(problem.order);
   std::vector<A> all_dt(problem.channel() ? problem.n * c : 0);
   std::vector<double> all_sums(problem.n * kSpatialSums);
 
@@ -76,7 +76,7 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
       A* dz = ds;
       for (int64_t i = 0; i < pixels; i++) dz[i] *= sigmoid_slope(spatial_mask[i]);
       image.tap_sums(dz, m, all_sums.data() + n * kSpatialSums);
-      image.stencil(dz, weights.spatial.transposed_stencil(), false, dm);
+      image.stencil(dz, weights.spatial.transposed_stencil(), dm);
       for (int64_t i = 0; i < pixels; i++) dm[i] /= c;
     };
 
@@ -84,9 +84,7 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
       if (pass.sums.any())
         add_up(pass);
       else
-        image.combine(dyn, dx + n * size, by_channel, by_pixel, dg,
-                      outer.pixels ? by_pixel : image.ones(), dm,
-                      outer.channels ? by_channel : image.ones());
+        image.combine(dyn, dx + n * size, by_channel, by_pixel, dg, dm, outer(problem.order));
       if (pass.complete.channels) through_channel_mask();
       if (pass.complete.pixels) through_spatial_mask();
     }
@@ -98,15 +96,18 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
     double sums[kSpatialSums] = {};
     for (int64_t n = 0; n < problem.n; n++)
       for (int t = 0; t < kSpatialSums; t++) sums[t] += all_sums[n * kSpatialSums + t];
-    *gradients.spatial = spatial_gradients(weights.spatial, sums);
+    const SpatialWeights<double> d = spatial_gradients(weights.spatial, sums);
+    std::copy_n(d.conv, kTaps, gradients.conv);
+    std::copy_n(d.dilated, kTaps, gradients.dilated);
+    std::copy_n(d.merge, 2, gradients.merge);
+    *gradients.spatial_bias = d.bias;
   }
 }
 
-#define DA_INSTANTIATE(T)                                                        \
-  template void backward<T>(const Problem&, const Plan&, const Pool&,            \
-                            const Weights<accumulate_t<T>>&, const T*, const T*, \
-                            const accumulate_t<T>*, const accumulate_t<T>*, T*,  \
-                            const Gradients<accumulate_t<T>>&);
+#define DA_INSTANTIATE(T)                                                                  \
+  template void backward<T>(                                                               \
+      const Problem&, const Plan&, const Pool&, const Weights<accumulate_t<T>>&, const T*, \
+      const T*, const accumulate_t<T>*, const accumulate_t<T>*, T*, const Parameters<double*>&);
 DA_EACH_STORAGE(DA_INSTANTIATE)
 
 }  // namespace da::cpu

@@ -1,5 +1,5 @@
-// One image on its way through the operator: the phases that the orders are put together from, run
-// by one thread or shared out over all of them with the same sums in the same order.
+// One image on its way through the operator: the passes of the schedule and what lies between them,
+// run by one thread, or shared out over all threads with the same sums in the same order.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ struct Pool {
   }
 };
 
-// Zeroed arrays out of one allocation, each aligned and padded.
+// Zeroed arrays in one allocation, each aligned and padded.
 template <class A>
 class Scratch {
  public:
@@ -46,7 +46,8 @@ class Scratch {
   A* next_;
 };
 
-// Parameters in accumulation precision; the gate's as arrays of Problem::gate_weights() entries.
+// The parameters in accumulation precision; zeros for absent ones, the gate's as arrays of the
+// sizes that formula.h says.
 template <class A>
 struct Weights {
   SpatialWeights<A> spatial;
@@ -59,7 +60,7 @@ class Image {
  public:
   using A = accumulate_t<T>;
 
-  // `pool` null: the calling thread does it all.
+  // Where `pool` is null, the calling thread does all the work.
   Image(const Problem& problem, const Plan& plan, const Weights<A>& weights, const Pool* pool)
       : p_(problem),
         plan_(plan),
@@ -78,42 +79,40 @@ class Image {
     std::fill_n(ones_, std::max(p_.c, p_.pixels()), A(1));
   }
 
-  // Arrays for the caller: over the pixels, over the channels, and of ones over either.
+  // Arrays for the caller: by pixel, by channel, and of ones by either.
   A* map(int i) const { return maps_[i]; }
   A* vector(int i) const { return vectors_[i]; }
   const A* ones() const { return ones_; }
 
-  // With t = x, or x*dy where dy is given:
-  //   over_channels[p] = sum_c by_channel[c] t     and     over_pixels[c] = sum_p by_pixel[p] t
-  // from one read; a null output is skipped, and so then is its weight.
-  void reduce(const T* x, const T* dy, const A* by_channel, const A* by_pixel, A* over_channels,
-              A* over_pixels) {
-    const A* u = p_.channels_last ? by_pixel : by_channel;
-    const A* v = p_.channels_last ? by_channel : by_pixel;
-    A* row_sums = p_.channels_last ? over_channels : over_pixels;
-    A* col_sums = p_.channels_last ? over_pixels : over_channels;
+  // With t = x, or x*dy where dy is given, from one read:
+  //   sums_by_pixel[p] = sum_c by_channel[c] t    and    sums_by_channel[c] = sum_p by_pixel[p] t
+  // Null sums are not made, and their weights not looked at.
+  void reduce(const T* x, const T* dy, const A* by_channel, const A* by_pixel, A* sums_by_pixel,
+              A* sums_by_channel) {
+    const Sides<const A> weights = sides(by_channel, by_pixel);
+    const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
     const int64_t cols = p_.cols();
     const auto slab = [&](int64_t i, A* partial) {
       const int64_t r = i * plan_.slab_rows, n = std::min(plan_.slab_rows, p_.rows() - r);
       kernels_.reduce(x + r * cols, dy ? dy + r * cols : nullptr, n, cols,
-                      col_sums ? u + r : nullptr, v, row_sums ? row_sums + r : nullptr,
-                      col_sums ? partial : nullptr, plan_.sum_together);
+                      sums.col ? weights.row + r : nullptr, weights.col,
+                      sums.row ? sums.row + r : nullptr, sums.col ? partial : nullptr, plan_.sums);
     };
     const auto add = [&](int64_t i, const A* partial, int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; q++)
-        col_sums[q] = i == 0 ? partial[q] : col_sums[q] + partial[q];
+        sums.col[q] = i == 0 ? partial[q] : sums.col[q] + partial[q];
     };
     if (!pool_) {
       for (int64_t i = 0; i < plan_.slabs; i++) {
         slab(i, partial_);
-        if (col_sums) add(i, partial_, 0, cols);
+        if (sums.col) add(i, partial_, 0, cols);
       }
       return;
     }
     each(plan_.slabs, p_.rows() * cols, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) slab(i, partial_ + i * stride_);
     });
-    if (col_sums)
+    if (sums.col)
       each(cols, plan_.slabs * cols, [&](int64_t begin, int64_t end) {
         for (int64_t i = 0; i < plan_.slabs; i++) add(i, partial_ + i * stride_, begin, end);
       });
@@ -121,39 +120,43 @@ class Image {
 
   // y = x * channel_mask * spatial_mask
   void scale(const T* x, T* y, const A* channel_mask, const A* spatial_mask) {
-    const A* u = p_.channels_last ? spatial_mask : channel_mask;
-    const A* v = p_.channels_last ? channel_mask : spatial_mask;
+    const Sides<const A> scales = sides(channel_mask, spatial_mask);
     each_slab([&](int64_t r, int64_t n) {
       const int64_t at = r * p_.cols();
-      kernels_.scale(x + at, y + at, n, p_.cols(), u + r, v, plan_.stream);
+      kernels_.scale(x + at, y + at, n, p_.cols(), scales.row + r, scales.col, plan_.stores);
     });
   }
 
-  // dx = dy * channel_mask * spatial_mask + by_channel * with_pixel + by_pixel * with_channel
+  // dx = dy * channel_mask * spatial_mask + channel_term + spatial_term, where the term of the axis
+  // that is not `outer` is multiplied by the outer one's mask.
   void combine(const T* dy, T* dx, const A* channel_mask, const A* spatial_mask,
-               const A* by_channel, const A* with_pixel, const A* by_pixel, const A* with_channel) {
-    const bool last = p_.channels_last;
-    const A *u = last ? spatial_mask : channel_mask, *v = last ? channel_mask : spatial_mask;
-    const A *a = last ? by_pixel : by_channel, *f = last ? with_channel : with_pixel;
-    const A *b = last ? by_channel : by_pixel, *e = last ? with_pixel : with_channel;
+               const A* channel_term, const A* spatial_term, Axes outer) {
+    const Sides<const A> scales = sides(channel_mask, spatial_mask);
+    const Sides<const A> biases = sides(channel_term, spatial_term);
+    const Sides<const A> outers =
+        sides(outer.channels ? channel_mask : ones_, outer.pixels ? spatial_mask : ones_);
     each_slab([&](int64_t r, int64_t n) {
       const int64_t at = r * p_.cols();
-      kernels_.combine(dy + at, dx + at, n, p_.cols(), u + r, v, a + r, f, e + r, b, plan_.stream,
-                       plan_.scale_together);
+      const Terms<A> terms{biases.row + r, outers.col, outers.row + r, biases.col};
+      kernels_.combine(dy + at, dx + at, n, p_.cols(), scales.row + r, scales.col, terms,
+                       plan_.stores, plan_.combines);
     });
   }
 
-  // out = the stencil over a dense map [h, w], then its sigmoid if asked for.
-  void stencil(const A* map, const Stencil<A>& taps, bool sigmoid, A* out) {
+  // The stencil over a dense map [h, w].
+  void stencil(const A* map, const Stencil<A>& taps, A* out) {
     border(map, plane_);
     each(p_.h, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
       kernels_.stencil(plane_, p_.w, begin, end, taps, out);
-      if (sigmoid) kernels_.sigmoid(out + begin * p_.w, (end - begin) * p_.w);
     });
   }
 
   void spatial_mask(const A* channel_mean, A* mask) {
-    stencil(channel_mean, weights_.spatial.stencil(), true, mask);
+    border(channel_mean, plane_);
+    each(p_.h, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
+      kernels_.stencil(plane_, p_.w, begin, end, weights_.spatial.stencil(), mask);
+      kernels_.sigmoid(mask + begin * p_.w, (end - begin) * p_.w);
+    });
   }
 
   void channel_mask(const A* pooled, A* mask) {
@@ -163,7 +166,7 @@ class Image {
     kernels_.sigmoid(mask, p_.c);
   }
 
-  // sums as formula.h's spatial_gradients wants them, from dense maps dz and m.
+  // The sums that formula.h's spatial_gradients takes, from dense maps dz and m.
   void tap_sums(const A* dz, const A* m, double* sums) {
     border(m, plane_);
     border(dz, second_plane_);
@@ -187,7 +190,17 @@ class Image {
            kMaps * padded(p.pixels()) + kVectors * padded(p.c);
   }
 
-  // f(begin, end) over [0, count), shared out where that much `work` is worth waking threads for.
+  // What belongs to the matrix's rows and to its columns.
+  template <class V>
+  struct Sides {
+    V *row, *col;
+  };
+  template <class V>
+  Sides<V> sides(V* of_channels, V* of_pixels) const {
+    return p_.channels_last ? Sides<V>{of_pixels, of_channels} : Sides<V>{of_channels, of_pixels};
+  }
+
+  // f(begin, end) over [0, count), shared out where so much `work` is worth waking threads for.
   template <class F>
   void each(int64_t count, int64_t work, F f) const {
     if (!pool_ || work < plan_.shared_work) return f(0, count);
@@ -217,7 +230,8 @@ class Image {
   A *maps_[kMaps], *vectors_[kVectors];
 };
 
-// f(image, n) for every image: the plan's whole images one to a thread, the rest one after another.
+// f(image, n) for every image: each of the plan's whole images on one thread, the others one after
+// another on all threads.
 template <class T, class F>
 void for_images(const Problem& problem, const Plan& plan, const Pool& pool,
                 const Weights<accumulate_t<T>>& weights, F f) {

@@ -1,7 +1,7 @@
 // The vectorised primitives of the CPU backend. Each works on a slab of whole rows of one image
 // seen as a matrix (channels x pixels in NCHW, pixels x channels in NHWC), so that one set of
-// kernels serves both layouts and all orders. Compiled once per instruction set; chosen at run
-// time.
+// kernels serves both layouts and all orders. They are compiled once for each instruction set, and
+// chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ template <class T>
 using accumulate_t = typename Accumulate<T>::type;
 
 constexpr int64_t kAlignment = 64;  // bytes; scratch arrays are aligned to it and padded with zeros
-constexpr int64_t kMaxLanes = 16;   // of any instruction set, in accumulation elements
+constexpr int64_t kMaxLanes = 16;   // accumulation elements in a vector of any instruction set
 
 inline int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 
@@ -39,22 +39,33 @@ inline int64_t plane_size(int64_t h, int64_t w) {
   return (h + 2 * kReach) * plane_stride(w) + kMaxLanes;
 }
 
+enum class Rows { singly, together };    // whether several rows are taken at a time
+enum class Stores { cached, streamed };  // streamed ones bypass the caches
+
+// What dx is made of besides dy, by row r and column q: row_bias[r] col_outer[q] +
+// row_outer[r] col_bias[q].
+template <class A>
+struct Terms {
+  const A *row_bias, *col_outer, *row_outer, *col_bias;
+};
+
 template <class T>
 struct Kernels {
   using A = accumulate_t<T>;
 
   // With t = x, or x*dy where dy is given:
-  //   row_sums[r] = sum_q t[r,q] v[q]   and   col_sums[q] = sum_r u[r] t[r,q];  null skips one.
-  // `together`: several rows at a time; row sums alone are always so.
-  void (*reduce)(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, const A* v,
-                 A* row_sums, A* col_sums, bool together);
+  //   row_sums[r] = sum_q t[r,q] col_weight[q]   and   col_sums[q] = sum_r row_weight[r] t[r,q]
+  // Null sums are not made. Row sums alone are always made of rows together.
+  void (*reduce)(const T* x, const T* dy, int64_t rows, int64_t cols, const A* row_weight,
+                 const A* col_weight, A* row_sums, A* col_sums, Rows how);
 
-  // y[r,q] = x[r,q] u[r] v[q];  `stream` bypasses the caches.
-  void (*scale)(const T* x, T* y, int64_t rows, int64_t cols, const A* u, const A* v, bool stream);
+  // y[r,q] = x[r,q] row_scale[r] col_scale[q]
+  void (*scale)(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale,
+                const A* col_scale, Stores stores);
 
-  // dx[r,q] = dy[r,q] u[r] v[q] + a[r] f[q] + e[r] b[q];  `together`: several rows at a time.
-  void (*combine)(const T* dy, T* dx, int64_t rows, int64_t cols, const A* u, const A* v,
-                  const A* a, const A* f, const A* e, const A* b, bool stream, bool together);
+  // dx[r,q] = dy[r,q] row_scale[r] col_scale[q] + the terms
+  void (*combine)(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale,
+                  const A* col_scale, const Terms<A>& terms, Stores stores, Rows how);
 
   // out[i*w + j] = the stencil at (i, j) of a bordered plane, for rows begin <= i < end.
   void (*stencil)(const A* plane, int64_t w, int64_t begin, int64_t end, const Stencil<A>& stencil,
@@ -68,7 +79,7 @@ struct Kernels {
   void (*tap_sums)(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, A* sums);
 };
 
-// One table per storage type and instruction set; null where the compiler had no such target.
+// A table for each storage type and instruction set; null where the compiler has no such target.
 template <class T>
 const Kernels<T>* generic_kernels();
 template <class T>
@@ -76,7 +87,7 @@ const Kernels<T>* avx2_kernels();
 template <class T>
 const Kernels<T>* avx512_kernels();
 
-// Those of instruction_set().
+// The table for instruction_set().
 template <class T>
 const Kernels<T>& kernels();
 

@@ -29,15 +29,15 @@ struct Tail {
 
 // Row sums alone: one row after the other, so that memory is read in one stream.
 template <bool kProduct, int kBlock, class T, class A = accumulate_t<T>>
-DA_INLINE void sum_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t cols, const A* v,
-                        A* row_sums) {
+DA_INLINE void sum_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t cols,
+                        const A* col_weight, A* row_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {};
   for (int b = 0; b < kBlock; b++, x += cols, dy += kProduct ? cols : 0) {
     const auto term = [&](int64_t q, auto read) DA_LAMBDA_INLINE {
       vec<A> t = read(x);
       if constexpr (kProduct) t *= read(dy);
-      return t * load(v + q);
+      return t * load(col_weight + q);
     };
     const auto at = [&](int64_t q) DA_LAMBDA_INLINE {
       return term(q, [=](const T* row) DA_LAMBDA_INLINE { return load(row + q); });
@@ -59,8 +59,9 @@ DA_INLINE void sum_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t co
 // Column sums, and row sums if asked for, of a few rows together. What is left over of the columns
 // goes to `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
 template <bool kProduct, bool kRows, int kBlock, class T, class A = accumulate_t<T>>
-DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t cols, const A* u,
-                         const A* v, A* row_sums, A* col_sums, vec<A>& tail_sums) {
+DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t cols,
+                         const A* row_weight, const A* col_weight, A* row_sums, A* col_sums,
+                         vec<A>& tail_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {}, sum[kBlock] = {};
   // The next block's rows are fetched while these are summed: many short rows are more streams than
@@ -72,8 +73,8 @@ DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t c
       if constexpr (kProduct) __builtin_prefetch(dy + (b + kBlock) * cols + q);
       vec<A> t = read(x + b * cols);
       if constexpr (kProduct) t *= read(dy + b * cols);
-      if constexpr (kRows) sum[b] += t * load(v + q);
-      parts[b % 2] += t * u[b];
+      if constexpr (kRows) sum[b] += t * load(col_weight + q);
+      parts[b % 2] += t * row_weight[b];
     }
     return parts[0] + parts[1];
   };
@@ -95,8 +96,8 @@ DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t c
 }
 
 template <bool kProduct, bool kRows, bool kCols, class T, class A = accumulate_t<T>>
-void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, const A* v,
-                 A* row_sums, A* col_sums, bool together) {
+void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* row_weight,
+                 const A* col_weight, A* row_sums, A* col_sums, Rows how) {
   constexpr int kBlock = kRows ? 4 : 8;
   const Tail<T> tail(cols);
   vec<A> tail_sums = {};
@@ -107,32 +108,28 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u
       const T *xr = x + r * cols, *dyr = kProduct ? dy + r * cols : nullptr;
       A* sums = kRows ? row_sums + r : nullptr;
       if constexpr (kCols)
-        sum_block<kProduct, kRows, kSize>(xr, dyr, tail, cols, u + r, v, sums, col_sums, tail_sums);
+        sum_block<kProduct, kRows, kSize>(xr, dyr, tail, cols, row_weight + r, col_weight, sums,
+                                          col_sums, tail_sums);
       else
-        sum_rows<kProduct, kSize>(xr, dyr, tail, cols, v, sums);
+        sum_rows<kProduct, kSize>(xr, dyr, tail, cols, col_weight, sums);
     }
   };
   if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
-  if (!kCols || together) block(std::integral_constant<int, kBlock>());
+  if (!kCols || how == Rows::together) block(std::integral_constant<int, kBlock>());
   block(std::integral_constant<int, 1>());
   if (kCols && tail.n) store(col_sums + tail.begin, load(col_sums + tail.begin) + tail_sums);
 }
 
 template <class T, class A = accumulate_t<T>>
-void reduce(const T* x, const T* dy, int64_t rows, int64_t cols, const A* u, const A* v,
-            A* row_sums, A* col_sums, bool together) {
-  if (dy && row_sums && col_sums)
-    reduce_slab<true, true, true>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
-  else if (dy && row_sums)
-    reduce_slab<true, true, false>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
-  else if (dy)
-    reduce_slab<true, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
-  else if (row_sums && col_sums)
-    reduce_slab<false, true, true>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
-  else if (row_sums)
-    reduce_slab<false, true, false>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
-  else
-    reduce_slab<false, false, true>(x, dy, rows, cols, u, v, row_sums, col_sums, together);
+void reduce(const T* x, const T* dy, int64_t rows, int64_t cols, const A* row_weight,
+            const A* col_weight, A* row_sums, A* col_sums, Rows how) {
+  const auto slab = dy                     ? row_sums && col_sums ? reduce_slab<true, true, true, T>
+                                             : row_sums           ? reduce_slab<true, true, false, T>
+                                                                  : reduce_slab<true, false, true, T>
+                    : row_sums && col_sums ? reduce_slab<false, true, true, T>
+                    : row_sums             ? reduce_slab<false, true, false, T>
+                                           : reduce_slab<false, false, true, T>;
+  slab(x, dy, rows, cols, row_weight, col_weight, row_sums, col_sums, how);
 }
 
 // out = row(q, in) for a few rows at a time, which share what `row` reads of the columns.
@@ -155,37 +152,42 @@ DA_INLINE void map_block(const T* in, T* out, int64_t cols, const Tail<T>& tail,
   }
 }
 
-// `f(r)` gives row r's function of the column and the element. `together`: four rows at a time.
+// f(r) is row r's function of the column and the element; together, four rows are taken at a time.
 template <class T, class F>
-DA_INLINE void map_rows(const T* in, T* out, int64_t rows, int64_t cols, bool streaming,
-                        bool together, F f) {
+DA_INLINE void map_rows(const T* in, T* out, int64_t rows, int64_t cols, Stores stores, Rows how,
+                        F f) {
   const Tail<T> tail(cols);
-  streaming = streaming && !tail.n && reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
+  const bool streamed = stores == Stores::streamed && !tail.n &&
+                        reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
   const auto all = [&](auto stream) DA_LAMBDA_INLINE {
     constexpr bool kStream = decltype(stream)::value;
     int64_t r = 0;
-    for (; together && r + 4 <= rows; r += 4)
+    for (; how == Rows::together && r + 4 <= rows; r += 4)
       map_block<kStream>(in + r * cols, out + r * cols, cols, tail, f(r), f(r + 1), f(r + 2),
                          f(r + 3));
     for (; r < rows; r++) map_block<kStream>(in + r * cols, out + r * cols, cols, tail, f(r));
     if constexpr (kStream) finish_streams();
   };
-  streaming ? all(std::true_type()) : all(std::false_type());
+  streamed ? all(std::true_type()) : all(std::false_type());
 }
 
 template <class T, class A = accumulate_t<T>>
-void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* u, const A* v, bool streaming) {
-  map_rows(x, y, rows, cols, streaming, false, [=](int64_t r) DA_LAMBDA_INLINE {
-    return [=, ur = u[r]](int64_t q, vec<A> t) DA_LAMBDA_INLINE { return t * load(v + q) * ur; };
+void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale, const A* col_scale,
+           Stores stores) {
+  map_rows(x, y, rows, cols, stores, Rows::singly, [=](int64_t r) DA_LAMBDA_INLINE {
+    return [=, by_row = row_scale[r]](int64_t q, vec<A> t)
+               DA_LAMBDA_INLINE { return t * load(col_scale + q) * by_row; };
   });
 }
 
 template <class T, class A = accumulate_t<T>>
-void combine(const T* dy, T* dx, int64_t rows, int64_t cols, const A* u, const A* v, const A* a,
-             const A* f, const A* e, const A* b, bool streaming, bool together) {
-  map_rows(dy, dx, rows, cols, streaming, together, [=](int64_t r) DA_LAMBDA_INLINE {
-    return [=, ur = u[r], ar = a[r], er = e[r]](int64_t q, vec<A> t) DA_LAMBDA_INLINE {
-      return t * (load(v + q) * ur) + (load(f + q) * ar + load(b + q) * er);
+void combine(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale, const A* col_scale,
+             const Terms<A>& terms, Stores stores, Rows how) {
+  map_rows(dy, dx, rows, cols, stores, how, [=](int64_t r) DA_LAMBDA_INLINE {
+    return [=, by_row = row_scale[r], row_bias = terms.row_bias[r], row_outer = terms.row_outer[r]](
+               int64_t q, vec<A> t) DA_LAMBDA_INLINE {
+      return t * (load(col_scale + q) * by_row) +
+             (load(terms.col_outer + q) * row_bias + load(terms.col_bias + q) * row_outer);
     };
   });
 }

@@ -1,4 +1,4 @@
-// Both directions over a whole batch; forward.cpp and backward.cpp. Free of torch.
+// Both directions over a whole batch, in forward.cpp and backward.cpp. Free of torch.
 #pragma once
 
 #include "image.h"
@@ -11,18 +11,12 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
              const Weights<accumulate_t<T>>& weights, const T* x, T* y,
              accumulate_t<T>* channel_mean, accumulate_t<T>* pooled);
 
-template <class A>
-struct Gradients {
-  SpatialWeights<double>* spatial;
-  A* gate;
-  A* gate_bias;
-};
-
-// dx and the parameters' gradients, from what forward kept.
+// dx, and the parameters' gradients as arrays of the sizes that formula.h says, from the maps that
+// forward kept.
 template <class T>
 void backward(const Problem& problem, const Plan& plan, const Pool& pool,
               const Weights<accumulate_t<T>>& weights, const T* dy, const T* x,
               const accumulate_t<T>* channel_mean, const accumulate_t<T>* pooled, T* dx,
-              const Gradients<accumulate_t<T>>& gradients);
+              const Parameters<double*>& gradients);
 
 }  // namespace da::cpu

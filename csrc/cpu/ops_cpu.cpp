@@ -53,22 +53,20 @@ void with_elements(const Tensor& t, F f) {
   }
 }
 
+// Copies a parameter of n elements to `out`, zeros where it is absent.
 template <class A>
-void read(const Parameter& parameter, int64_t n, A* out) {
-  if (!parameter) {
-    std::fill_n(out, n, A(0));
-    return;
-  }
+A* read(const Parameter& parameter, int64_t n, A* out) {
+  if (!parameter) return std::fill_n(out, n, A(0)), out;
   STD_TORCH_CHECK(parameter->is_cpu() && parameter->numel() == n,
                   "da_ops: a parameter is not on the CPU or has the wrong size");
   const Tensor dense =
       parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
   with_elements(dense, [&](auto* p) { std::copy_n(p, n, out); });
+  return out;
 }
 
 // The gradient of `parameter`: in its shape and dtype, empty where there is none.
-template <class A>
-Tensor gradient(const Parameter& parameter, const Tensor& x, const A* values) {
+Tensor gradient(const Parameter& parameter, const Tensor& x, const double* values) {
   Tensor out = allocate_gradient(parameter, x);
   if (!parameter) return out;
   with_elements(out, [&](auto* p) {
@@ -80,20 +78,16 @@ Tensor gradient(const Parameter& parameter, const Tensor& x, const A* values) {
 // The parameters in accumulation precision.
 template <class A>
 struct Converted {
-  std::vector<A> gate, gate_bias;
+  std::vector<A> gate;  // weights, then biases
   Weights<A> weights;
 
-  Converted(const Problem& p, const Arguments& given) : gate(p.gate_weights()) {
-    if (p.channel() && (p.gate == Gate::affine || p.gate == Gate::scalar))
-      gate_bias.resize(gate.size());
-    read(given.conv, kTaps, weights.spatial.conv);
-    read(given.dilated, kTaps, weights.spatial.dilated);
-    read(given.merge, 2, weights.spatial.merge);
-    read(given.spatial_bias, 1, &weights.spatial.bias);
-    if (given.gate) read(given.gate, gate.size(), gate.data());
-    if (given.gate_bias) read(given.gate_bias, gate_bias.size(), gate_bias.data());
-    weights.gate = gate.data();
-    weights.gate_bias = gate_bias.data();
+  Converted(const Problem& p, const Arguments& given) : gate(2 * p.gate_weights()) {
+    SpatialWeights<A>& s = weights.spatial;
+    A *const gate_weight = gate.data(), *const gate_bias = gate_weight + p.gate_weights();
+    each(read<A>, given, sizes(p),
+         Parameters<A*>{s.conv, s.dilated, s.merge, &s.bias, gate_weight, gate_bias});
+    weights.gate = gate_weight;
+    weights.gate_bias = gate_bias;
   }
 };
 
@@ -148,18 +142,20 @@ InputGradients backward_cpu(const Problem& p, const Tensor& dy, const Tensor& x,
     using A = accumulate_t<T>;
     const Converted<A> converted(p, given);
     Tensor dx = allocate_like(x);
-    SpatialWeights<double> spatial{};
-    std::vector<A> d_gate(converted.gate.size()), d_gate_bias(converted.gate_bias.size());
-    backward<T>(
-        p, plan_here(p), kPool, converted.weights, static_cast<const T*>(dy.const_data_ptr()),
-        static_cast<const T*>(x.const_data_ptr()),
-        static_cast<const A*>(channel_mean.const_data_ptr()),
-        static_cast<const A*>(pooled.const_data_ptr()), static_cast<T*>(dx.mutable_data_ptr()),
-        {&spatial, d_gate.data(), d_gate_bias.data()});
-    return std::make_tuple(
-        dx, gradient(given.conv, x, spatial.conv), gradient(given.dilated, x, spatial.dilated),
-        gradient(given.merge, x, spatial.merge), gradient(given.spatial_bias, x, &spatial.bias),
-        gradient(given.gate, x, d_gate.data()), gradient(given.gate_bias, x, d_gate_bias.data()));
+    std::vector<double> values(2 * kTaps + 3 + 2 * p.gate_weights());
+    double* next = values.data();
+    const Parameters<double*> gradients =
+        each([&](int64_t n) { return std::exchange(next, next + n); }, sizes(p));
+    backward<T>(p, plan_here(p), kPool, converted.weights,
+                static_cast<const T*>(dy.const_data_ptr()),
+                static_cast<const T*>(x.const_data_ptr()),
+                static_cast<const A*>(channel_mean.const_data_ptr()),
+                static_cast<const A*>(pooled.const_data_ptr()),
+                static_cast<T*>(dx.mutable_data_ptr()), gradients);
+    const auto result = [&](const Parameter& parameter, const double* values) {
+      return gradient(parameter, x, values);
+    };
+    return input_gradients(dx, each(result, given, gradients));
   });
 }
 

@@ -90,9 +90,11 @@ Plan plan(const Problem& problem, const Machine& machine) {
   // Short rows are read faster one after the other than side by side. Three arrays over the columns
   // crowd out the first-level cache where rows are long.
   const int64_t sum_bytes = problem.dtype == Dtype::float64 ? 8 : 4;
-  p.sum_together = problem.cols() > limits.long_row;
-  p.scale_together = 3 * problem.cols() * sum_bytes > limits.near_bytes;
-  p.stream = limits.cache_bytes > 0 && problem.bytes() > limits.cache_bytes / 2;
+  const auto rows = [](bool together) { return together ? Rows::together : Rows::singly; };
+  p.sums = rows(problem.cols() > limits.long_row);
+  p.combines = rows(3 * problem.cols() * sum_bytes > limits.near_bytes);
+  const bool large = limits.cache_bytes > 0 && problem.bytes() > limits.cache_bytes / 2;
+  p.stores = large ? Stores::streamed : Stores::cached;
   return p;
 }
 

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "kernels.h"
 #include "problem.h"
 
 namespace da::cpu {
@@ -44,9 +45,9 @@ struct Plan {
   int64_t slab_rows;     // rows of an image's matrix that are reduced together
   int64_t slabs;         // per image
   int64_t shared_work;   // elements from which on threads share a step
-  bool sum_together;     // rows are added up several at a time where columns are too
-  bool scale_together;   // rows of dx are made several at a time
-  bool stream;           // outputs bypass the caches
+  Rows sums;             // how rows are added up where columns are, too
+  Rows combines;         // how rows of dx are made
+  Stores stores;         // of y and dx
 };
 
 Plan plan(const Problem& problem, const Machine& machine);

@@ -134,8 +134,8 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
     values[i] = bytes ? given[i]->data() : nullptr;
     slopes[i] = bytes ? gradients[i]->data() : nullptr;
   }
-  const Parameters parameters{values[0], values[1], values[2],    values[3],
-                              values[4], values[5], !!header.wide};
+  const da::cuda::Parameters parameters{values[0], values[1], values[2],    values[3],
+                                        values[4], values[5], !!header.wide};
 
   const int64_t image = p.c * p.pixels();
   const bool far = header.far > 0;

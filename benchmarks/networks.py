@@ -1,0 +1,137 @@
+"""The networks whose training is measured: a ResNet with a layer in every residual block, and one
+training step of it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarks import fused, measure, rivals
+from benchmarks.cases import LAYOUTS
+from benchmarks.summary import FUSED, WHOLE
+
+AMP = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# A small start of each residual branch, as is common, and a modest rate: training amplifies how
+# differently variants round, and these keep that slow.
+BRANCH_GAIN, RATE = 0.2, 2e-3
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def blocks(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Each residual block and the name of its branch's last batch norm."""
+    found = []
+    for module in network.modules():
+        names = [name for name in ("bn3", "bn2") if hasattr(module, name)]
+        if names and hasattr(module, "downsample"):
+            found.append((module, names[0]))
+    return found
+
+
+def with_attention(
+    plain: nn.Module, make: Callable[[int], nn.Module]
+) -> tuple[nn.Module, list[nn.Module]]:
+    """A copy of the network with `make(channels)` after each branch's last batch norm."""
+    network = copy.deepcopy(plain)
+    layers = []
+    for block, name in blocks(network):
+        norm = getattr(block, name)
+        layer = make(norm.num_features)
+        setattr(block, name, nn.Sequential(norm, layer))
+        layers.append(layer)
+    return network, layers
+
+
+def build(variants: list[str], name: str, classes: int) -> dict[str, nn.Module]:
+    """The networks by variant, all with the same weights."""
+    import torchvision
+
+    torch.manual_seed(0)
+    plain = getattr(torchvision.models, name)(weights=None, num_classes=classes)
+    for block, norm in blocks(plain):
+        nn.init.constant_(getattr(block, norm).weight, BRANCH_GAIN)
+    networks = {}
+    weights = None
+    for variant in variants:
+        inner = variant.removeprefix(WHOLE)
+        if inner == "plain":
+            networks[variant] = copy.deepcopy(plain)
+            continue
+        if inner.startswith(FUSED):
+            networks[variant], _ = with_attention(plain, partial(fused.build, inner))
+        else:
+            networks[variant], layers = with_attention(plain, rivals.PlainDA)
+            for layer in layers if variant.startswith("compile") else ():
+                rivals.compiled(layer, variant)
+        if weights is None:
+            weights = copy.deepcopy(networks[variant].state_dict())
+        networks[variant].load_state_dict(weights)
+    for variant, network in networks.items():
+        if variant.startswith(WHOLE):
+            network.compile(dynamic=False)
+    return networks
+
+
+class Trainer:
+    """One network in training; each call of `sample` is a number of timed steps."""
+
+    def __init__(
+        self, network: nn.Module, batches: Batches, layout: str, device: str, amp: str = "none"
+    ) -> None:
+        self.network = network.to(device).to(memory_format=LAYOUTS[layout]).train()
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=0.9)
+        moved = [
+            (x.to(device).contiguous(memory_format=LAYOUTS[layout]), k.to(device))
+            for x, k in batches
+        ]
+        self.batches = itertools.cycle(moved)
+        self.watch = measure.Stopwatch(device)
+        self.device = device
+        self.amp = AMP[amp]
+        # Gradients of float16 would underflow.
+        self.scaler = torch.amp.GradScaler(device, enabled=self.amp == torch.float16)
+        self.losses: list[torch.Tensor] = []
+
+    def forward(self) -> torch.Tensor:
+        x, labels = next(self.batches)
+        with torch.autocast(self.device, self.amp, enabled=self.amp is not None):
+            loss = nn.functional.cross_entropy(self.network(x), labels)
+        self.losses.append(loss.detach())
+        return loss
+
+    def update(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def sample(self, steps: int) -> Sequence[float]:
+        marks = [self.watch.mark()]
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.update(self.forward())
+            marks.append(self.watch.mark())
+        return [sum(self.watch.seconds(marks))]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of a step beyond weights and optimizer state; see measure.memory."""
+        self.optimizer.zero_grad()
+        return measure.memory(self.forward, self.update, self.device)
+
+
+def activations(network: nn.Module, x: torch.Tensor) -> tuple[int, int]:
+    """Over the places of the attention layers: how many, and the bytes of their inputs."""
+    sizes: list[int] = []
+    hooks = [
+        getattr(block, name).register_forward_hook(lambda *args: sizes.append(args[2].nbytes))
+        for block, name in blocks(network)
+    ]
+    with torch.no_grad():
+        network(x)
+    for hook in hooks:
+        hook.remove()
+    return len(sizes), sum(sizes)
