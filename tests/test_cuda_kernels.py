@@ -299,7 +299,7 @@ def test_on_chip_sanitizers_find_nothing_in_what_is_read_again(kernels, kept, la
 
 
 @pytest.mark.parametrize(
-    ("call", "counter", "aligned", "why"),
+    ("call", "team", "aligned", "why"),
     [
         (make(dtype=torch.float64), OnChip(), True, "float64 is for the portable passes"),
         (make((1, 3, 4, 4)), OnChip("counter", 4), True, "more blocks than rows"),

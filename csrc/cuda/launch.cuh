@@ -13,24 +13,38 @@ namespace da::cuda {
 namespace detail {
 
 template <class A>
-Args<A> common(const Problem& p, const Plan& plan, const Direction& direction,
-               const Parameters& parameters, A* channel_mean, A* pooled, A* workspace) {
+Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& at) {
   const Tiling& t = plan.tiling;
-  const Workspace& w = direction.workspace;
+  const Workspace& w = plan[way].workspace;
+  A* const work = static_cast<A*>(at.workspace);
   Args<A> args{};
-  args.images = p.n, args.channels = p.c, args.pixels = p.pixels(), args.height = p.h,
-  args.width = p.w;
+  args.images = p.n, args.channels = p.c, args.pixels = p.pixels();
+  args.height = p.h, args.width = p.w;
   args.masks = masks(p.order), args.outer = outer(p.order);
   args.gate = p.gate, args.kernel_size = p.kernel_size;
   args.tiling = t, args.halo = plan.halo;
-  args.parameters = parameters;
-  args.pixel_sums = {workspace + w.pixel_sums, t.channel_tiles(), args.pixels,
-                     static_cast<int>(t.channel_tiles())};
-  args.channel_sums = {workspace + w.channel_sums, t.pixel_tiles(), args.channels,
-                       static_cast<int>(t.pixel_tiles())};
-  args.channel_mean = channel_mean, args.pooled = pooled;
-  args.spatial_mask = workspace + w.spatial_mask;
-  args.channel_mask = workspace + w.channel_mask;
+  args.x = at.x, args.dy = at.dy, args.out = at.out;
+  args.parameters = at.parameters, args.wide = at.wide, args.gradients = at.gradients;
+  const int channel_tiles = t.channel_tiles(), pixel_tiles = t.pixel_tiles();
+  args.pixel_sums = {work + w.pixel_sums, channel_tiles, args.pixels, channel_tiles};
+  args.channel_sums = {work + w.channel_sums, pixel_tiles, args.channels, pixel_tiles};
+  for (const Pass& pass : schedule(p.order, way == Way::backward)) {
+    if (pass.weights != Maps::terms) continue;
+    if (pass.sums.pixels) {
+      args.more_pixel_sums = args.pixel_sums;
+      args.more_pixel_sums.data = work + w.more_pixel_sums;
+    }
+    if (pass.sums.channels) {
+      args.more_channel_sums = args.channel_sums;
+      args.more_channel_sums.data = work + w.more_channel_sums;
+    }
+  }
+  args.channel_mean = static_cast<A*>(at.channel_mean);
+  args.pooled = static_cast<A*>(at.pooled);
+  args.spatial_mask = work + w.spatial_mask, args.channel_mask = work + w.channel_mask;
+  args.d_channel_mean = work + w.d_channel_mean, args.d_logit = work + w.d_logit;
+  args.spatial_parts = work + w.spatial_parts, args.spatial_blocks = w.spatial_blocks;
+  args.gate_parts = work + w.gate_parts, args.parts = gate_parts(p);
   return args;
 }
 
@@ -94,8 +108,8 @@ int launch_on_chip(const Direction& direction, const Args<float>& call, float* w
 
 // Runs the steps in turn. What a step leaves for those after it is noted in `args`.
 template <class T>
-int run(const Direction& direction, Args<accumulate_t<T>> args, accumulate_t<T>* workspace,
-        void* stream) {
+int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate_t<T>* workspace,
+              void* stream) {
   using A = accumulate_t<T>;
   for (const Step& step : direction.steps) {
     if constexpr (!std::is_same_v<T, double>) {
@@ -134,48 +148,10 @@ using storage_t =
                                           std::conditional_t<D == Dtype::float32, float, double>>>;
 
 template <Dtype D>
-int forward_as(const Problem& problem, const Plan& plan, const Parameters& parameters,
-               const void* x, void* y, void* channel_mean, void* pooled, void* workspace,
-               void* stream) {
+int run_as(const Problem& problem, const Plan& plan, Way way, const Pointers& at) {
   using A = accumulate_t<storage_t<D>>;
-  Args<A> args =
-      detail::common(problem, plan, plan.forward, parameters, static_cast<A*>(channel_mean),
-                     static_cast<A*>(pooled), static_cast<A*>(workspace));
-  args.x = x, args.out = y;
-  return detail::run<storage_t<D>>(plan.forward, args, static_cast<A*>(workspace), stream);
-}
-
-template <Dtype D>
-int backward_as(const Problem& problem, const Plan& plan, const Parameters& parameters,
-                const void* dy, const void* x, const void* channel_mean, const void* pooled,
-                void* dx, const Gradients& gradients, void* workspace, void* stream) {
-  using A = accumulate_t<storage_t<D>>;
-  const Workspace& w = plan.backward.workspace;
-  A* const work = static_cast<A*>(workspace);
-  // Backward writes to neither of forward's maps.
-  Args<A> args = detail::common(problem, plan, plan.backward, parameters,
-                                static_cast<A*>(const_cast<void*>(channel_mean)),
-                                static_cast<A*>(const_cast<void*>(pooled)), work);
-  args.dy = dy, args.x = x, args.out = dx;
-  args.gradients = gradients;
-  for (const Pass& pass : schedule(problem.order, true)) {
-    if (pass.weights != Maps::terms) continue;
-    if (pass.sums.pixels) {
-      args.more_pixel_sums = args.pixel_sums;
-      args.more_pixel_sums.data = work + w.more_pixel_sums;
-    }
-    if (pass.sums.channels) {
-      args.more_channel_sums = args.channel_sums;
-      args.more_channel_sums.data = work + w.more_channel_sums;
-    }
-  }
-  args.d_channel_mean = work + w.d_channel_mean;
-  args.d_logit = work + w.d_logit;
-  args.spatial_parts = work + w.spatial_parts;
-  args.spatial_blocks = w.spatial_blocks;
-  args.gate_parts = work + w.gate_parts;
-  args.parts = gate_parts(problem);
-  return detail::run<storage_t<D>>(plan.backward, args, work, stream);
+  return detail::run_steps<storage_t<D>>(plan[way], detail::arguments<A>(problem, plan, way, at),
+                                         static_cast<A*>(at.workspace), at.stream);
 }
 
 template <Dtype D>

@@ -19,17 +19,6 @@ struct Partial {
   int terms;  // tiles that are still to be added: all, or one once they were folded
 };
 
-// In x's type, or (`wide`) in float32.
-struct Parameters {
-  const void *conv, *dilated, *merge, *spatial_bias, *gate, *gate_bias;
-  bool wide;
-};
-
-// In the parameters' type; null where a gradient is not wanted.
-struct Gradients {
-  void *conv, *dilated, *merge, *spatial_bias, *gate, *gate_bias;
-};
-
 template <class A>
 struct Args {
   int64_t first_job;  // of the launch's first block: a tile, or another piece of work
@@ -46,8 +35,9 @@ struct Args {
   const void *x, *dy;
   void* out;  // y or dx
 
-  Parameters parameters;
-  Gradients gradients;
+  Parameters<const void*> parameters;
+  bool wide;                    // the parameters are float32, beside a half x
+  Parameters<void*> gradients;  // in the parameters' type; null where not wanted
   Partial<A> pixel_sums, more_pixel_sums, channel_sums, more_channel_sums;
   A *new_pixel_sums, *new_channel_sums;             // what this launch sums; null: not wanted
   A *channel_mean, *spatial_mask, *d_channel_mean;  // [image][pixel]

@@ -87,20 +87,20 @@ SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, double* sums) {
   simt::sync();
   if (simt::thread() > 0) return;
 
-  const Parameters& p = args.parameters;
+  const Parameters<const void*>& p = args.parameters;
   SpatialWeights<A> weights;
   for (int t = 0; t < kTaps; t++) {
-    weights.conv[t] = Parameter<T>{p.conv, p.wide}[t];
-    weights.dilated[t] = Parameter<T>{p.dilated, p.wide}[t];
+    weights.conv[t] = Parameter<T>{p.conv, args.wide}[t];
+    weights.dilated[t] = Parameter<T>{p.dilated, args.wide}[t];
   }
-  for (int i = 0; i < 2; i++) weights.merge[i] = Parameter<T>{p.merge, p.wide}[i];
+  for (int i = 0; i < 2; i++) weights.merge[i] = Parameter<T>{p.merge, args.wide}[i];
   const SpatialWeights<double> d = spatial_gradients(weights, sums);
   for (int t = 0; t < kTaps; t++) {
-    put<T>(args.gradients.conv, t, d.conv[t], p.wide);
-    put<T>(args.gradients.dilated, t, d.dilated[t], p.wide);
+    put<T>(args.gradients.conv, t, d.conv[t], args.wide);
+    put<T>(args.gradients.dilated, t, d.dilated[t], args.wide);
   }
-  for (int i = 0; i < 2; i++) put<T>(args.gradients.merge, i, d.merge[i], p.wide);
-  put<T>(args.gradients.spatial_bias, 0, d.bias, p.wide);
+  for (int i = 0; i < 2; i++) put<T>(args.gradients.merge, i, d.merge[i], args.wide);
+  put<T>(args.gradients.spatial_bias, 0, d.bias, args.wide);
 }
 
 // An affine gate's gradients: 32 channels a block, the images shared out among its warps.
@@ -123,8 +123,8 @@ SIMT_FN void finish_affine(const Args<accumulate_t<T>>& args, int64_t channel0, 
       weight += sums[w * simt::kWarp + lane];
       bias += sums[kThreads + w * simt::kWarp + lane];
     }
-    put<T>(args.gradients.gate, c, weight, args.parameters.wide);
-    put<T>(args.gradients.gate_bias, c, bias, args.parameters.wide);
+    put<T>(args.gradients.gate, c, weight, args.wide);
+    put<T>(args.gradients.gate_bias, c, bias, args.wide);
   }
 }
 
@@ -137,8 +137,7 @@ SIMT_FN void finish_parts(const Args<accumulate_t<T>>& args, int64_t part, doubl
   sum = block_sum(sum, sums);
   if (simt::thread() > 0) return;
   const bool bias = args.gate == Gate::scalar && part == 1;
-  put<T>(bias ? args.gradients.gate_bias : args.gradients.gate, bias ? 0 : part, sum,
-         args.parameters.wide);
+  put<T>(bias ? args.gradients.gate_bias : args.gradients.gate, bias ? 0 : part, sum, args.wide);
 }
 
 // All parameters' gradients, in the parameters' type.

@@ -76,15 +76,16 @@ enum class Taps { as_given, turned };  // turned by 180 degrees they are the adj
 // caller syncs.
 template <class T, class A>
 SIMT_FN void load_stencil(const Args<A>& args, A* stencil, Taps taps) {
-  const Parameters& p = args.parameters;
+  const Parameters<const void*>& p = args.parameters;
   const bool turned = taps == Taps::turned;
   const int t = simt::thread();
   if (t < 2 * kTaps) {
-    const Parameter<T> kernel{t < kTaps ? p.conv : p.dilated, p.wide};
+    const Parameter<T> kernel{t < kTaps ? p.conv : p.dilated, args.wide};
     const int tap = t % kTaps;
-    stencil[t] = Parameter<T>{p.merge, p.wide}[t / kTaps] * kernel[turned ? kTaps - 1 - tap : tap];
+    stencil[t] =
+        Parameter<T>{p.merge, args.wide}[t / kTaps] * kernel[turned ? kTaps - 1 - tap : tap];
   } else if (t == 2 * kTaps) {
-    stencil[t] = p.spatial_bias && !turned ? Parameter<T>{p.spatial_bias, p.wide}[0] : A(0);
+    stencil[t] = p.spatial_bias && !turned ? Parameter<T>{p.spatial_bias, args.wide}[0] : A(0);
   }
 }
 

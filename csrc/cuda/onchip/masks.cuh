@@ -53,8 +53,8 @@ struct ChannelMask {
 
   SIMT_FN float value(float sum, float) const { return sum * (1.f / call.pixels); }
   SIMT_FN float at(const float* window, int i, int first) const {
-    const Parameter<T> weight{call.parameters.gate, call.parameters.wide};
-    const Parameter<T> bias{call.parameters.gate_bias, call.parameters.wide};
+    const Parameter<T> weight{call.parameters.gate, call.wide};
+    const Parameter<T> bias{call.parameters.gate_bias, call.wide};
     return sigmoid(gate_logit<float>(call.gate, weight, bias, call.kernel_size,
                                      Window{window, first}, call.channels, first + i));
   }
@@ -89,7 +89,7 @@ struct ChannelGradient {
 
   SIMT_FN float value(float sum, float mask) const { return sum * sigmoid_slope(mask); }
   SIMT_FN float at(const float* window, int i, int first) const {
-    const Parameter<T> weight{call.parameters.gate, call.parameters.wide};
+    const Parameter<T> weight{call.parameters.gate, call.wide};
     return gate_transposed<float>(call.gate, weight, call.kernel_size, Window{window, first},
                                   call.channels, first + i) *
            (1.f / call.pixels);

@@ -88,6 +88,8 @@ struct Plan {
   Tiling tiling;
   Halo halo;
   Direction forward, backward;
+
+  const Direction& operator[](Way way) const { return way == Way::forward ? forward : backward; }
 };
 
 // `aligned`: every full-size tensor begins at a multiple of 16 bytes.

@@ -79,8 +79,8 @@ SIMT_FN void make_spatial_mask(const Args<A>& args, const Tile& tile, const Memo
 template <class T, class A, class Map>
 SIMT_FN void make_channel_mask(const Args<A>& args, const Tile& tile, const Memory<A>& memory,
                                Map pooled, Keep keep_pooled) {
-  const Parameter<T> weight{args.parameters.gate, args.parameters.wide};
-  const Parameter<T> bias{args.parameters.gate_bias, args.parameters.wide};
+  const Parameter<T> weight{args.parameters.gate, args.wide};
+  const Parameter<T> bias{args.parameters.gate_bias, args.wide};
   const bool keep = tile.pixel_tile() == 0;
   SIMT_ROLLED
   for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
@@ -142,7 +142,7 @@ SIMT_FN void through_spatial_mask(const Args<A>& args, const Tile& tile, const M
 // out = dg / P over the tile's channels, from dt, the gradient at the gate's logits.
 template <class T, class A, class Map>
 SIMT_FN void through_gate(const Args<A>& args, const Tile& tile, Map dt, A* out, Keep keep) {
-  const Parameter<T> weight{args.parameters.gate, args.parameters.wide};
+  const Parameter<T> weight{args.parameters.gate, args.wide};
   const A scale = A(1) / args.pixels;
   SIMT_ROLLED
   for (int i = simt::thread(); i < tile.channels(); i += kThreads) {

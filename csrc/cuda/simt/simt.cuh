@@ -168,8 +168,8 @@ SIMT_FN unsigned char* shared() {
 
 SIMT_FN void sync() { __syncthreads(); }
 
-// The same value, of which the compiler does not know that: what is computed from it is computed
-// here, and not earlier and kept in registers.
+// The same value, but the compiler does not know that: what is computed from it is computed here,
+// not earlier, to be kept in registers until then.
 SIMT_FN int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -188,7 +188,7 @@ SIMT_FN void store16(void* address, Vector value) {
   *static_cast<uint4*>(address) = detail::bit_cast<uint4>(value);
 }
 
-// _once: global memory that is read once, and by nobody written during the launch; or that is
+// _once: global memory that is read once and that nobody writes during the launch; or that is
 // written and not read again. Both leave the caches to others.
 template <class T>
 SIMT_FN T load_once(const T* address) {
@@ -231,7 +231,7 @@ SIMT_FN double exp(double x) { return ::exp(x); }
 // The same for both.
 namespace simt {
 
-// What values of type T are added up in, and how many of them make a Vector.
+// The type in which values of type T are added up; how many of these values make a Vector.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
