@@ -52,8 +52,8 @@ chip_forward(SIMT_PARAM ChipArgs args) {
   for (int image = m.team(); image < images; image += chip.images_at_once) {
     SIMT_ROLLED
     for (int step = 0; step < chip.steps; step++) {
-      add_up<Sums::forward>(m, {{chip.complete[step].rows, chip.complete[step].cols}, step == 0},
-                            image);
+      const Visit visit = step == 0 ? Visit::first : Visit::again;
+      add_up<Sums::forward>(m, {chip.complete[step], visit}, image);
       make_masks(m, image, chip.complete[step]);
     }
     const int next = image + chip.images_at_once;
@@ -93,13 +93,10 @@ chip_backward(SIMT_PARAM ChipArgs args) {
   SIMT_ROLLED
   for (int image = m.team(); image < images; image += chip.images_at_once) {
     recall_masks(m, image);
-    const bool first = true;  // the sweep waits for x and dy
-    add_up<Sums::backward>(m, {{chip.masks.rows, chip.masks.cols}, first}, image);
+    add_up<Sums::backward>(m, {chip.masks, Visit::first}, image);
     SIMT_ROLLED
     for (int step = 0; step < chip.steps; step++) {
-      if (step > 0)
-        add_up<Sums::through>(m, {{chip.complete[step].rows, chip.complete[step].cols}, !first},
-                              image);
+      if (step > 0) add_up<Sums::through>(m, {chip.complete[step], Visit::again}, image);
       make_terms(m, image, chip.complete[step]);
     }
 

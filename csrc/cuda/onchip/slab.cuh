@@ -22,7 +22,7 @@ static_assert(sizeof(simt::Bulk) == kBulkBytes, "");
 // asked, for between the sweeps registers are scarcer than time.
 template <class T>
 struct Member {
-  static constexpr int E = simt::kPerVector<T>;
+  static constexpr int E = simt::kPerVector<T>;  // elements of a vector
   const ChipArgs& args;
   const OnChip& chip;
 
@@ -136,9 +136,10 @@ SIMT_FN A sum_over_lanes(const A* value, int lanes, int& which) {
 //   forward    x, weighted with the other mask if there is one yet   -> masks
 //   backward   dy x, weighted with the masks                         -> terms
 //   through    x, weighted with the terms                            -> terms, added to those there
+enum class Visit : bool { again, first };  // the first one waits for what arrives of the image
 struct Sweep {
   Lines sums;
-  bool first;  // of the image: what arrives has to be waited for
+  Visit visit;
 };
 
 // A thread's share of a sweep over columns that the block spans at once.
@@ -147,13 +148,13 @@ struct Tally {
   static constexpr int E = simt::kPerVector<T>;
   using V = Access<T, E>;
   static constexpr bool product = Kind == Sums::backward;
-  static constexpr int kRows = Kind == Sums::forward ? 4 : 2;  // at once, as registers allow
+  static constexpr int kRows = Kind == Sums::forward ? 4 : 2;  // in flight, as registers allow
   const Member<T>& m;
   const Sweep& sweep;
-  const bool weighted;
-  unsigned mine;  // a bit for each element of the thread's vectors, 0 if it is another row's
-  int first;      // the thread's row among those that the block adds up at once
-  int place;      // elements from the first of these rows to the thread's vector
+  const bool weighted;  // or else all weights are 1
+  unsigned mine;        // a bit for each element of the thread's vectors, 0 if it is another row's
+  int first;            // the thread's row among those that the block adds up at once
+  int place;            // elements from the first of these rows to the thread's vector
   float weight[E], sum[E];  // of the thread's columns
 
   static SIMT_FN float* row_weights(const Member<T>& m) {
@@ -164,7 +165,10 @@ struct Tally {
   }
 
   SIMT_FN Tally(const Member<T>& m, const Sweep& sweep, int tile)
-      : m(m), sweep(sweep), weighted(Kind != Sums::forward || !sweep.first), mine(0) {
+      : m(m),
+        sweep(sweep),
+        weighted(Kind != Sums::forward || sweep.visit == Visit::again),
+        mine(0) {
     const Lane lane = m.lane_of_row(tile);
     first = lane.super_row * m.chip.period + lane.phase;
     place = lane.super_row * m.chip.period * m.chip.cols + static_cast<int>(lane.offset);
@@ -307,7 +311,7 @@ SIMT_FN void add_up(const Member<T>& m, const Sweep& sweep, int image) {
     for (int chunk = 0; chunk < chip.chunks; chunk++) {
       const int begin = m.chunk_begin(chunk), end = m.chunk_end(chunk);
       if (begin >= end) break;
-      if (sweep.first && tile == 0) {
+      if (sweep.visit == Visit::first && tile == 0) {
         if (chunk < chip.kept) wait_for(m, image, chunk);
         if (Own::product && chunk < chip.kept_dy) wait_for(m, image, chip.kept + chunk);
       }
