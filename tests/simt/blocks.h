@@ -95,11 +95,11 @@ SIMT_MACHINE inline void run_lane() {
 #endif
   // The first switch to a lane and the last one from it order the launch among others. They are
   // kept apart from its body, or they would order the bodies of lanes that run one after the other.
-  if (kThreadSanitizer) suspend(false, false);
+  if (kThreadSanitizer) suspend();
   scheduler.body(scheduler.kernel);
   current->returned = true;
-  if (kThreadSanitizer) suspend(false, false);
-  suspend(true, true);
+  if (kThreadSanitizer) suspend();
+  suspend(Fence::full);
   __builtin_unreachable();
 }
 
@@ -134,7 +134,7 @@ class Turns {
       for (Lane* lane : turns) {
         if (!runnable(lane)) continue;
         stuck = false;
-        resume(lane, false);
+        resume(lane, Fence::none);
         if (!lane->returned) continue;
         returned++;
         lane->block->lane_returned();
@@ -213,10 +213,10 @@ inline void run(const Launch& launch, void (*body)(const void*), const void* ker
       }
     }
     if (kThreadSanitizer)
-      for (Lane* lane : running) resume(lane, true);
+      for (Lane* lane : running) resume(lane, Fence::full);
     turns.run(running);
     if (kThreadSanitizer)
-      for (Lane* lane : running) resume(lane, false);
+      for (Lane* lane : running) resume(lane, Fence::none);
   }
 }
 

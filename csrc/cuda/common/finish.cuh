@@ -79,8 +79,8 @@ SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, double* sums) {
   const int lane = simt::thread() % simt::kWarp;
   for (int t = simt::thread() / simt::kWarp; t < kSpatialSums; t += kWarps) {
     double sum = 0;
-    for (int64_t b = lane; b < args.spatial_blocks; b += simt::kWarp)
-      sum += args.spatial_parts[b * kSpatialSums + t];
+    for (int64_t block = lane; block < args.spatial_blocks; block += simt::kWarp)
+      sum += args.spatial_parts[block * kSpatialSums + t];
     sum = warp_sum(sum);
     if (lane == 0) sums[t] = sum;
   }

@@ -116,8 +116,7 @@ OnChip choose(const Problem& problem, Way way, const Device& device, bool aligne
     const double bytes = cost(problem, device, chip);
     if (best.refused || bytes < least) best = chip, least = bytes;
   };
-  for (int b = 0; b < 3; b++) {
-    const Barrier barrier = static_cast<Barrier>(b);
+  for (Barrier barrier : {Barrier::block, Barrier::cluster, Barrier::counter}) {
     if (wish.kind == Wish::Kind::exact && wish.barrier != barrier) continue;
     if (barrier == Barrier::cluster && !has_clusters(device.sm)) {
       if (best.refused == kNone) best.refused = "clusters need compute capability 9.0";
