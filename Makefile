@@ -90,10 +90,10 @@ bench-full: $(STAMPS)/env-bench $(BUILT)  ## the same over all shapes, dtypes an
 	$(PY) -m benchmarks.report
 
 ablation: $(STAMPS)/env-bench $(BUILT)  ## the paper's Tables I, II and III in miniature, 45 minutes
-	$(PY) -m benchmarks.ablation
+	$(PY) -m benchmarks.paper.ablation
 
 demo: $(STAMPS)/env-bench $(BUILT)  ## make data, train a small detector, test it, draw what it finds
-	$(PY) -m benchmarks.demo
+	$(PY) -m benchmarks.paper.demo
 
 gpu: $(STAMPS)/env-test $(STAMPS)/env-bench  ## on a machine with a GPU: build, test, measure
 	$(PY) -m benchmarks.gpu

@@ -195,8 +195,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "device"
 
 
-def head(kind: str, device: str, preset: str) -> dict[str, Any]:
-    """The part that every results file has; `kind` is "op", "network" or "gpu"."""
+def head(kind: str, device: str, preset: str, module: str = "") -> dict[str, Any]:
+    """The part that every results file has; `module` is the one that ran, benchmarks.KIND if it is
+    left out."""
     arguments = iter(sys.argv[1:])
     shown = []
     for argument in arguments:  # where the file was written is nobody's business but the user's
@@ -209,7 +210,7 @@ def head(kind: str, device: str, preset: str) -> dict[str, Any]:
         "kind": kind,
         "preset": preset,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": " ".join(["python", "-m", f"benchmarks.{kind}", *shown]),
+        "command": " ".join(["python", "-m", module or f"benchmarks.{kind}", *shown]),
         "device": device_record(device),
         "versions": versions(),
         "digest": digest(device),

@@ -22,7 +22,7 @@ from benchmarks.tables import Results
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 KINDS = ("op", "network")
-ABLATION = "ablation"  # whose block benchmarks.ablation writes
+ABLATION = "ablation"  # whose block benchmarks.paper.ablation writes
 NO_GPU = "No GPU results are committed yet: `make gpu` tests and measures on a machine with a GPU."
 PART_HEADER = ["part", "result", "passed", "failed", "skipped", "of", "seconds"]
 CHECK_HEADER = ["target", "what", "found", "expected"]

@@ -28,12 +28,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .parameters import Parameters
 from .reference import accumulation_dtype
 
 PROMISED = {
@@ -48,14 +48,7 @@ SEVERAL = 4  # draws, from which on a root mean square means something
 MANY = 16  # numbers that do not all happen to be small
 _ROUNDINGS = 4
 
-PARAMETERS = (
-    "conv_weight",
-    "dilated_weight",
-    "merge_weight",
-    "spatial_bias",
-    "gate_weight",
-    "gate_bias",
-)
+PARAMETERS = Parameters._fields
 
 
 @dataclass(frozen=True)
@@ -117,13 +110,12 @@ def exact(
     is returned. Shapes and dtypes are those of :func:`da_ops.da_attention`.
     """
     given = (x, *parameters)
-    values: list[Any] = [None if t is None else t.detach().double() for t in given]
-    sizes: list[Any] = [None if t is None else t.abs() for t in values]
-    dy = dy.detach().double()
-    how: dict[str, Any] = {"order": order, "gate": gate}
-    masks = s, c = reference.masks(*values, **how)
+    dy, wide = dy.detach().double(), x.detach().double()
+    values = Parameters(*parameters).each(lambda p: p.detach().double())
+    size, sizes = wide.abs(), values.each(torch.abs)
+    masks = s, c = reference.masks(wide, values, order, gate)
     slopes = [mask * (1 - mask) for mask in masks]
-    true = reference.gradients(dy, *values, **how, masks=masks, slopes=slopes)
+    true = reference.gradients(dy, wide, values, order, gate, masks=masks, slopes=slopes)
     precision = torch.finfo(accumulation_dtype(x.dtype))
     promised = PROMISED[accumulation_dtype(x.dtype)]
     rounded = _ROUNDINGS * precision.eps / 2 / promised  # as a share of the promise
@@ -133,15 +125,15 @@ def exact(
         least = precision.tiny / promised
         return lambda logit: mask + rounded * mask * (1 + (1 - mask) * logit) + least
 
-    terms = reference.masks(*sizes, **how, sigmoids=(known(s), known(c)))
+    terms = reference.masks(size, sizes, order, gate, sigmoids=(known(s), known(c)))
     slopes = [own * (1 - mask + (own - mask)) for own, mask in zip(terms, masks, strict=True)]
-    added = reference.gradients(dy.abs(), *sizes, **how, masks=terms, slopes=slopes)
-    found = {"y": Exact(values[0] * s * c, sizes[0] * terms[0] * terms[1], False)}
+    added = reference.gradients(dy.abs(), size, sizes, order, gate, masks=terms, slopes=slopes)
+    found = {"y": Exact(wide * s * c, size * terms[0] * terms[1], False)}
     names = ("dx", *(f"d_{name}" for name in PARAMETERS))
-    for name, t, value, size in zip(names, given, true, added, strict=True):
-        if t is not None and value is not None and size is not None:
+    for name, t, value, magnitude in zip(names, given, true, added, strict=True):
+        if t is not None and value is not None and magnitude is not None:
             is_sum = name != "dx" and not (name.startswith("d_gate") and gate == "affine")
-            found[name] = Exact(value.reshape(t.shape), size.reshape(t.shape), is_sum)
+            found[name] = Exact(value.reshape(t.shape), magnitude.reshape(t.shape), is_sum)
     return found
 
 

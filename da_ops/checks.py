@@ -1,4 +1,4 @@
-"""What the operator takes. One place, asked before any kernel runs."""
+"""The checks of the operator's arguments, made before any kernel runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .parameters import Parameters
 from .reference import GATES, ORDERS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,34 +38,25 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def odd_int(name: str, value: Any) -> int:
-    """The same of an odd number."""
+    """``value`` as an int; ValueError unless it is one, positive and odd."""
     number = positive_int(name, value)
     if number % 2 == 0:
         raise ValueError(f"{name} must be odd, got {value!r}")
     return number
 
 
-def check_arguments(
-    x: Tensor,
-    conv_weight: Tensor | None,
-    dilated_weight: Tensor | None,
-    merge_weight: Tensor | None,
-    spatial_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    order: str,
-    gate: str,
-) -> None:
+def check_arguments(x: Tensor, parameters: Parameters, order: str, gate: str) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the operator can take the call.
 
-    On every call's path: messages are made only when one is needed.
+    Every call comes here, and so a message is made only when it is needed.
     """
-    _check_x(x)
+    conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias = parameters
+    channels = _check_x(x)
     if order not in ORDERS or gate not in GATES:
         check_options(order, gate)
     spatial, channel = order != "channel", order != "spatial"
     with_weight, with_bias = channel and gate != "sigmoid", channel and gate in ("affine", "scalar")
-    gate_shape: tuple[int, ...] = (x.shape[1],) if gate == "affine" else _ONE
+    gate_shape: tuple[int, ...] = (channels,) if gate == "affine" else _ONE
     if gate == "eca" and with_weight and isinstance(gate_weight, Tensor):
         gate_shape = gate_weight.shape
         if len(gate_shape) != 1 or gate_shape[0] % 2 == 0:
@@ -104,7 +96,8 @@ def check_arguments(
         shared = own
 
 
-def _check_x(x: Tensor) -> None:
+def _check_x(x: Tensor) -> int:
+    """C of ``x``; TypeError or ValueError unless it is a feature map."""
     if not isinstance(x, Tensor):
         raise TypeError(f"da_attention: x must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
@@ -123,6 +116,7 @@ def _check_x(x: Tensor) -> None:
         )
     if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
         raise ValueError(f"da_attention: C, H and W of x must be at least 1, got {list(shape)}")
+    return shape[1]
 
 
 def _refuse_unused(name: str, order: str, gate: str) -> NoReturn:

@@ -9,9 +9,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import reference
-from .backends import implementation, select
+from .backends.choice import CHOICE
 from .checks import check_arguments
 from .layout import dense, like
+from .parameters import Parameters
 
 
 class DAFunction(torch.autograd.Function):
@@ -29,7 +30,10 @@ class DAFunction(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Tensor:
-        return plain(*args) if transformed() else fused(*args)
+        if not transformed():
+            return fused(*args)
+        x, *parameters, order, gate, backend = args
+        return plain(x, Parameters(*parameters), order, gate, backend)
 
     @staticmethod
     def forward(
@@ -45,18 +49,12 @@ class DAFunction(torch.autograd.Function):
         gate: str,
         backend: str,
     ) -> Tensor:
-        parameters = (
-            conv_weight,
-            dilated_weight,
-            merge_weight,
-            spatial_bias,
-            gate_weight,
-            gate_bias,
+        parameters = Parameters(
+            conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
         )
-        check_arguments(x, *parameters, order, gate)
-        chosen = select(backend, x.device.type)
-        served = implementation(chosen, backend)
-        y, channel_mean, pooled = served.forward(dense(x), *parameters, order, gate)
+        check_arguments(x, parameters, order, gate)
+        served = CHOICE.implementation(backend, x.device.type)
+        y, channel_mean, pooled = served.forward(dense(x), parameters, order, gate)
         ctx.options = order, gate, served
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *parameters, channel_mean, pooled)
@@ -66,26 +64,15 @@ class DAFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 10
-        x, *parameters, channel_mean, pooled = ctx.saved_tensors
+        x, *saved, channel_mean, pooled = ctx.saved_tensors
+        parameters = Parameters(*saved)
         order, gate, served = ctx.options
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            conv, dilated, merge, bias, weight, gate_bias = parameters
-            gradients = reference.da_attention_backward(
-                dy,
-                x,
-                conv,
-                dilated,
-                merge,
-                weight,
-                gate_bias,
-                spatial_bias=bias,
-                order=order,
-                gate=gate,
-            )
+            gradients = reference.backward(dy, x, parameters, order, gate)
         else:
             x = dense(x)
             gradients = served.backward(
-                like(dy, x), x, *parameters, channel_mean, pooled, order, gate
+                like(dy, x), x, parameters, channel_mean, pooled, order, gate
             )
         return (*gradients, None, None, None)
 
@@ -98,30 +85,8 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def plain(
-    x: Tensor,
-    conv_weight: Tensor | None,
-    dilated_weight: Tensor | None,
-    merge_weight: Tensor | None,
-    spatial_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    order: str,
-    gate: str,
-    backend: str,
-) -> Tensor:
-    """The operator as differentiable PyTorch operations, for what no kernel can serve."""
-    parameters = (conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias)
-    check_arguments(x, *parameters, order, gate)
-    select(backend, x.device.type)
-    return reference.da_attention(
-        x,
-        conv_weight,
-        dilated_weight,
-        merge_weight,
-        gate_weight,
-        gate_bias,
-        spatial_bias=spatial_bias,
-        order=order,
-        gate=gate,
-    )
+def plain(x: Tensor, parameters: Parameters, order: str, gate: str, backend: str) -> Tensor:
+    """The operator as differentiable PyTorch operations, for calls that no kernel can serve."""
+    check_arguments(x, parameters, order, gate)
+    CHOICE.select(backend, x.device.type)
+    return reference.forward(x, parameters, order, gate)

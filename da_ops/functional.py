@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -11,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .checks import check_arguments
 from .function import fused, plain, transformed
 from .layout import dense
+from .parameters import Parameters
 from .reference import rounded_once
 from .shards import is_distributed, on_each_shard
 
@@ -60,18 +59,8 @@ def da_attention(
         ValueError: a shape, device, option, or an argument that the order or gate does not take.
         RuntimeError: ``backend`` names one that cannot serve here; the message says why.
     """
-    return attention(
-        x,
-        conv_weight,
-        dilated_weight,
-        merge_weight,
-        spatial_bias,
-        gate_weight,
-        gate_bias,
-        order,
-        gate,
-        backend,
-    )
+    parameters = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
+    return attention(x, *parameters, order, gate, backend)
 
 
 def attention(
@@ -88,29 +77,29 @@ def attention(
 ) -> Tensor:
     """:func:`da_attention` with every argument positional: one node of an FX graph, and, compiled
     by TorchScript, plain operations."""
+    # A plain tuple, since autograd takes it apart again: naming it costs a small call a percent.
     parameters = (conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias)
     if torch.jit.is_scripting():
-        return rounded_once(x, *parameters, order, gate)
-    else:  # TorchScript compiles what stands after a return, but not this branch
+        return rounded_once(x, Parameters(*parameters), order, gate)
+    else:  # TorchScript compiles code after a return, but not this branch
         if has_torch_function_unary(x):  # a Proxy of FX, among others
             return handle_torch_function(attention, (x,), x, *parameters, order, gate, backend)
         if isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided:
             x = dense(x)  # here, so that backward finds the copy and makes none
-        args = (x, *parameters, order, gate, backend)
         if type(x) is not Tensor and is_distributed(x):
-            return on_each_shard(attention, *args)
+            return on_each_shard(attention, x, Parameters(*parameters), order, gate, backend)
         if torch.compiler.is_compiling():
-            return _compiled(*args)
+            return _compiled(x, Parameters(*parameters), order, gate, backend)
         if transformed() or torch.jit.is_tracing():
-            return plain(*args)
-        return fused(*args)
+            return plain(x, Parameters(*parameters), order, gate, backend)
+        return fused(x, *parameters, order, gate, backend)
 
 
-def _compiled(*args: Any) -> Tensor:
+def _compiled(x: Tensor, parameters: Parameters, order: str, gate: str, backend: str) -> Tensor:
     if torch.onnx.is_in_onnx_export() or transformed():
-        return plain(*args)
-    check_arguments(*args[:-1])
-    return torch.ops.da_ops.attention.default(*args)
+        return plain(x, parameters, order, gate, backend)
+    check_arguments(x, parameters, order, gate)
+    return torch.ops.da_ops.attention.default(x, *parameters, order, gate, backend)
 
 
 # One node to Dynamo, and the function to what comes after it. Dynamo would make a contiguous copy

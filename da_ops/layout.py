@@ -25,8 +25,6 @@ def like(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def empty_gradient(p: Tensor) -> Tensor:
-    """For the gradient of a parameter: contiguous, with its strides where a dimension has size 1.
-
-    Those have no meaning, but DistributedDataParallel compares them.
-    """
+    """An empty tensor for the gradient of ``p``: contiguous, but with the strides of ``p`` in
+    dimensions of size 1, which mean nothing and which DistributedDataParallel compares."""
     return torch.empty_like(p.contiguous())

@@ -105,7 +105,7 @@ class DAModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._through_children(x)
-        else:  # TorchScript compiles what stands after a return, but not this branch
+        else:  # TorchScript compiles code after a return, but not this branch
             spatial: tuple[Any, Any, Any, Any] = (None, None, None, None)
             if self.order != "channel":
                 children = self._modules
@@ -122,15 +122,8 @@ class DAModule(nn.Module):
                         for child in (self.conv, self.dilated_conv, self.merge)
                     )
                 spatial = (conv[0], dilated[0], merge[0], _folded_bias(conv[1], dilated[1], *merge))
-            return attention(
-                x,
-                *spatial,
-                _parameter(self, "gate_weight"),
-                _parameter(self, "gate_bias"),
-                self.order,
-                self.gate,
-                self.backend,
-            )
+            gate = _parameter(self, "gate_weight"), _parameter(self, "gate_bias")
+            return attention(x, *spatial, *gate, self.order, self.gate, self.backend)
 
     def unfused(self) -> str | None:
         """Why the layer calls its convolutions; None where the fused kernels take their place.
@@ -212,7 +205,7 @@ _told: set[str | None] = set()  # reasons
 def _weights(child: Any, made: tuple[Any, ...]) -> tuple[Any, Any] | None:
     """Weight and bias of a convolution that computes what the kernels do, else None.
 
-    On every call's path, and so written out.
+    Every call comes here, and so the comparisons are written out.
     """
     own = child.__dict__
     if (

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .parameters import Parameters
+
 ORDERS = ("spatial_channel", "channel_spatial", "parallel", "spatial", "channel")
 GATES = ("affine", "scalar", "eca", "sigmoid")
 
@@ -33,14 +35,12 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def spatial_logit(
-    mean: Tensor,
-    conv_weight: Tensor,
-    dilated_weight: Tensor,
-    merge_weight: Tensor,
-    spatial_bias: Tensor | None = None,
-) -> Tensor:
+def spatial_logit(mean: Tensor, parameters: Parameters) -> Tensor:
     """Two receptive fields over the channel mean, merged: ``[N, 1, H, W] -> [N, 1, H, W]``."""
+    conv_weight, dilated_weight, merge_weight, spatial_bias, _, _ = parameters
+    assert conv_weight is not None
+    assert dilated_weight is not None
+    assert merge_weight is not None
     near = F.conv2d(mean, conv_weight, padding=1)
     far = F.conv2d(mean, dilated_weight, padding=3, dilation=3)
     return F.conv2d(torch.cat([near, far], 1), merge_weight, spatial_bias)
@@ -74,32 +74,21 @@ def formula(
     gate: str = "affine",
 ) -> Tensor:
     """The operator, computed in the dtype of its tensors, which must agree."""
-    weights = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
-    return _formula(x, *weights, order, gate)
+    parameters = Parameters(
+        conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
+    )
+    return _formula(x, parameters, order, gate)
 
 
-def _formula(
-    x: Tensor,
-    conv_weight: Tensor | None,
-    dilated_weight: Tensor | None,
-    merge_weight: Tensor | None,
-    spatial_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    order: str,
-    gate: str,
-) -> Tensor:
+def _formula(x: Tensor, parameters: Parameters, order: str, gate: str) -> Tensor:
     y = x
     for half in order.replace("parallel", "spatial_channel").split("_"):
         seen = x if order == "parallel" else y  # by the mask
         if half == "channel":
-            logit = channel_logit(pooled(seen), gate, gate_weight, gate_bias)[:, :, None, None]
+            weight, bias = parameters.gate_weight, parameters.gate_bias
+            logit = channel_logit(pooled(seen), gate, weight, bias)[:, :, None, None]
         else:
-            assert conv_weight is not None
-            assert dilated_weight is not None
-            assert merge_weight is not None
-            m = channel_mean(seen)
-            logit = spatial_logit(m, conv_weight, dilated_weight, merge_weight, spatial_bias)
+            logit = spatial_logit(channel_mean(seen), parameters)
         y = y * torch.sigmoid(logit)
     return y
 
@@ -120,37 +109,30 @@ def da_attention(
 
     Arguments, shapes and errors are those of :func:`da_ops.da_attention`, less ``backend``.
     """
-    weights = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
-    with _autocast_off(x):
-        return rounded_once(x, *weights, order, gate)
-
-
-def rounded_once(
-    x: Tensor,
-    conv_weight: Tensor | None,
-    dilated_weight: Tensor | None,
-    merge_weight: Tensor | None,
-    spatial_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    order: str,
-    gate: str,
-) -> Tensor:
-    """``da_attention`` for TorchScript, which knows neither keyword-only arguments nor how to
-    switch autocast off."""
-    acc = accumulation_dtype(x.dtype)
-    y = _formula(
-        x.to(acc),
-        _to(conv_weight, acc),
-        _to(dilated_weight, acc),
-        _to(merge_weight, acc),
-        _to(spatial_bias, acc),
-        _to(gate_weight, acc),
-        _to(gate_bias, acc),
-        order,
-        gate,
+    parameters = Parameters(
+        conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
     )
-    return y.to(x.dtype)
+    return forward(x, parameters, order, gate)
+
+
+def forward(x: Tensor, parameters: Parameters, order: str, gate: str) -> Tensor:
+    """:func:`da_attention` of the parameters as one value."""
+    with _autocast_off(x):
+        return rounded_once(x, parameters, order, gate)
+
+
+def rounded_once(x: Tensor, parameters: Parameters, order: str, gate: str) -> Tensor:
+    """:func:`forward` for TorchScript, which cannot switch autocast off."""
+    acc = accumulation_dtype(x.dtype)
+    converted = Parameters(
+        _to(parameters.conv_weight, acc),
+        _to(parameters.dilated_weight, acc),
+        _to(parameters.merge_weight, acc),
+        _to(parameters.spatial_bias, acc),
+        _to(parameters.gate_weight, acc),
+        _to(parameters.gate_bias, acc),
+    )
+    return _formula(x.to(acc), converted, order, gate).to(x.dtype)
 
 
 def _to(p: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -175,36 +157,29 @@ def da_attention_backward(
     Returns ``(dx, d_conv_weight, d_dilated_weight, d_merge_weight, d_spatial_bias, d_gate_weight,
     d_gate_bias)``, each in the dtype of what it is the gradient of.
     """
-    given: tuple[Weight, ...] = (
-        x,
-        conv_weight,
-        dilated_weight,
-        merge_weight,
-        spatial_bias,
-        gate_weight,
-        gate_bias,
+    parameters = Parameters(
+        conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
     )
+    return backward(dy, x, parameters, order, gate)
+
+
+def backward(dy: Tensor, x: Tensor, parameters: Parameters, order: str, gate: str) -> Gradients:
+    """:func:`da_attention_backward` of the parameters as one value."""
     acc = accumulation_dtype(x.dtype)
     with _autocast_off(x):
-        converted: list[Weight] = [None if t is None else t.to(acc) for t in given]
-        both = masks(*converted, order=order, gate=gate)
+        wide, converted = x.to(acc), parameters.each(lambda p: p.to(acc))
+        both = masks(wide, converted, order, gate)
         slopes = [mask * (1 - mask) for mask in both]
-        found = gradients(dy.to(acc), *converted, order=order, gate=gate, masks=both, slopes=slopes)
+        found = gradients(dy.to(acc), wide, converted, order, gate, masks=both, slopes=slopes)
     return tuple(
         None if g is None or t is None else g.reshape(t.shape).to(t.dtype)
-        for g, t in zip(found, given, strict=True)
+        for g, t in zip(found, (x, *parameters), strict=True)
     )
 
 
 def masks(
     x: Tensor,
-    conv_weight: Weight,
-    dilated_weight: Weight,
-    merge_weight: Weight,
-    spatial_bias: Weight,
-    gate_weight: Weight,
-    gate_bias: Weight,
-    *,
+    parameters: Parameters,
     order: str,
     gate: str,
     sigmoids: Sequence[Callable[[Tensor], Tensor]] = (torch.sigmoid, torch.sigmoid),
@@ -218,11 +193,10 @@ def masks(
     for half in ("spatial", "channel") if of_x else order.split("_"):
         if half == "spatial":
             m = channel_mean(x if of_x else x * c)
-            logit = spatial_logit(m, conv_weight, dilated_weight, merge_weight, spatial_bias)
-            s = sigmoids[0](logit)
+            s = sigmoids[0](spatial_logit(m, parameters))
         else:
             g = pooled(x if of_x else x * s)
-            logit = channel_logit(g, gate, gate_weight, gate_bias)
+            logit = channel_logit(g, gate, parameters.gate_weight, parameters.gate_bias)
             c = sigmoids[1](logit[:, :, None, None])
     return s, c
 
@@ -230,15 +204,10 @@ def masks(
 def gradients(
     dy: Tensor,
     x: Tensor,
-    conv_weight: Weight,
-    dilated_weight: Weight,
-    merge_weight: Weight,
-    spatial_bias: Weight,
-    gate_weight: Weight,
-    gate_bias: Weight,
-    *,
+    parameters: Parameters,
     order: str,
     gate: str,
+    *,
     masks: Sequence[Tensor],
     slopes: Sequence[Tensor],
 ) -> Gradients:
@@ -247,6 +216,7 @@ def gradients(
     All tensors have one dtype. Here nothing is subtracted: absolute values give the gradients with
     the magnitudes of their terms added up.
     """
+    p: Any = parameters  # those that the order and the gate use are tensors
     channels, height, width = x.shape[1:]
     pixels = height * width
     has_spatial, has_channel = order != "channel", order != "spatial"
@@ -262,12 +232,12 @@ def gradients(
         nonlocal d_conv, d_dilated, d_merge, d_spatial_bias, dm
         dz = ds * slopes[0]
         near, far = _tap_sums(dz, m, 1), _tap_sums(dz, m, 3)
-        v = merge_weight.reshape(2)
+        v = p.merge_weight.reshape(2)
         d_conv, d_dilated = v[0] * near, v[1] * far
-        d_merge = torch.stack([(conv_weight * near).sum(), (dilated_weight * far).sum()])
+        d_merge = torch.stack([(p.conv_weight * near).sum(), (p.dilated_weight * far).sum()])
         d_spatial_bias = dz.sum()
-        dm = v[0] * F.conv_transpose2d(dz, conv_weight, padding=1)
-        dm = dm + v[1] * F.conv_transpose2d(dz, dilated_weight, padding=3, dilation=3)
+        dm = v[0] * F.conv_transpose2d(dz, p.conv_weight, padding=1)
+        dm = dm + v[1] * F.conv_transpose2d(dz, p.dilated_weight, padding=3, dilation=3)
 
     def through_channel_mask(dc: Tensor) -> None:
         nonlocal d_gate_weight, d_gate_bias, dg
@@ -275,14 +245,14 @@ def gradients(
         if gate == "sigmoid":
             dg = dt
         elif gate == "eca":
-            k = gate_weight.numel()
+            k = p.gate_weight.numel()
             windows = F.pad(g, (k // 2, k // 2)).unfold(1, k, 1)
             d_gate_weight = (dt[:, :, None] * windows).sum((0, 1))
-            dg = F.conv_transpose1d(dt[:, None], gate_weight.view(1, 1, -1), padding=k // 2)[:, 0]
+            dg = F.conv_transpose1d(dt[:, None], p.gate_weight.view(1, 1, -1), padding=k // 2)[:, 0]
         else:
             over = (0,) if gate == "affine" else (0, 1)
             d_gate_weight, d_gate_bias = (dt * g).sum(over), dt.sum(over)
-            dg = gate_weight * dt
+            dg = p.gate_weight * dt
         dg = dg[:, :, None, None]
 
     if order == "channel_spatial":

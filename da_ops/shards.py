@@ -8,19 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
+from .parameters import Parameters
+
 
 def is_distributed(x: object) -> bool:
-    """Whether ``x`` is a DTensor. Costs no import of what makes them."""
+    """Whether ``x`` is a DTensor; imports nothing."""
     made_by = sys.modules.get("torch.distributed.tensor")
     return made_by is not None and isinstance(x, made_by.DTensor)
 
 
-def on_each_shard(function: Callable[..., Tensor], x: Any, *args: Any) -> Tensor:
-    """``function(x, *args)``, where ``x`` is a DTensor ``[N, C, H, W]``, split over N or not.
+def on_each_shard(
+    function: Callable[..., Tensor], x: Any, parameters: Parameters, *options: str
+) -> Tensor:
+    """``function(x, *parameters, *options)`` where ``x`` is a DTensor ``[N, C, H, W]``.
 
-    An image needs no other: whatever is split otherwise is gathered first. Among ``args``,
-    parameters must be DTensors on the mesh of ``x``; their gradients are partial sums where ``x``
-    is split.
+    An image needs no other, and so ``x`` may be split over N; if it is split otherwise, it is
+    gathered first. The parameters must be DTensors on the mesh of ``x``; their gradients are
+    partial sums where ``x`` is split.
 
     Raises:
         TypeError: a parameter is not distributed.
@@ -43,7 +47,8 @@ def on_each_shard(function: Callable[..., Tensor], x: Any, *args: Any) -> Tensor
         whole = p.redistribute(mesh, [Replicate()] * mesh.ndim)
         return whole.to_local(grad_placements=gradients)
 
-    y = function(x.redistribute(mesh, placements).to_local(), *map(local, args))
+    own = parameters.each(local)
+    y = function(x.redistribute(mesh, placements).to_local(), *own, *options)
     return DTensor.from_local(
         y, mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
     )

@@ -24,6 +24,7 @@ if not GPU:
 os.environ["DA_OPS_TRITON_AUTOTUNE"] = os.environ.get("DA_OPS_TRITON_AUTOTUNE") or "0"
 
 import da_ops  # noqa: E402
+from da_ops.backends.choice import CHOICE  # noqa: E402
 
 from .cases import FULL  # noqa: E402
 from .simt.build import ROOT, build, unavailable  # noqa: E402
@@ -103,6 +104,14 @@ def backend(_target):
 def device(_target):
     """The device that `backend` serves."""
     return _target[1]
+
+
+@pytest.fixture
+def choice():
+    """The choice of a backend, made anew in the test; what it came to is forgotten after."""
+    CHOICE.forget()
+    yield CHOICE
+    CHOICE.forget()
 
 
 @pytest.fixture

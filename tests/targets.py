@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from da_ops.backends.triton import launch, run, tune
 
@@ -23,30 +24,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
-
-
-def source(kernel, arguments, constants):
-    """As Triton's own launcher specialises: on None, on 1 and on what 16 divides."""
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = arguments[i] if i < len(arguments) else constants[name]
-        if i >= len(arguments) or value is None or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constexprs[(i,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
 
 
 def resources(binary):
@@ -62,11 +39,13 @@ def resources(binary):
 
 
 def compiled(kernel, target, arguments, options):
-    constants = {k: v for k, v in options.items() if k in kernel.arg_names}
-    others = {k: v for k, v in options.items() if k not in constants}
-    made = triton.compile(
-        source(kernel, arguments, constants), TARGETS[target], {"enable_fp_fusion": True, **others}
-    )
+    """What a launch would compile, specialised by Triton itself; tensors count as aligned."""
+    backend = make_backend(TARGETS[target])
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {"enable_fp_fusion": True, **options}
+    bound, specialization, others = bind(*arguments, **options)
+    others, *source = kernel._pack_args(backend, options, bound, specialization, others)
+    made = triton.compile(ASTSource(kernel, *source), TARGETS[target], vars(others))
     if "ptx" in made.asm:
         accesses = re.findall(r"\b(?:ld|st)\.global\S*", made.asm["ptx"])
         return {

@@ -16,8 +16,10 @@ pytest.importorskip("psutil")
 
 from scipy import stats
 
-from benchmarks import ablation, ablation_chart, ablation_report, environment, report
+from benchmarks import environment, report
 from benchmarks.environment import BenchmarkError
+from benchmarks.paper import ablation, chart
+from benchmarks.paper import report as findings
 
 TINY = dataclasses.replace(
     ablation.PRESETS["small"],
@@ -36,7 +38,7 @@ TINY = dataclasses.replace(
 def tiny(monkeypatch):
     """The ablation with three networks of four steps."""
     monkeypatch.setitem(ablation.PRESETS, "small", TINY)
-    few = {name: ablation.VARIANTS[name] for name in (ablation_report.PLAIN, "DA", "SE")}
+    few = {name: ablation.VARIANTS[name] for name in (findings.PLAIN, "DA", "SE")}
     monkeypatch.setattr(ablation, "VARIANTS", few)
 
 
@@ -55,7 +57,7 @@ def results(**values):
 def test_the_interval_is_that_of_a_paired_t_test():
     draw = np.random.default_rng()
     plain, mine = draw.normal(60, 2, 5), draw.normal(61, 2, 5)
-    found = ablation_report.difference(results(plain=plain, SE=mine), "SE")
+    found = findings.difference(results(plain=plain, SE=mine), "SE")
     expected = stats.ttest_rel(mine, plain).confidence_interval(0.95)
     assert found.mean == pytest.approx((mine - plain).mean())
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
@@ -65,33 +67,33 @@ def test_several_intervals_hold_together():
     draw = np.random.default_rng()
     plain, *others = draw.normal(60, 2, (4, 5))
     many = results(plain=plain, **dict(zip(("SE", "DA", "ECA"), others, strict=True)))
-    found = ablation_report.difference(many, "SE")
+    found = findings.difference(many, "SE")
     expected = stats.ttest_rel(others[0], plain).confidence_interval(1 - 0.05 / 3)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_the_chart_says_what_differs_first():
     same = {"DA": [61, 60, 62], "SE": [60, 62, 61]}
-    headline = ablation_chart.headline(results(plain=[60, 61, 62], **same))
+    headline = chart.headline(results(plain=[60, 61, 62], **same))
     assert headline == "No difference from plain found for any"
     better = results(plain=[60, 61, 62], ECA=[65, 66.1, 67], **same)
-    headline = ablation_chart.headline(better)
+    headline = chart.headline(better)
     assert headline == "Better than plain: ECA; no difference from plain found for the other 2"
 
 
 def test_a_start_that_is_not_reached_again_is_told():
     record = results(plain=[60, 61, 62])
-    assert "win back" not in ablation_report.description(record)
+    assert "win back" not in findings.description(record)
     record["settings"]["pretraining"] = 7
     for before, told in ((0.6, False), (0.62, True)):
         record["pretraining"] = {"map_11": before, "seconds": 60.0}
-        assert ("win back" in ablation_report.description(record)) == told
+        assert ("win back" in findings.description(record)) == told
 
 
 def test_only_seeds_that_both_have_are_compared():
-    found = ablation_report.difference(results(plain=[50, 60], SE=[51, 63, 99]), "SE")
+    found = findings.difference(results(plain=[50, 60], SE=[51, 63, 99]), "SE")
     assert found.mean == pytest.approx(2)
-    assert ablation_report.difference(results(plain=[50]), "SE") is None
+    assert findings.difference(results(plain=[50]), "SE") is None
 
 
 @pytest.mark.parametrize(
@@ -104,11 +106,11 @@ def test_only_seeds_that_both_have_are_compared():
     ],
 )
 def test_what_is_said_of_a_difference(differences, finding):
-    assert ablation_report.paired(differences).finding == finding
+    assert findings.paired(differences).finding == finding
 
 
 def test_tables_stand_beside_the_papers_figures():
-    found = dict(ablation_report.sections(results(plain=[60, 61, 62], DA=[61, 61.9, 63.2])))
+    found = dict(findings.sections(results(plain=[60, 61, 62], DA=[61, 61.9, 63.2])))
     (one,), (two,), (three,) = (
         [rows for title, rows in found.items() if title.startswith(f"Table {number} ")]
         for number in ("I", "II", "III")
@@ -131,12 +133,12 @@ def test_networks_of_a_seed_start_alike_and_differ_between_seeds(tiny, tmp_path)
         for name in ablation.VARIANTS
         for seed in (0, 1)
     }
-    plain = networks[ablation_report.PLAIN, 0]
+    plain = networks[findings.PLAIN, 0]
     for name in ("DA", "SE"):
         mine = networks[name, 0]
         assert plain.keys() < mine.keys()
         assert all((mine[key] == value).all() for key, value in plain.items())
-    other = networks[ablation_report.PLAIN, 1]
+    other = networks[findings.PLAIN, 1]
     assert any((other[key] != value).any() for key, value in plain.items())
 
 
@@ -152,7 +154,7 @@ def test_all_compute_what_the_pretrained_network_does(tmp_path):
             features = model.backbone(torch.stack(images))
             return torch.cat([level.flatten() for level in features.values()])
 
-    plain = heads(ablation_report.PLAIN)
+    plain = heads(findings.PLAIN)
     for name in ablation.VARIANTS:
         torch.testing.assert_close(heads(name), plain, rtol=1e-4, atol=1e-4)
 
@@ -161,7 +163,7 @@ def test_all_compute_what_the_pretrained_network_does(tmp_path):
 def test_what_was_pretrained_is_trained_at_its_own_rate(tmp_path, monkeypatch, tuning, expected):
     preset = dataclasses.replace(TINY, tuning_lr=tuning)
     data = ablation.load(preset, tmp_path)
-    start = ablation.network(ablation_report.PLAIN, 0, preset, data.classes, None).state_dict()
+    start = ablation.network(findings.PLAIN, 0, preset, data.classes, None).state_dict()
     rates, one_cycle = [], ablation.one_cycle
 
     def watched(given, steps):
@@ -225,7 +227,7 @@ def test_the_readme_block_is_generated_and_checked(tiny, tmp_path, monkeypatch, 
     record |= results(plain=[60, 61, 62], DA=[61, 61.9, 63.2])
     environment.write_results(path, record)
     monkeypatch.setattr(environment, "COMMITTED", tmp_path)
-    readme.write_text(f"before\n{ablation_report.BEGIN}\n{ablation_report.END}\nafter\n")
+    readme.write_text(f"before\n{findings.BEGIN}\n{findings.END}\nafter\n")
     check = ["--readme", str(readme), "--check"]
     assert ablation.main(check) == 1
     assert ablation.main(check[:2]) == 0
@@ -244,4 +246,4 @@ def test_a_broken_results_file_is_refused(tmp_path):
     path = tmp_path / "x-ablation.json"
     path.write_text("{}")
     with pytest.raises(BenchmarkError, match="expected a results file"):
-        ablation_report.read(path)
+        findings.read(path)

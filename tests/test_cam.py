@@ -21,11 +21,11 @@ pytest.importorskip("matplotlib")
 from timm.models import resnet as timm_resnet
 from torchvision.models import resnet as tv
 
-from da_ops import cam, figures, models
+from da_ops import models
 from da_ops.cli import main
-from da_ops.detection import checkpoint
+from da_ops.detection import cam, checkpoint, figures
+from da_ops.detection.settings import Settings
 from da_ops.models.ssd import ssd
-from da_ops.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from da_ops.backends import NAMES, unserved
 from da_ops.cli import main
 from da_ops.detection import synthetic, training
 from da_ops.detection.interrupts import uninterrupted
+from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
-from da_ops.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -80,12 +80,11 @@ def test_what_can_be_refused_is_refused_before_there_is_a_folder(
 
 @pytest.mark.parametrize("wish", ["cpuu", "unusable"])
 def test_a_backend_of_the_environment_is_looked_at_before_there_is_a_folder(
-    data, tmp_path, monkeypatch, wish
+    data, tmp_path, monkeypatch, choice, wish
 ):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unusable = next(name for name in NAMES if unserved(name, device))
     monkeypatch.setenv("DA_OPS_BACKEND", wish.replace("unusable", unusable))
-    monkeypatch.setattr(sys.modules["da_ops.backends"], "_chosen", {})
     with pytest.raises((ValueError, RuntimeError), match="asked for by the environment's DA_OPS"):
         training.train(data, tmp_path / "run", TINY)
     assert not (tmp_path / "run").exists()
@@ -98,10 +97,9 @@ def test_negative_intervals_are_refused(data, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
-def test_variables_that_are_set_to_nothing_are_not_set(data, tmp_path, monkeypatch):
+def test_variables_that_are_set_to_nothing_are_not_set(data, tmp_path, monkeypatch, choice):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DA_OPS_BACKEND"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(sys.modules["da_ops.backends"], "_chosen", {})
     training.train(data, tmp_path / "run", TINY)
     assert (tmp_path / "run" / "last.pt").exists()
 

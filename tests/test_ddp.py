@@ -28,7 +28,7 @@ from torch import nn
 torch.cuda.is_available = lambda: False
 torch.set_num_threads(1)
 from da_ops.detection import checkpoint, training
-from da_ops.settings import Settings
+from da_ops.detection.settings import Settings
 
 def build_model(*args):
     model = checkpoint.build_model(*args)

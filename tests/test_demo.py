@@ -14,7 +14,7 @@ pytest.importorskip("psutil")
 
 from PIL import Image
 
-from benchmarks import demo
+from benchmarks.paper import demo
 
 TINY = dataclasses.replace(demo.SETTINGS, size=64, batch_size=2, steps=2, warmup=1)
 

@@ -272,6 +272,20 @@ class TestBackends:
             lambda: call(backend=fused_cpu), RuntimeError, "'cpu'", "does not serve", "'meta'"
         )
 
+    def test_given_up(self, choice, monkeypatch, caplog, fused_cpu):
+        """What turned out not to work is not chosen again, and that is said once."""
+        monkeypatch.delenv("DA_OPS_BACKEND", raising=False)
+        assert choice.select("auto", "cpu") == fused_cpu
+        reason = "it has gone fishing"
+        for _ in range(2):
+            choice.give_up(fused_cpu, reason)
+        assert choice.select("auto", "cpu") == "eager"
+        assert da_ops.backends()[fused_cpu] == reason
+        assert_refused(lambda: make()(backend=fused_cpu), RuntimeError, repr(fused_cpu), reason)
+        assert [r.levelname for r in caplog.records if reason in r.getMessage()] == ["WARNING"]
+        choice.forget()
+        assert choice.select("auto", "cpu") == fused_cpu
+
 
 # Says which backend "auto" takes for two calls, and what it logged.
 CHOOSE = """

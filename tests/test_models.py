@@ -342,6 +342,23 @@ def test_without_torchvision():
     assert done.stderr.startswith("da-ops: ") and message in done.stderr
 
 
+def test_detection_without_torchvision():
+    """The command line starts, and what needs torchvision says how to get it."""
+    done = python(
+        "import sys; sys.modules['torchvision'] = None\n"
+        "import importlib, pkgutil, da_ops.cli, da_ops.detection.settings\n"
+        "for module in pkgutil.iter_modules(da_ops.detection.__path__, 'da_ops.detection.'):\n"
+        "    try:\n        importlib.import_module(module.name)\n"
+        "    except ImportError as error:\n        print(error)\n"
+        "print(da_ops.cli.main(['train', 'data', '--out', 'run']))\n"
+        "da_ops.cli.main(['--help'])"
+    )
+    *said, status, usage = done.stdout.partition("\n\n")[0].splitlines()
+    assert status == "1" and usage.startswith("usage: da-ops"), done.stderr
+    assert said and all('pip install "da-ops[detection]"' in text for text in said), said
+    assert 'pip install "da-ops[detection]"' in done.stderr
+
+
 def test_without_timm():
     done = python(
         "import sys, torch; sys.modules['timm'] = None\n"

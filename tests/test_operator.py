@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import da_ops
 from da_ops import accuracy
+from da_ops.parameters import Parameters
 from da_ops.reference import GATES, formula
 
 from .cases import (
@@ -53,6 +55,15 @@ def test_accuracy(backend, device, order, gate, dtype, parameter_dtype, layout):
         ours.append(call.errors(got, truncated=truncated))
         plain.append(call.errors(call.to(dtype).results(formula)))
     assert not accuracy.broken(ours, plain)
+
+
+def test_parameters_are_in_the_order_of_the_schemas():
+    operators = torch.ops.da_ops.attention, torch.ops.da_ops.triton_forward
+    if da_ops.backends()["cpu"] is None:
+        operators += torch.ops.da_ops.forward, torch.ops.da_ops.backward
+    for operator in operators:
+        names = [a.name for a in operator.default._schema.arguments if a.name != "dy"]
+        assert names[1:7] == list(Parameters._fields)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,9 +13,9 @@ from torchvision import models
 
 pytest.importorskip("pytorch_grad_cam")
 
+from da_ops.detection.figures import Network, draw_comparison
 from da_ops.detection.pictures import open_picture, to_rgb
 from da_ops.detection.voc import BadFileError
-from da_ops.figures import Network, draw_comparison
 
 from .devkit import Devkit
 

@@ -24,9 +24,9 @@ from da_ops.cli import train as train_command
 from da_ops.detection import checkpoint, training
 from da_ops.detection.loading import Seeded, StepSampler
 from da_ops.detection.optimisation import NotFiniteError, parameter_groups, stepwise
+from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
 from da_ops.detection.voc import VOCDetection, read_classes
-from da_ops.settings import Settings
 
 TINY = Settings(backbone="resnet18", size=32, batch_size=2, steps=4, warmup=2, lr=1e-3, seed=3)
 OPTIONS = ["--backbone", "resnet18", "--size", "32", "--batch-size", "2", "--workers", "0"]

@@ -20,8 +20,8 @@ pytest.importorskip("tensorboard")
 
 from da_ops.detection import checkpoint, training
 from da_ops.detection.logs import Table
+from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
-from da_ops.settings import Settings
 
 STEPS = 14
 SETTINGS = Settings(backbone="resnet18", size=32, batch_size=2, steps=STEPS, warmup=2, lr=1e-4)

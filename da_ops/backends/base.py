@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""The definition of a backend, and of the plan that it can tell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Gradients = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """What a plan depends on."""
+    """The facts about a call that a plan depends on."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -26,13 +26,13 @@ class Call:
 
     @property
     def bytes(self) -> int:
-        """Of x."""
+        """The size of x."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Of a GPU kernel."""
+    """The launch of a GPU kernel."""
 
     grid: int
     threads: int  # of a block
@@ -51,10 +51,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Direction:
-    """Forward or backward: its passes, and what of them reaches memory, in units of x's size."""
+    """Forward or backward, pass by pass."""
 
     passes: tuple[Pass, ...]
-    moved: int
+    moved: int  # read from and written to memory, in units of x's size
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,15 @@ class Plan:
 class Backend:
     """One way to compute the operator.
 
-    ``forward(x, conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias,
-    order, gate)`` returns ``(y, channel_mean, pooled)``, and ``backward(dy, x, the six parameters,
-    channel_mean, pooled, order, gate)`` the gradients of ``x`` and of the six parameters. Both get
-    checked arguments, ``x`` contiguous or channels_last and ``dy`` in the same layout.
-    ``plan(call)`` says what they will do.
+    ``forward(x, parameters, order, gate)`` returns ``(y, channel_mean, pooled)``, and
+    ``backward(dy, x, parameters, channel_mean, pooled, order, gate)`` the gradients of ``x`` and of
+    the six parameters. Both get checked arguments, ``x`` contiguous or channels_last and ``dy`` in
+    the same layout. ``plan(call)`` says what they will do.
 
-    ``missing()`` says what it needs of this machine and does not find, ``unfit()``, which is asked
-    once there is a tensor on a device, why it cannot run there. What may fail as late as at run
-    time has a ``forgiving`` variant, for "auto", which then says so and computes with plain PyTorch
-    operations.
+    ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
+    run on the devices that are there; it is asked once there is a tensor on one. A backend that may
+    fail as late as at run time has a ``forgiving`` variant for "auto", which then says so and
+    computes with plain PyTorch operations.
     """
 
     name: str

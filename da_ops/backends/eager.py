@@ -10,31 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
 from ..layout import empty_gradient
+from ..parameters import Parameters
 from .base import Backend, Call, Direction, Gradients, Pass, Plan
 
 
 def _forward(
-    x: Tensor,
-    conv_weight: Tensor | None,
-    dilated_weight: Tensor | None,
-    merge_weight: Tensor | None,
-    spatial_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    order: str,
-    gate: str,
+    x: Tensor, parameters: Parameters, order: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = reference.da_attention(
-        x,
-        conv_weight,
-        dilated_weight,
-        merge_weight,
-        gate_weight,
-        gate_bias,
-        spatial_bias=spatial_bias,
-        order=order,
-        gate=gate,
-    )
+    y = reference.forward(x, parameters, order, gate)
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
     return y, nothing, nothing.clone()  # backward computes the small maps again
 
@@ -42,33 +25,16 @@ def _forward(
 def _backward(
     dy: Tensor,
     x: Tensor,
-    conv_weight: Tensor | None,
-    dilated_weight: Tensor | None,
-    merge_weight: Tensor | None,
-    spatial_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
+    parameters: Parameters,
     channel_mean: Tensor,
     pooled: Tensor,
     order: str,
     gate: str,
 ) -> Gradients:
-    dx, *gradients = reference.da_attention_backward(
-        dy,
-        x,
-        conv_weight,
-        dilated_weight,
-        merge_weight,
-        gate_weight,
-        gate_bias,
-        spatial_bias=spatial_bias,
-        order=order,
-        gate=gate,
-    )
-    given = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
+    dx, *gradients = reference.backward(dy, x, parameters, order, gate)
     return dx, *(
         g if g is None or p is None or g.stride() == p.stride() else empty_gradient(p).copy_(g)
-        for g, p in zip(gradients, given)
+        for g, p in zip(gradients, parameters)
     )
 
 
@@ -105,7 +71,7 @@ def _plan(call: Call) -> Plan:
 
     spatial = call.order != "channel"
     size = {"affine": c, "scalar": 1, "eca": 3}.get(call.gate) if call.order != "spatial" else None
-    args = (
+    parameters = Parameters(
         parameter(1, 1, 3, 3) if spatial else None,
         parameter(1, 1, 3, 3) if spatial else None,
         parameter(1, 2, 1, 1) if spatial else None,
@@ -114,9 +80,9 @@ def _plan(call: Call) -> Plan:
         parameter(size) if size and call.gate != "eca" else None,
     )
     with _Passes(x.numel()) as forward:
-        y, channel_mean, pooled = _forward(x, *args, call.order, call.gate)
+        y, channel_mean, pooled = _forward(x, parameters, call.order, call.gate)
     with _Passes(x.numel()) as backward:
-        _backward(y, x, *args, channel_mean, pooled, call.order, call.gate)
+        _backward(y, x, parameters, channel_mean, pooled, call.order, call.gate)
     return Plan(forward.direction(), backward.direction(), {})
 
 

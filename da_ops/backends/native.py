@@ -1,7 +1,7 @@
-"""The compiled libraries: loading them, and what PyTorch must know of their operators.
+"""The compiled libraries: loads them, and tells PyTorch of their operators.
 
 Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``; the dispatcher
-chooses among them by device. Shapes and FLOPs, which hold for all, are registered here.
+chooses among them by device. Shapes and FLOPs are the same for all, and are registered here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import empty_gradient
+from ..parameters import Parameters
 from .base import Gradients
 
 _FOLDER = Path(__file__).resolve().parent.parent
 
 
 def build_record() -> dict[str, Any]:
-    """What the build made and what not and why, as setup.py wrote it; empty if it never ran."""
+    """The record of setup.py: what it built, and why not the rest; empty if it never ran."""
     try:
         return dict(json.loads((_FOLDER / "_build.json").read_text()))
     except (OSError, ValueError):
@@ -63,30 +64,30 @@ def planner() -> Any:
     return _plan
 
 
-def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.da_ops.forward.default(*args)
+def forward(
+    x: Tensor, parameters: Parameters, order: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.da_ops.forward.default(x, *parameters, order, gate)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    conv: Tensor | None,
-    dilated: Tensor | None,
-    merge: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    *args: Any,
+    parameters: Parameters,
+    channel_mean: Tensor,
+    pooled: Tensor,
+    order: str,
+    gate: str,
 ) -> Gradients:
-    parameters = conv, dilated, merge, bias, gate, gate_bias
-    out = torch.ops.da_ops.backward.default(dy, x, *parameters, *args)
+    conv, dilated, merge, bias, gate_weight, gate_bias = parameters
+    out = torch.ops.da_ops.backward.default(dy, x, *parameters, channel_mean, pooled, order, gate)
     return (  # written out: a loop takes a microsecond longer
         out[0],
         None if conv is None else out[1],
         None if dilated is None else out[2],
         None if merge is None else out[3],
         None if bias is None else out[4],
-        None if gate is None else out[5],
+        None if gate_weight is None else out[5],
         None if gate_bias is None else out[6],
     )
 

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # now, while it can be told from a failure that nobody reads on
+            sys.stdout.flush()  # now, so that a reader who has gone is not taken for a failure
     except BrokenPipeError:
         _leave_unread()
         return _BY_SIGNAL + signal.SIGPIPE
@@ -52,7 +52,7 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _leave_unread() -> None:
-    """What nobody reads goes nowhere, or Python would complain of it once more at its end."""
+    """Send unread output nowhere, or Python would complain of it once more at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in filter(_unread, (sys.stdout, sys.stderr)):
         os.dup2(nowhere, stream.fileno())

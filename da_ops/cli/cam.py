@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _cam(args: argparse.Namespace) -> int:
-    from ..figures import draw_comparison, load_network
+    from ..detection.figures import draw_comparison, load_network
 
     given = ((args.plain, None), (args.da, "da"))
     networks = [load_network(name, args.backbone, kind) for name, kind in given if name]

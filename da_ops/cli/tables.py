@@ -31,7 +31,7 @@ def _tables(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write all of it or nothing."""
     unfinished = path.parent / f".{path.name}.{os.getpid()}"
     try:
         unfinished.write_text(text)

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..settings import Settings
+from ..detection.settings import Settings
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -51,7 +51,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _argument(kind: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
-    """What argparse is told of a setting of this type."""
+    """Options of argparse for a setting of this type."""
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(kind, types.UnionType):  # X | None

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
-_MEAN = (124, 116, 104)  # ImageNet's, of which the border is made that zooming out brings
+from .vision import tv_tensors, v2
+
+_MEAN = (124, 116, 104)  # ImageNet's mean colour, of the border around an image zoomed out
 
 
 def train_transforms(size: int, augmentation: str = "ssd") -> v2.Compose:
@@ -44,6 +44,6 @@ def eval_transforms() -> v2.Compose:
 
 
 def _with_boxes(sample: tuple[Any, dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """What has one entry a box; keeps that in step with the boxes."""
+    """The tensors with one entry per box, which transforms then keep in step with the boxes."""
     _, target = sample
     return target["labels"], target["difficult"]

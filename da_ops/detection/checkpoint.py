@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from torchvision.models.detection.ssd import SSD
 
+from .vision import SSD
+
+# isort: split
 from ..models.ssd import ssd
 from ..models.weights import read, unprefixed
-from ..settings import Settings
+from .settings import Settings
 
 FORMAT = 1
 LAST = "last.pt"  # the newest checkpoint of a run
@@ -24,7 +26,7 @@ TABLES = ("train.csv", "eval.csv")
 
 
 class Run(NamedTuple):
-    """What ``config.json`` of a run folder says."""
+    """The contents of a run folder's ``config.json``."""
 
     settings: Settings
     classes: tuple[str, ...]
@@ -63,7 +65,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 def check_new(folder: Path) -> None:
     """FileExistsError if there is anything that a new run in this folder would overwrite."""
-    # Hidden files are left of a run that was killed before it began.
+    # A run that was killed before it began leaves hidden files.
     if folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
         raise FileExistsError(
             f"{folder}: expected a new or empty folder for the run, got one with files in it;"
@@ -132,7 +134,7 @@ def save(path: Path, state: dict[str, Any], run: Run) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What ``save`` wrote, on the CPU; ValueError if the file is no such checkpoint."""
+    """The contents of a file of ``save``, on the CPU; ValueError if it is no such file."""
     stored = read(path)
     if not isinstance(stored, dict) or not {"format", "step", "model", "classes"} <= set(stored):
         raise ValueError(

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models.detection.ssd import SSD
+
+from .vision import SSD
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _filled(polygons: Outline, extent: np.ndarray) -> np.ndarray:
 def _paint(
     kind: str, u: np.ndarray, v: np.ndarray, scale: float, ground: np.ndarray, rng: Rng
 ) -> np.ndarray:
-    """Colours [h, w, 3] at coordinates ``u`` and ``v``, of which ``scale`` pixels make one."""
+    """Colours [h, w, 3] at coordinates ``u`` and ``v``, whose unit is ``scale`` pixels."""
     if kind in _HUES:
         hue = rng.uniform(*_HUES[kind]) % 1
         return _plain(_unlike([ground], lambda: _saturated(hue, rng)), u)
@@ -91,7 +91,7 @@ def _paint(
     half_period = 2 / rng.integers(4, 7)
     a, b = (np.sin((w + 1) * math.pi / half_period) for w in (u, v))
     wave = {"stripes": a, "checks": a * b, "dots": (a * a * b * b) * 2 - 1}[kind]
-    # Over about one pixel from the one colour to the other.
+    # The step from one colour to the other takes about one pixel.
     sharp = half_period * scale / math.pi
     mix = np.clip(0.5 + 0.5 * wave * sharp, 0, 1)[..., None]
     mixed: np.ndarray = colour + (other - colour) * mix
@@ -107,7 +107,7 @@ def _saturated(hue: float, rng: Rng) -> np.ndarray:
 
 
 def _unlike(others: list[np.ndarray], propose: Callable[[], np.ndarray]) -> np.ndarray:
-    """A colour that can be told from all others, or of 30 proposed the one that best can."""
+    """A colour that can be told from all ``others``, or the most distant of 30 proposals."""
     best, most = propose(), 0.0
     for _ in range(30):
         colour = propose()

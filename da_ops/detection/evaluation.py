@@ -1,4 +1,4 @@
-"""What a detector finds in a data set, and how well."""
+"""How well a detector finds the objects of a data set."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from torchvision.models.detection.ssd import SSD
 from tqdm import tqdm
 
 from .distributed import World
 from .loading import started
 from .metric import VOCEvaluator
+from .vision import SSD
 from .voc import collate
 
 

@@ -15,12 +15,12 @@ def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits until the block is done, and then raises KeyboardInterrupt; a third one does
     not wait.
 
-    Raised in the midst of it, it would be lost in a callback of fork, come out of torch.save as
-    another error, or leave a queue's reader waiting. Processes that are forked in the block do not
-    heed Ctrl-C at all: they are their parent's to end.
+    An exception in the midst of the block could be lost in a callback of fork, come out of
+    torch.save as another error, or leave a queue's reader waiting. Processes that are forked in the
+    block ignore Ctrl-C: their parent ends them.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # where Python delivers no signals, and lets none be handled
+        yield  # Python delivers signals to the main thread alone
         return
     pressed: list[int] = []
     process = os.getpid()

@@ -67,8 +67,8 @@ class StepSampler(Sampler[list[Key]]):
 
 
 class Seeded(Dataset[Any]):
-    """``[epoch, index]``: the data set's item, its random transforms drawn from (seed, epoch,
-    index), whichever process or worker asks and whatever it did before."""
+    """A data set whose item ``[epoch, index]`` depends on (seed, epoch, index) alone: random
+    transforms are drawn anew for each item, whichever process or worker asks."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: rows of CSV, and the same for TensorBoard."""
+"""The logs of a run: rows of CSV, and the same for TensorBoard."""
 
 from __future__ import annotations
 

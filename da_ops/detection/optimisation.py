@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.ssd import SSD
 
+from .vision import SSD
+
+# isort: split
 from ..models.attention import SGEModule
 from ..module import DAModule
-from ..settings import Settings
 from .distributed import World, normalise_over_all
+from .settings import Settings
 
 Batch = tuple[Sequence[Tensor], Sequence[dict[str, Any]]]
 

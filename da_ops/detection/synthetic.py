@@ -33,10 +33,10 @@ _FIRST_NAME = {"trainval": 0, "test": 500_000}
 _VALIDATION = 5  # one training picture of so many is for validation
 
 _LARGEST = 0.9  # of the image's side
-_LEAST_VISIBLE = 0.6  # of a thing, or it is not drawn
+_LEAST_VISIBLE = 0.6  # of a thing; one that would show less is not drawn
 _CLEARLY_VISIBLE = 0.7  # less is difficult
 _CLEAR_SIDE = 8  # pixels of the shorter side; less is difficult
-_CLEAR_PATTERN = 12  # the same for what only its pattern tells
+_CLEAR_PATTERN = 12  # the same for things that only their pattern tells apart
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _compose(background: np.ndarray, min_scale: float, rng: Rng) -> _Scene:
     scene = _Scene(background.copy())
     # The large ones first, more or less, for they would hide the others.
     for k in np.argsort(-scales * rng.uniform(0.7, 1.4, len(kinds))):
-        # What would hide too much is tried elsewhere, and smaller.
+        # A thing that would hide too much is tried elsewhere, and smaller.
         for scale in scales[k] * 0.8 ** np.arange(10):
             if scene.add(str(kinds[k]), max(scale, min_scale) * len(background), rng):
                 break
@@ -92,8 +92,8 @@ class _Scene:
         self.pixels = pixels  # float32 [size, size, 3]
         self.owner = np.zeros(pixels.shape[:2], np.int64)  # 0: the background
         self.kinds = [""]
-        self.areas = [0]  # of the whole thing, as if nothing hid it, in pixels
-        self.inside = [0]  # what of it lies in the picture
+        self.areas = [0]  # pixels of the whole thing, as if nothing hid it
+        self.inside = [0]  # pixels of it that lie in the picture
 
     def add(self, kind: str, side: float, rng: Rng) -> bool:
         """Draw a thing at a random place, unless it would lack or hide too much."""
@@ -128,7 +128,7 @@ class _Scene:
         return True
 
     def objects(self) -> list[Thing]:
-        """What has a class, with the box of what is visible of it."""
+        """The things that have a class, each with the box of its visible part."""
         found = []
         for number, kind in enumerate(self.kinds):
             if kind not in CLASSES:
@@ -266,7 +266,7 @@ def _write_sets(folder: Path, split: str, pictures: dict[str, list[Thing]]) -> N
 
 
 def _annotation(name: str, size: int, things: Sequence[Thing]) -> ElementTree.ElementTree:
-    """What VOC's XML says of a picture; pixels count from 1 there, and the last is in the box."""
+    """A picture's annotation in VOC's XML; pixels count from 1, and the last is in the box."""
     root = _element(
         "annotation",
         folder="VOC2007",

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from ..backends import select
-from ..settings import Settings
 from .augment import eval_transforms, train_transforms
 from .checkpoint import (
     LAST,
@@ -32,6 +31,7 @@ from .interrupts import uninterrupted
 from .loading import StepSampler, started, training_loader
 from .logs import Log
 from .optimisation import Trainer, parameter_groups, stepwise
+from .settings import Settings
 from .voc import VOCDetection, available_splits, read_classes
 
 logger = logging.getLogger("da_ops")
@@ -55,8 +55,8 @@ def train(
     CPU, however often the run was killed and resumed.
 
     Args:
-        data: folder with ``VOC2007`` and perhaps ``VOC2012`` in it: trained on are the trainval
-            parts that are there, evaluated on is the test part of 2007.
+        data: folder with ``VOC2007`` and perhaps ``VOC2012`` in it. The trainval parts that are
+            there are for training, the test part of 2007 is for evaluation.
         out: folder of the run, new unless ``resume``. It gets ``config.json``, ``last.pt`` (the
             newest checkpoint), ``train.csv``, ``eval.csv`` and ``tensorboard/``.
         workers: processes that load images, for each process that trains.
@@ -66,7 +66,7 @@ def train(
     Raises:
         FileExistsError: ``out`` holds something, and not ``resume``.
         ValueError: ``resume``, with other settings or data than the run was started with; settings,
-            weights or data that no run can be made of. Nothing is written then.
+            weights or data that cannot make a run. Nothing is written then.
         RuntimeError: the settings' backend cannot serve here. Nothing is written then, either.
         NotFiniteError: the loss is not finite; ``last.pt`` is as it was.
     """
@@ -153,7 +153,7 @@ def make_trainer(settings: Settings, classes: Sequence[str], world: World) -> Tr
 
 
 class Recorder:
-    """What the first process shows and writes of a run; in the others it does nothing."""
+    """The progress and the logs of a run, from the first process alone; others do nothing."""
 
     @uninterrupted()
     def __init__(self, folder: Path, run: Run, trainer: Trainer) -> None:

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .files import BadFileError, Files, decoded, read_lines
 from .pictures import SUFFIXES, open_picture
+from .vision import F, tv_tensors
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -36,7 +35,7 @@ logger = logging.getLogger("da_ops")
 
 @dataclass(frozen=True)
 class Annotation:
-    """The objects of one image: what VOC's XML says."""
+    """The objects of one image, as VOC's XML has them."""
 
     size: tuple[int, int]  # height, width
     boxes: np.ndarray  # float32 [K, 4], x1 y1 x2 y2 of pixel edges, from 0
@@ -250,7 +249,7 @@ def _box_text(*corners: float) -> str:
 
 
 def _text(element: ElementTree.Element, tag: str, path: Path) -> str:
-    """What stands at ``tag``, a path of names that must each be there once or not at all."""
+    """The text at ``tag``, a path of names that must each be there once or not at all."""
     found: ElementTree.Element | None = element
     for part in tag.split("/"):
         if found is not None:
@@ -296,7 +295,7 @@ def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
     if picture.size != (width, height):
         told = "is {}x{}, its annotation says {}x{}".format(*picture.size, width, height)
         raise _bad(path, told)
-    image: Tensor = pil_to_tensor(picture)
+    image: Tensor = F.pil_to_tensor(picture)
     return image
 
 

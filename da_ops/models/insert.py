@@ -23,7 +23,7 @@ class BasicBlock(tv.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.attention(self.bn2(self.conv2(out)))
-        # Not in place: the attention's result is its own, for hooks and for what looks at it.
+        # Not in place: a hook may have kept the attention's result.
         out = out + (x if self.downsample is None else self.downsample(x))
         return self.relu(out)
 
@@ -35,7 +35,7 @@ class Bottleneck(tv.Bottleneck):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.attention(self.bn3(self.conv3(out)))
-        # Not in place: the attention's result is its own, for hooks and for what looks at it.
+        # Not in place: a hook may have kept the attention's result.
         out = out + (x if self.downsample is None else self.downsample(x))
         return self.relu(out)
 
@@ -64,9 +64,9 @@ def insert_attention(
         preserve_function: start with constant masks and divide weight and bias of the normalisation
             before them by their product, so that the output of ``model`` stays what it was, in
             training and evaluation, to rounding. DA then starts with ``merge`` and an "eca" gate at
-            0, SE with ``fc2``, ECA with ``conv``, SGE with ``weight``. What lies before a weight at
-            0 gets its first gradient when one step has moved that weight, be it one of these or the
-            last norm's of a network that starts its branches at 0.
+            0, SE with ``fc2``, ECA with ``conv``, SGE with ``weight``. Layers before a weight at 0
+            get their first gradient after a step has moved that weight; so it is, too, with the
+            last norms of a network that starts its branches at 0.
         options: keyword arguments of the layer, such as ``order``, ``gate`` and ``backend`` of
             :class:`da_ops.DAModule`.
 
@@ -85,7 +85,7 @@ def insert_attention(
             f"{type(model).__name__}"
         )
     layers, factors = [], []
-    for name, block in blocks:  # all that can fail, before the first change
+    for name, block in blocks:  # everything that can fail comes before the first change
         if (present := _present(block)) is not None:
             raise ValueError(
                 f"insert_attention: {name} has attention already, {type(present).__name__}; pass a "

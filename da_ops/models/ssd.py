@@ -23,7 +23,7 @@ _WIDTH = {"layer2": 128, "layer3": 256, "layer4": 512}
 MAPPINGS = {"c4": ("layer3",), "c3c4c5": ("layer2", "layer3", "layer4")}
 _EXTRA_WIDTHS = (512, 512)  # of the second and third feature map
 _DEEP_WIDTH = 256  # of all that follow
-_SMALL_BOX = 14  # pixels, the least side of a square box where the paper's layout does not serve
+_SMALL_BOX = 14  # pixels; the least side of a square box if there are too few maps for the paper's
 
 
 def ssd(
@@ -84,7 +84,7 @@ def ssd(
     taken = MAPPINGS[mapping]
     widths = [_WIDTH[layer] * _EXPANSION[backbone] for layer in taken]
     widths += [*_EXTRA_WIDTHS, *[_DEEP_WIDTH] * len(sides)][len(taken) - 1 : len(sides) - 1]
-    # Drawn before the backbone, whose attention would otherwise shift their random numbers.
+    # They draw their weights before the backbone, whose attention would shift the random numbers.
     extras = _extra_stages(widths, sides, len(taken))
     boxes = _default_boxes(size, len(sides))
     head = _Head(widths, boxes.num_anchors_per_location(), num_classes)
@@ -172,8 +172,8 @@ def _stage(in_channels: int, channels: int, in_side: int, side: int) -> nn.Seque
 
 def _default_boxes(size: int, levels: int) -> DefaultBoxGenerator:
     if levels < 6:
-        # With the paper's, most objects would have no box that overlaps them by half: so few maps
-        # leave wide gaps, and .2 of the side is less than a cell of the second one.
+        # The paper's scales would leave most objects without a box that overlaps them by half: so
+        # few maps leave wide gaps, and .2 of the side is less than a cell of the second map.
         scales = torch.linspace(_SMALL_BOX / size, 1.05, levels + 1, dtype=torch.float64).tolist()
     else:
         first, second = (0.1, 0.2) if size < 512 else (0.07, 0.15)
@@ -183,7 +183,7 @@ def _default_boxes(size: int, levels: int) -> DefaultBoxGenerator:
 
 
 class _DefaultBoxes(DefaultBoxGenerator):
-    """Not in the half precision of feature maps under autocast: boxes would be pixels off."""
+    """Boxes in float32 also under autocast: in half precision they would be pixels off."""
 
     def _grid_default_boxes(
         self, grid_sizes: list[list[int]], image_size: list[int], dtype: torch.dtype = torch.float32
@@ -193,7 +193,7 @@ class _DefaultBoxes(DefaultBoxGenerator):
 
 
 class _Head(SSDHead):
-    """Not in half precision: from here on everything is a loss or a box."""
+    """SSD's head with outputs in float32 also under autocast: losses and boxes come of them."""
 
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
         return {

@@ -18,12 +18,12 @@ Weights: TypeAlias = WeightsEnum | Mapping[str, Tensor] | str | os.PathLike[str]
 
 logger = logging.getLogger("da_ops")
 
-_WRAPPERS = ("state_dict", "model")  # what training scripts keep a state dict under
-_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # of torch.compile, wherever in a key
-_PARALLEL = "module."  # of DistributedDataParallel and averaged models, before each key
-_COUNTER = "n_averaged"  # of averaged models
-# What training scripts keep beside the weights, and what is mere data. Paths have other names in
-# other versions of Python, and those of other systems cannot be had as more than names.
+_WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep a state dict
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's prefix, anywhere in a key
+_PARALLEL = "module."  # DistributedDataParallel's and averaged models' prefix of each key
+_COUNTER = "n_averaged"  # a key of averaged models
+# Types of mere data that training scripts keep beside the weights. Other versions of Python have
+# other names for paths; a path of another system is read as a pure one.
 _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     *((PurePosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")),
@@ -103,8 +103,8 @@ def _state_dict(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def read(path: Path, *, mmap: bool = False) -> Any:
-    """What torch.save or safetensors wrote, on the CPU: tensors and plain data, which may be in an
-    ``argparse.Namespace``; nothing in the file is run.
+    """The contents of a file of torch.save or safetensors, on the CPU: tensors and plain
+    data, which may be in an ``argparse.Namespace``; nothing in the file is run.
 
     Args:
         mmap: leave tensors on the disk until they are looked at.
@@ -153,8 +153,8 @@ def _unwrapped(checkpoint: Any, source: str) -> dict[str, Tensor]:
 
 
 def unprefixed(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The state dict of the module itself, of one that torch.compile, DistributedDataParallel or
-    torch's averaging of weights has wrapped, in any order; what is taken off is logged."""
+    """The state dict without the prefixes of torch.compile, DistributedDataParallel and torch's
+    averaging of weights, in whatever order they wrapped the module; logs what it takes off."""
     plain = {_COMPILED.sub("", key): value for key, value in state.items()}
     taken = [] if plain.keys() == state.keys() else ["_orig_mod."]
     counted = {key: value for key, value in plain.items() if key != _COUNTER}

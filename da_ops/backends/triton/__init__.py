@@ -1,8 +1,8 @@
 """Triton kernels: the fused layer on every GPU that Triton knows, with no compiler at build time.
 
-The kernels are imported, and compiled, when a call first needs them; so that they cannot be had may
-turn up as late as then. `da_ops::triton_forward` and `triton_backward` are theirs: those of a
-library would be there only where that is.
+The kernels are imported, and compiled, when a call first needs them, so it may turn out as late as
+then that they do not work. They have operators of their own, `da_ops::triton_forward` and
+`triton_backward`, since `da_ops::forward` is there only where a compiled library is.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...layout import like
+from ...parameters import Parameters
 from .. import eager, native, schedule
 from ..base import Backend, Call, Direction, Gradients, Pass, Plan
+from ..choice import CHOICE
 from . import tiles
 from .run import INTERPRETED, TritonFailed
-
-_failure: str | None = None
 
 
 def _reason() -> str | None:
@@ -58,29 +58,26 @@ def _run(direction: str, x: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ..
         return tuple(getattr(launch, direction)(*arguments))
 
 
-def _refuse_or_tell(error: TritonFailed, forgiving: bool) -> None:
+def _refuse_or_tell(error: TritonFailed, *, forgiving: bool) -> None:
     """Raise RuntimeError, or say once why plain PyTorch takes over."""
     if not forgiving:
         raise RuntimeError(
             f"da_attention: backend 'triton' cannot serve: {error}; "
             "use backend='auto' for the best that can"
         ) from error
-    from .. import give_up
-
-    global _failure
-    _failure = str(error)
-    give_up("triton", _failure)
+    CHOICE.give_up("triton", str(error))
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments_of_all, forgiving = arguments
-    if not (forgiving and _failure):
+    if not (forgiving and CHOICE.gave_up("triton")):
         try:
             y, channel_mean, pooled = _run("forward", x, (x, *arguments_of_all))
             return y, channel_mean, pooled
         except TritonFailed as error:
-            _refuse_or_tell(error, forgiving)
-    y, _, _ = eager.BACKEND.forward(x, *arguments_of_all)
+            _refuse_or_tell(error, forgiving=forgiving)
+    *parameters, order, gate = arguments_of_all
+    y, _, _ = eager.BACKEND.forward(x, Parameters(*parameters), order, gate)
     _, channel_mean, pooled = native.fake_forward(x, *arguments_of_all)
     return like(y, x), channel_mean.zero_(), pooled.zero_()
 
@@ -88,13 +85,14 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *arguments_of_all, forgiving = arguments
     gradients: Gradients | None = None
-    if not (forgiving and _failure):
+    if not (forgiving and CHOICE.gave_up("triton")):
         try:
             gradients = _run("backward", x, (dy, x, *arguments_of_all))
         except TritonFailed as error:
-            _refuse_or_tell(error, forgiving)
-    if gradients is None:  # forward may have left maps, which plain PyTorch does not look at
-        dx, *gradients_of_parameters = eager.BACKEND.backward(dy, x, *arguments_of_all)
+            _refuse_or_tell(error, forgiving=forgiving)
+    if gradients is None:  # plain PyTorch does not look at the maps that forward may have left
+        parameters, rest = Parameters(*arguments_of_all[:6]), arguments_of_all[6:]
+        dx, *gradients_of_parameters = eager.BACKEND.backward(dy, x, parameters, *rest)
         gradients = (None if dx is None else like(dx, x), *gradients_of_parameters)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
@@ -103,15 +101,17 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return native.fake_forward(x, *arguments[:-1])
 
 
-def _calls(forgiving: bool) -> dict[str, Any]:
-    """Of the Backend: through the dispatcher, so that compiled graphs hold them as one node."""
+def _calls(*, forgiving: bool) -> dict[str, Any]:
+    """The functions of the Backend; the dispatcher makes each one node of a compiled graph."""
 
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.da_ops.triton_forward.default(*arguments, forgiving)
+    def forward(
+        x: Tensor, parameters: Parameters, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.da_ops.triton_forward.default(x, *parameters, *arguments, forgiving)
 
-    def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
-        out = torch.ops.da_ops.triton_backward.default(dy, x, *arguments, forgiving)
-        given = (x, *arguments[:6])
+    def backward(dy: Tensor, x: Tensor, parameters: Parameters, *arguments: Any) -> Gradients:
+        out = torch.ops.da_ops.triton_backward.default(dy, x, *parameters, *arguments, forgiving)
+        given = (x, *parameters)
         return tuple([None if p is None else g for g, p in zip(out, given, strict=True)])
 
     return {"forward": forward, "backward": backward}
@@ -150,13 +150,13 @@ def _plan(call: Call) -> Plan:
         passes = tuple(Pass(p.name, len(p.reads), len(p.writes)) for p in steps)
         return Direction(passes, sum(p.reads + p.writes for p in passes))
 
-    m = tiles.matrix(call.shape, call.dtype.itemsize, call.channels_last)
+    m = tiles.matrix(call.shape, call.dtype.itemsize, channels_last=call.channels_last)
     t = tiles.sum_tiles(m, call.shape[0], tiles.DEVICE)
     details = {
         "vector_bytes": m.vector * m.itemsize,
-        "rows_a_group": m.group,
-        "tile": f"{t.br}x{t.bq}",
-        "tiles_an_image": t.blocks * t.windows * m.group,
+        "rows_a_super_row": m.period,
+        "tile": f"{t.height}x{t.width}",
+        "tiles_an_image": t.blocks * t.windows * m.period,
     }
     passes = schedule.SCHEDULES[call.order]
     return Plan(direction(passes.forward), direction(passes.backward), details)

@@ -1,271 +1,367 @@
 """The Triton kernels over small maps, between the passes: the masks, the way back through them, and
-the gradients of the parameters."""
+the gradients of the parameters.
+
+Each axis has a mean of x and a mask, the sigmoid of a logit: over the pixels the channel mean and
+the spatial mask, whose logit is a stencil of 18 taps; over the channels the pooled image and the
+channel mask, whose logit the gate makes. One launch serves both axes: its programs are the blocks
+of pixels of each image and its blocks of channels.
+
+A program computes itself what its stencil reaches of a map, so that none waits for another:
+neighbours store the same numbers twice. Names in capitals are known when a kernel is compiled.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+TAP_SUMS = 32  # 19 numbers, up to a power of two: 9 near taps, 9 far taps, the bias
+
+
+class Size(NamedTuple):
+    """The size of an image."""
+
+    channels: int
+    pixels: int
+    height: int
+    width: int
+
+
+class Blocks(NamedTuple):
+    """How programs share out a map of one image."""
+
+    number: int = 0  # of blocks, one a program
+    steps: int = 0  # of SIZE elements that cover what a block reaches
+    SIZE: tl.constexpr = tl.constexpr(1)  # elements of a block
+    CHUNK: tl.constexpr = tl.constexpr(1)  # elements whose stencil is computed at once
+
+
+class Shares(NamedTuple):
+    """A map's sums in parts, ``[N, number, length]``: what different programs summed."""
+
+    sums: Tensor | None = None
+    number: int = 0
+
+
+class AxisMaps(NamedTuple):
+    """The maps of one axis; those that a kernel does not need may be absent."""
+
+    blocks: Blocks = Blocks()
+    mean: Tensor | None = None
+    mask: Tensor | None = None  # without it there is nothing to do
+    d_logit: Tensor | None = None
+    d_mean: Tensor | None = None  # a term of dx, so divided by what the mean is divided by
+    parameter_sums: Tensor | None = None  # each block's share of the parameters' gradients
+    shares: Shares = Shares()  # forward of a mean that is yet to be stored; backward of d_mask
+    more_shares: Shares = Shares()  # of d_mask, from another pass
+    PARTS: tl.constexpr = tl.constexpr(1)  # shares that are added at once
 
 
 @triton.jit
-def _folded(shares, n, count, length, i, wanted, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """sum_k shares[n, k, i] in the order of k, for a block of i."""
+def _folded(shares, image, length, i, wanted, PARTS, ACC):
+    """sum_part shares[image, part, i] in the order of the parts, for a block of i."""
     sums = tl.full((PARTS, i.shape[0]), 0.0, ACC)
-    for first in range(0, count, PARTS):
-        k = first + tl.arange(0, PARTS)
-        at = shares + (n * count + k)[:, None] * length + i[None, :]
-        sums += tl.load(at, mask=(k < count)[:, None] & wanted[None, :], other=0.0)
+    for first in range(0, shares.number, PARTS):
+        part = first + tl.arange(0, PARTS)
+        at = shares.sums + (image * shares.number + part)[:, None] * length + i[None, :]
+        valid = (part < shares.number)[:, None] & wanted[None, :]
+        sums += tl.load(at, mask=valid, other=0.0)
     return tl.sum(sums, 0)
 
 
 @triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+def _store_means(maps, image, length, divisor, first, reach, ACC):
+    """Stores what the block that begins at first reaches of the mean, from its shares."""
+    end = tl.minimum(first + maps.blocks.SIZE + reach, length)
+    for step in range(maps.blocks.steps):
+        i = tl.maximum(first - reach, 0) + step * maps.blocks.SIZE + tl.arange(0, maps.blocks.SIZE)
+        sums = _folded(maps.shares, image, length, i, i < end, maps.PARTS, ACC)
+        tl.store(maps.mean + image * length + i, sums / divisor, mask=i < end)
+    tl.debug_barrier()
 
 
 @triton.jit
-def _taps(m, at, p, wanted, height, width, SIGN: tl.constexpr):
-    """m[p + t] for the 9 near taps and the 9 dilated ones, 0 beyond the border, as [32, pixels].
+def _store_d_logits(maps, image, length, first, reach, ACC):
+    """Stores what the block that begins at first reaches of d_logit, from the mask's gradient."""
+    end = tl.minimum(first + maps.blocks.SIZE + reach, length)
+    for step in range(maps.blocks.steps):
+        i = tl.maximum(first - reach, 0) + step * maps.blocks.SIZE + tl.arange(0, maps.blocks.SIZE)
+        d = _folded(maps.shares, image, length, i, i < end, maps.PARTS, ACC)
+        if maps.more_shares.sums is not None:
+            d += _folded(maps.more_shares, image, length, i, i < end, maps.PARTS, ACC)
+        mask = tl.load(maps.mask + image * length + i, mask=i < end, other=0.0)
+        tl.store(maps.d_logit + image * length + i, d * mask * (1.0 - mask), mask=i < end)
+    tl.debug_barrier()
 
-    SIGN -1: m[p - t].
+
+@triton.jit
+def _sigmoid(logit):
+    return 1.0 / (1.0 + tl.exp(-logit))
+
+
+# ---- pixels
+
+
+@triton.jit
+def _taps(values, pixel, size, SIGN):
+    """values[pixel + tap] for the 9 near and the 9 far taps, 0 beyond the border, as [32, pixels].
+
+    SIGN -1: values[pixel - tap].
     """
-    t = tl.arange(0, 32)
-    far = tl.where(t < 9, SIGN, 3 * SIGN)
-    i = (p // width)[None, :] + ((t % 9 // 3 - 1) * far)[:, None]
-    j = (p % width)[None, :] + ((t % 3 - 1) * far)[:, None]
-    inside = (t < 18)[:, None] & wanted[None, :] & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-    return tl.load(m + at + i * width + j, mask=inside, other=0.0)
+    tap = tl.arange(0, 32)
+    step = tl.where(tap < 9, SIGN, 3 * SIGN)
+    row = (pixel // size.width)[None, :] + ((tap % 9 // 3 - 1) * step)[:, None]
+    col = (pixel % size.width)[None, :] + ((tap % 3 - 1) * step)[:, None]
+    inside = (tap < 18)[:, None] & (pixel < size.pixels)[None, :]
+    inside = inside & (row >= 0) & (row < size.height) & (col >= 0) & (col < size.width)
+    return tl.load(values + row * size.width + col, mask=inside, other=0.0)
 
 
 @triton.jit
-def _tap_weights(conv, dilated, merge, ACC: tl.constexpr):
-    """Of both convolutions with the merge folded in, in the order of `_taps`."""
-    t = tl.arange(0, 32)
-    near = tl.load(conv + t, mask=t < 9, other=0.0).to(ACC) * tl.load(merge).to(ACC)
-    far = tl.load(dilated + t - 9, mask=(t >= 9) & (t < 18), other=0.0).to(ACC)
-    return near + far * tl.load(merge + 1).to(ACC)
+def _tap_weights(parameters, ACC):
+    """The weights of both convolutions, with the merge folded in, in the order of `_taps`."""
+    tap = tl.arange(0, 32)
+    near = tl.load(parameters.conv_weight + tap, mask=tap < 9, other=0.0).to(ACC)
+    far = (tap >= 9) & (tap < 18)
+    far = tl.load(parameters.dilated_weight + tap - 9, mask=far, other=0.0).to(ACC)
+    merge = parameters.merge_weight
+    return near * tl.load(merge).to(ACC) + far * tl.load(merge + 1).to(ACC)
 
 
 @triton.jit
-def _logit(g, at, c, channels, weight, bias, taps, GATE: tl.constexpr, ACC: tl.constexpr):
-    """What the channel mask is the sigmoid of, at channels c."""
-    wanted = c < channels
+def _spatial_mask(maps, parameters, size, image, block, ACC):
+    """The spatial mask of a block of pixels, CHUNK at a time."""
+    at = image * size.pixels
+    first = block * maps.blocks.SIZE
+    if maps.shares.sums is not None:
+        reach = 3 * size.width + 3
+        _store_means(maps, image, size.pixels, size.channels, first, reach, ACC)
+    weights = _tap_weights(parameters, ACC)[:, None]
+    for chunk in range(0, maps.blocks.SIZE, maps.blocks.CHUNK):
+        pixel = first + chunk + tl.arange(0, maps.blocks.CHUNK)
+        logit = tl.sum(weights * _taps(maps.mean + at, pixel, size, 1), 0)
+        if parameters.spatial_bias is not None:
+            logit += tl.load(parameters.spatial_bias).to(ACC)
+        tl.store(maps.mask + at + pixel, _sigmoid(logit), mask=pixel < size.pixels)
+
+
+@triton.jit
+def _spatial_gradients(maps, parameters, size, image, block, ACC):
+    """Back through the spatial mask of a block of pixels, CHUNK at a time.
+
+    parameter_sums[image, block]: sum_pixel d_logit[pixel] mean[pixel + tap] for each tap, then
+    sum_pixel d_logit[pixel].
+    """
+    at = image * size.pixels
+    first = block * maps.blocks.SIZE
+    reach = 3 * size.width + 3
+    _store_d_logits(maps, image, size.pixels, first, reach, ACC)
+    weights = _tap_weights(parameters, ACC)[:, None]
+    tap = tl.arange(0, 32)
+    sums = tl.full((32, maps.blocks.CHUNK), 0.0, ACC)
+    for chunk in range(0, maps.blocks.SIZE, maps.blocks.CHUNK):
+        pixel = first + chunk + tl.arange(0, maps.blocks.CHUNK)
+        wanted = pixel < size.pixels
+        d_mean = tl.sum(weights * _taps(maps.d_logit + at, pixel, size, -1), 0)
+        tl.store(maps.d_mean + at + pixel, d_mean / size.channels, mask=wanted)
+        taps = _taps(maps.mean + at, pixel, size, 1)
+        taps = tl.where((tap == 18)[:, None], 1.0, taps)
+        sums += taps * tl.load(maps.d_logit + at + pixel, mask=wanted, other=0.0)[None, :]
+    to = maps.parameter_sums + (image * maps.blocks.number + block) * 32 + tap
+    tl.store(to, tl.sum(sums, 1))
+
+
+# ---- channels
+
+
+@triton.jit
+def _shifted(values, channel, channels, shift):
+    """values[channel + shift], 0 beyond the first and the last channel."""
+    i = channel + shift
+    return tl.load(values + i, mask=(channel < channels) & (i >= 0) & (i < channels), other=0.0)
+
+
+@triton.jit
+def _channel_mask(maps, parameters, size, image, block, taps, GATE, ACC):
+    """The channel mask of a block of channels."""
+    channels = size.channels
+    first = block * maps.blocks.SIZE
+    if maps.shares.sums is not None:
+        reach = taps // 2 if GATE == "eca" else 0
+        _store_means(maps, image, channels, size.pixels, first, reach, ACC)
+    channel = first + tl.arange(0, maps.blocks.SIZE)
+    wanted = channel < channels
+    pooled = maps.mean + image * channels
+    weight, bias = parameters.gate_weight, parameters.gate_bias
     if GATE == "eca":
-        logit = tl.full(c.shape, 0.0, ACC)
-        for k in range(taps):
-            i = c + k - taps // 2
-            inside = wanted & (i >= 0) & (i < channels)
-            logit += tl.load(weight + k).to(ACC) * tl.load(g + at + i, mask=inside, other=0.0)
-        return logit
-    logit = tl.load(g + at + c, mask=wanted, other=0.0)
-    if GATE == "affine":
-        logit *= tl.load(weight + c, mask=wanted, other=0.0).to(ACC)
-        logit += tl.load(bias + c, mask=wanted, other=0.0).to(ACC)
-    if GATE == "scalar":
-        logit = logit * tl.load(weight).to(ACC) + tl.load(bias).to(ACC)
-    return logit
+        logit = tl.full(channel.shape, 0.0, ACC)
+        for tap in range(taps):
+            w = tl.load(weight + tap).to(ACC)
+            logit += w * _shifted(pooled, channel, channels, tap - taps // 2)
+    else:
+        logit = tl.load(pooled + channel, mask=wanted, other=0.0)
+        if GATE == "affine":
+            logit *= tl.load(weight + channel, mask=wanted, other=0.0).to(ACC)
+            logit += tl.load(bias + channel, mask=wanted, other=0.0).to(ACC)
+        if GATE == "scalar":
+            logit = logit * tl.load(weight).to(ACC) + tl.load(bias).to(ACC)
+    tl.store(maps.mask + image * channels + channel, _sigmoid(logit), mask=wanted)
+
+
+@triton.jit
+def _channel_gradients(maps, parameters, size, image, block, taps, GATE, ACC):
+    """Back through the channel mask of a block of channels.
+
+    parameter_sums[image, block], where the gate is
+
+        "scalar"    sum d_logit pooled, then sum d_logit
+        "eca"       sum_channel d_logit[channel] pooled[channel + tap - taps // 2] for each tap
+
+    "affine" has a parameter for each channel: its gradients are summed over images alone.
+    """
+    channels = size.channels
+    first = block * maps.blocks.SIZE
+    _store_d_logits(maps, image, channels, first, taps // 2 if GATE == "eca" else 0, ACC)
+    channel = first + tl.arange(0, maps.blocks.SIZE)
+    wanted = channel < channels
+    d_logits, pooled = maps.d_logit + image * channels, maps.mean + image * channels
+    weight = parameters.gate_weight
+    d_logit = tl.load(d_logits + channel, mask=wanted, other=0.0)
+    to = maps.parameter_sums + (image * maps.blocks.number + block) * taps
+    if GATE == "eca":
+        d_mean = tl.full(channel.shape, 0.0, ACC)
+        for tap in range(taps):
+            shift = tap - taps // 2
+            w = tl.load(weight + tap).to(ACC)
+            d_mean += w * _shifted(d_logits, channel, channels, -shift)
+            tl.store(to + tap, tl.sum(d_logit * _shifted(pooled, channel, channels, shift), 0))
+    else:
+        d_mean = d_logit
+        if GATE == "affine":
+            d_mean *= tl.load(weight + channel, mask=wanted, other=0.0).to(ACC)
+        if GATE == "scalar":
+            d_mean *= tl.load(weight).to(ACC)
+            tl.store(to, tl.sum(d_logit * tl.load(pooled + channel, mask=wanted, other=0.0), 0))
+            tl.store(to + 1, tl.sum(d_logit, 0))
+    tl.store(maps.d_mean + image * channels + channel, d_mean / size.pixels, mask=wanted)
+
+
+# ---- both, in one launch
 
 
 @triton.jit
 def masks(
-    m_shares, m_count, m, s, conv, dilated, merge, spatial_bias,
-    pixels, height, width, bands, steps,
-    g_shares, g_count, g, c, gate_weight, gate_bias, taps, channels, blocks, gate_steps,
-    GATE: tl.constexpr, SPATIAL: tl.constexpr, CHANNEL: tl.constexpr,
-    BP: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr, MP: tl.constexpr, GP: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr,
+    spatial, channel, parameters, size, taps,
+    GATE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The masks s [N, P] and c [N, C] from the channel mean m and the pooled g; these first from
-    their shares, where shares are given.
-
-    A program: BP pixels, or BC channels, of one image. It computes what its stencil reaches of m
-    itself, so that programs need not wait for one another: neighbours store the same numbers twice.
-    """
-    program = tl.program_id(0)
-    k = program % (bands + blocks)
-    n = (program // (bands + blocks)).to(tl.int64)
-    if SPATIAL:
-        if k < bands:
-            at = n * pixels
-            first = k.to(INDEX) * BP
-            if m_shares is not None:
-                reach = 3 * width + 3
-                upto = tl.minimum(first + BP + reach, pixels)
-                for step in range(steps):
-                    p = tl.maximum(first - reach, 0) + step * BP + tl.arange(0, BP)
-                    sums = _folded(m_shares, n, m_count, pixels, p, p < upto, MP, ACC)
-                    tl.store(m + at + p, sums / channels, mask=p < upto)
-                tl.debug_barrier()
-            weights = _tap_weights(conv, dilated, merge, ACC)[:, None]
-            for chunk in range(0, BP, CHUNK):
-                p = first + chunk + tl.arange(0, CHUNK)
-                z = tl.sum(weights * _taps(m, at, p, p < pixels, height, width, 1), 0)
-                if spatial_bias is not None:
-                    z += tl.load(spatial_bias).to(ACC)
-                tl.store(s + at + p, _sigmoid(z), mask=p < pixels)
-    if CHANNEL:
-        if k >= bands:
-            at = n * channels
-            first = (k - bands) * BC
-            if g_shares is not None:
-                reach = taps // 2 if GATE == "eca" else 0
-                upto = tl.minimum(first + BC + reach, channels)
-                for step in range(gate_steps):
-                    ch = tl.maximum(first - reach, 0) + step * BC + tl.arange(0, BC)
-                    sums = _folded(g_shares, n, g_count, channels, ch, ch < upto, GP, ACC)
-                    tl.store(g + at + ch, sums / pixels, mask=ch < upto)
-                tl.debug_barrier()
-            ch = first + tl.arange(0, BC)
-            z = _logit(g, at, ch, channels, gate_weight, gate_bias, taps, GATE, ACC)
-            tl.store(c + at + ch, _sigmoid(z), mask=ch < channels)
-
-
-@triton.jit
-def _through_sigmoid(shares, count, more, more_count, mask, n, length, i, wanted,
-                     PARTS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """The gradient of what a mask is the sigmoid of, from the shares of the mask's gradient."""
-    d = _folded(shares, n, count, length, i, wanted, PARTS, ACC)
-    if more is not None:
-        d += _folded(more, n, more_count, length, i, wanted, PARTS, ACC)
-    value = tl.load(mask + n * length + i, mask=wanted, other=0.0)
-    return d * value * (1.0 - value)
+    """The masks from the means, which are first computed where there are shares of them."""
+    programs = spatial.blocks.number + channel.blocks.number
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    block = tl.program_id(0) % programs
+    if spatial.mask is not None:
+        if block < spatial.blocks.number:
+            _spatial_mask(spatial, parameters, size, image, block.to(INDEX), ACC)
+    if channel.mask is not None:
+        if block >= spatial.blocks.number:
+            block -= spatial.blocks.number
+            _channel_mask(channel, parameters, size, image, block, taps, GATE, ACC)
 
 
 @triton.jit
 def mask_gradients(
-    ds_shares, ds_count, ds_more, ds_more_count, s, dz, m, dm, tap_sums,
-    conv, dilated, merge, pixels, height, width, bands, steps,
-    dc_shares, dc_count, dc_more, dc_more_count, c, dt, g, dg, gate_sums,
-    gate_weight, taps, channels, blocks, gate_steps,
-    GATE: tl.constexpr, SPATIAL: tl.constexpr, CHANNEL: tl.constexpr,
-    BP: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr,
+    spatial, channel, parameters, size, taps,
+    GATE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Back through the masks, from the shares of ds and dc: dm divided by the channels, dg divided
-    by the pixels, and each program's share of what the parameters' gradients are sums of:
+    """Back through the masks, from the shares of their gradients."""
+    programs = spatial.blocks.number + channel.blocks.number
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    block = tl.program_id(0) % programs
+    if spatial.mask is not None:
+        if block < spatial.blocks.number:
+            _spatial_gradients(spatial, parameters, size, image, block.to(INDEX), ACC)
+    if channel.mask is not None:
+        if block >= spatial.blocks.number:
+            block -= spatial.blocks.number
+            _channel_gradients(channel, parameters, size, image, block, taps, GATE, ACC)
 
-        tap_sums[n, band]  = sum_p dz[p] m[p + t], 9 near and 9 far taps, then sum_p dz[p]
-        gate_sums[n, block]: "scalar" sum dt g, sum dt;  "eca" sum_c dt[c] g[c + k - K/2]
 
-    Programs as in `masks`.
-    """
-    program = tl.program_id(0)
-    k = program % (bands + blocks)
-    n = (program // (bands + blocks)).to(tl.int64)
-    if SPATIAL:
-        if k < bands:
-            at = n * pixels
-            first = k.to(INDEX) * BP
-            reach = 3 * width + 3
-            upto = tl.minimum(first + BP + reach, pixels)
-            for step in range(steps):
-                p = tl.maximum(first - reach, 0) + step * BP + tl.arange(0, BP)
-                d = _through_sigmoid(ds_shares, ds_count, ds_more, ds_more_count, s, n, pixels, p,
-                                     p < upto, SP, ACC)  # fmt: skip
-                tl.store(dz + at + p, d, mask=p < upto)
-            tl.debug_barrier()
-            weights = _tap_weights(conv, dilated, merge, ACC)[:, None]
-            t = tl.arange(0, 32)
-            sums = tl.full((32, CHUNK), 0.0, ACC)
-            for chunk in range(0, BP, CHUNK):
-                p = first + chunk + tl.arange(0, CHUNK)
-                wanted = p < pixels
-                d = tl.sum(weights * _taps(dz, at, p, wanted, height, width, -1), 0)
-                tl.store(dm + at + p, d / channels, mask=wanted)
-                taps_of_m = _taps(m, at, p, wanted, height, width, 1)
-                taps_of_m = tl.where((t == 18)[:, None], 1.0, taps_of_m)
-                sums += taps_of_m * tl.load(dz + at + p, mask=wanted, other=0.0)[None, :]
-            tl.store(tap_sums + (n * bands + k) * 32 + t, tl.sum(sums, 1))
-    if CHANNEL:
-        if k >= bands:
-            at = n * channels
-            first = (k - bands) * BC
-            reach = taps // 2 if GATE == "eca" else 0
-            upto = tl.minimum(first + BC + reach, channels)
-            for step in range(gate_steps):
-                ch = tl.maximum(first - reach, 0) + step * BC + tl.arange(0, BC)
-                d = _through_sigmoid(dc_shares, dc_count, dc_more, dc_more_count, c, n, channels,
-                                     ch, ch < upto, CP, ACC)  # fmt: skip
-                tl.store(dt + at + ch, d, mask=ch < upto)
-            tl.debug_barrier()
-            ch = first + tl.arange(0, BC)
-            wanted = ch < channels
-            d = tl.load(dt + at + ch, mask=wanted, other=0.0)
-            to = gate_sums + (n * blocks + k - bands) * taps
-            if GATE == "eca":
-                back = tl.full((BC,), 0.0, ACC)
-                for t in range(taps):
-                    i = ch - t + taps // 2
-                    inside = wanted & (i >= 0) & (i < channels)
-                    w = tl.load(gate_weight + t).to(ACC)
-                    back += w * tl.load(dt + at + i, mask=inside, other=0.0)
-                    i = ch + t - taps // 2
-                    inside = wanted & (i >= 0) & (i < channels)
-                    tl.store(to + t, tl.sum(d * tl.load(g + at + i, mask=inside, other=0.0), 0))
-            else:
-                back = d
-                if GATE == "affine":
-                    back *= tl.load(gate_weight + ch, mask=wanted, other=0.0).to(ACC)
-                if GATE == "scalar":
-                    back *= tl.load(gate_weight).to(ACC)
-                    pooled = tl.load(g + at + ch, mask=wanted, other=0.0)
-                    tl.store(to, tl.sum(d * pooled, 0))
-                    tl.store(to + 1, tl.sum(d, 0))
-            tl.store(dg + at + ch, back / pixels, mask=wanted)
+# ---- the parameters
 
 
 @triton.jit
-def _sum_over_images(a, b, count, length, i, PARTS: tl.constexpr):
-    """sum_k a[k, i] b[k, i], b absent: ones; in float64, since what is summed may cancel."""
+def _sum_over_images(terms, factors, number, length, i, PARTS):
+    """sum_k terms[k, i] factors[k, i] for a block of i, in float64, since the terms may cancel.
+
+    Absent factors are ones.
+    """
     sums = tl.full((PARTS, i.shape[0]), 0.0, tl.float64)
-    for first in range(0, count, PARTS):
+    for first in range(0, number, PARTS):
         k = first + tl.arange(0, PARTS)
         at = k.to(tl.int64)[:, None] * length + i[None, :]
-        wanted = (k < count)[:, None] & (i < length)[None, :]
-        t = tl.load(a + at, mask=wanted, other=0.0).to(tl.float64)
-        if b is not None:
-            t *= tl.load(b + at, mask=wanted, other=0.0).to(tl.float64)
+        wanted = (k < number)[:, None] & (i < length)[None, :]
+        t = tl.load(terms + at, mask=wanted, other=0.0).to(tl.float64)
+        if factors is not None:
+            t *= tl.load(factors + at, mask=wanted, other=0.0).to(tl.float64)
         sums += t
     return tl.sum(sums, 0)
 
 
 @triton.jit
+def _stencil_gradients(shares, parameters, gradients, PARTS, ACC):
+    """The gradients of the convolutions, the merge and the spatial bias."""
+    tap = tl.arange(0, 32)
+    near, far = tap < 9, (tap >= 9) & (tap < 18)
+    sums = _sum_over_images(shares.sums, None, shares.number, 32, tap, PARTS)
+    merge = parameters.merge_weight
+    near_merge, far_merge = tl.load(merge).to(tl.float64), tl.load(merge + 1).to(tl.float64)
+    conv = tl.load(parameters.conv_weight + tap, mask=near, other=0.0).to(tl.float64)
+    dilated = tl.load(parameters.dilated_weight + tap - 9, mask=far, other=0.0).to(tl.float64)
+    tl.store(gradients.conv_weight + tap, (near_merge * sums).to(ACC), mask=near)
+    tl.store(gradients.dilated_weight + tap - 9, (far_merge * sums).to(ACC), mask=far)
+    d_merge = gradients.merge_weight
+    tl.store(d_merge, tl.sum(tl.where(near, conv * sums, 0.0), 0).to(ACC))
+    tl.store(d_merge + 1, tl.sum(tl.where(far, dilated * sums, 0.0), 0).to(ACC))
+    if gradients.spatial_bias is not None:
+        tl.store(gradients.spatial_bias, tl.sum(tl.where(tap == 18, sums, 0.0), 0).to(ACC))
+
+
+@triton.jit
+def _gate_gradients(shares, d_logit, pooled, images, length, i, gradients, GATE, PARTS, ACC):
+    """The gradients of the gate's parameters, for a block of i."""
+    if GATE == "affine":
+        d_weight = _sum_over_images(d_logit, pooled, images, length, i, PARTS)
+        d_bias = _sum_over_images(d_logit, None, images, length, i, PARTS)
+        tl.store(gradients.gate_weight + i, d_weight.to(ACC), mask=i < length)
+        tl.store(gradients.gate_bias + i, d_bias.to(ACC), mask=i < length)
+    else:
+        sums = _sum_over_images(shares.sums, None, shares.number, length, i, PARTS).to(ACC)
+        if GATE == "eca":
+            tl.store(gradients.gate_weight + i, sums, mask=i < length)
+        else:
+            tl.store(gradients.gate_weight + i, sums, mask=i == 0)
+            tl.store(gradients.gate_bias + i - 1, sums, mask=i == 1)
+
+
+@triton.jit
 def parameter_gradients(
-    tap_sums, tap_count, conv, dilated, merge, d_conv, d_dilated, d_merge, d_spatial_bias,
-    dt, g, gate_sums, gate_count, images, length, d_gate_weight, d_gate_bias,
-    GATE: tl.constexpr, SPATIAL: tl.constexpr, PARTS: tl.constexpr, BC: tl.constexpr,
-    ACC: tl.constexpr,
+    stencil_shares, gate_shares, d_logit, pooled, images, length, parameters, gradients,
+    GATE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The parameters' gradients from their shares. A program: all spatial ones, the first if there
-    are any; or BC of the gate's."""
+    """The gradients of the parameters from their shares, [number, length] over all images.
+
+    A program: all spatial parameters, if there are any, the first; else BLOCK numbers of the gate.
+    """
     program = tl.program_id(0)
-    if SPATIAL:
+    if gradients.conv_weight is not None:
         if program == 0:
-            t = tl.arange(0, 32)
-            near, far = t < 9, (t >= 9) & (t < 18)
-            sums = _sum_over_images(tap_sums, None, tap_count, 32, t, PARTS)
-            v0, v1 = tl.load(merge).to(tl.float64), tl.load(merge + 1).to(tl.float64)
-            k0 = tl.load(conv + t, mask=near, other=0.0).to(tl.float64)
-            k1 = tl.load(dilated + t - 9, mask=far, other=0.0).to(tl.float64)
-            tl.store(d_conv + t, (v0 * sums).to(ACC), mask=near)
-            tl.store(d_dilated + t - 9, (v1 * sums).to(ACC), mask=far)
-            tl.store(d_merge, tl.sum(tl.where(near, k0 * sums, 0.0), 0).to(ACC))
-            tl.store(d_merge + 1, tl.sum(tl.where(far, k1 * sums, 0.0), 0).to(ACC))
-            if d_spatial_bias is not None:
-                tl.store(d_spatial_bias, tl.sum(tl.where(t == 18, sums, 0.0), 0).to(ACC))
+            _stencil_gradients(stencil_shares, parameters, gradients, PARTS, ACC)
         program -= 1
-    if d_gate_weight is not None:
+    if gradients.gate_weight is not None:
         if program >= 0:
-            i = program * BC + tl.arange(0, BC)
-            if GATE == "affine":
-                weight = _sum_over_images(dt, g, images, length, i, PARTS)
-                bias = _sum_over_images(dt, None, images, length, i, PARTS)
-                tl.store(d_gate_weight + i, weight.to(ACC), mask=i < length)
-                tl.store(d_gate_bias + i, bias.to(ACC), mask=i < length)
-            else:
-                sums = _sum_over_images(gate_sums, None, gate_count, length, i, PARTS)
-                if GATE == "eca":
-                    tl.store(d_gate_weight + i, sums.to(ACC), mask=i < length)
-                else:
-                    tl.store(d_gate_weight + i, sums.to(ACC), mask=i == 0)
-                    tl.store(d_gate_bias + i - 1, sums.to(ACC), mask=i == 1)
+            i = program * BLOCK + tl.arange(0, BLOCK)
+            _gate_gradients(
+                gate_shares, d_logit, pooled, images, length, i, gradients, GATE, PARTS, ACC
+            )

@@ -1,4 +1,4 @@
-"""One way to start a kernel, and what is said when it cannot be."""
+"""How a kernel is started, and what is said where that fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# As Triton reads it, when it is imported: kernels then run in Python, on any tensor.
+# Triton reads this variable alike when it is imported: kernels then run in Python, on any tensor.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "t", "true", "on")
 
 

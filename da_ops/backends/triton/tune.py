@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +20,7 @@ from . import passes
 from .run import INTERPRETED, run
 from .tiles import Limits, Matrix, scale_tiles
 
-# Bytes of a tile, of its longest row, warps; the first where nothing is measured.
+# Bytes of a tile, bytes of its longest row, warps; the first is taken where none is measured.
 CANDIDATES = (
     (8192, 512, 4),
     (4096, 512, 4),
@@ -34,33 +36,32 @@ _chosen: dict[Any, tuple[int, int, int]] = {}
 def scale(
     m: Matrix, images: int, arguments: tuple[Any, ...], options: dict[str, Any], limits: Limits
 ) -> None:
-    """``passes.scale`` with the tiles that are quickest for calls like this one."""
+    """Start ``passes.scale`` with the tiles that are quickest for calls like this one."""
+    start = partial(_scale, m, images, arguments, options, limits)
     if INTERPRETED:
-        _scale(m, images, arguments, options, limits, (limits.tile_bytes, limits.widest, 4))
+        start((limits.tile_bytes, limits.widest, 4))
         return
     x = arguments[0]
     present = tuple(t is not None for t in arguments[2:6])
-    key = (x.device, x.dtype, m, images, options["ORDER"], present)
+    key = (x.device, x.dtype, m, images, options["OUTER"], present)
     if key not in _chosen and _may_measure():
-        _chosen[key] = _quickest(m, images, arguments, options, limits)
-    _scale(m, images, arguments, options, limits, _chosen.get(key, CANDIDATES[0]))
+        _chosen[key] = _quickest(start)
+    start(_chosen.get(key, CANDIDATES[0]))
 
 
 def _may_measure() -> bool:
-    """Not while a graph is captured: that would record the measurement."""
+    """Whether to measure: not while a graph is captured, which would record the measurement."""
     wanted = os.environ.get("DA_OPS_TRITON_AUTOTUNE", "1") != "0"
     return wanted and not torch.cuda.is_current_stream_capturing()
 
 
-def _quickest(
-    m: Matrix, images: int, arguments: tuple[Any, ...], options: dict[str, Any], limits: Limits
-) -> tuple[int, int, int]:
+def _quickest(start: Callable[[tuple[int, int, int]], None]) -> tuple[int, int, int]:
     def seconds(candidate: tuple[int, int, int]) -> float:
-        _scale(m, images, arguments, options, limits, candidate)  # compiles
+        start(candidate)  # compiles
         events = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]
         for event in events:
             event.record()
-            _scale(m, images, arguments, options, limits, candidate)
+            start(candidate)
         events[-1].synchronize()
         return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
 
@@ -79,5 +80,5 @@ def _scale(
     t = scale_tiles(m, replace(limits, tile_bytes=tile_bytes, widest=widest))
     run(
         passes.scale, images * t.blocks * t.windows, *arguments, t.blocks, t.windows,
-        BR=t.br, BQ=t.bq, num_warps=warps, **options,
+        HEIGHT=t.height, WIDTH=t.width, num_warps=warps, **options,
     )  # fmt: skip

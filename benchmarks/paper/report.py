@@ -13,6 +13,7 @@ from scipy import stats
 from benchmarks import environment, tables
 from benchmarks.environment import BenchmarkError
 
+MODULE = "benchmarks.paper.ablation"
 PLAIN = "plain"
 CONFIDENCE = 0.95  # of all intervals of a report together
 BEGIN, END = "<!-- ablation:begin -->", "<!-- ablation:end -->"
@@ -184,7 +185,7 @@ def text(results: Results) -> str:
 
 def block(folder: Path, readme: Path) -> str:
     """The README's text between the markers, markers included."""
-    lines = [BEGIN, "<!-- written by `python -m benchmarks.ablation --readme README.md` -->"]
+    lines = [BEGIN, f"<!-- written by `python -m {MODULE} --readme README.md` -->"]
     paths = sorted(folder.glob("*-ablation.json"))
     if not paths:
         lines += ["", "No results yet: `make ablation` measures them."]
@@ -192,7 +193,8 @@ def block(folder: Path, readme: Path) -> str:
         results = read(path)
         chart = os.path.relpath(path.with_suffix(".png"), readme.parent)
         lines += ["", f"![differences from the plain network]({Path(chart).as_posix()})", ""]
-        lines += [f"{description(results)} {tables.device_line(results)}. `{results['command']}`"]
+        again = f"python -m {MODULE} --preset {results['preset']}"
+        lines += [f"{description(results)} {tables.device_line(results)}. `{again}`"]
         lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
         for title, rows in sections(results):
             lines += ["", f"**{title}**", "", tables.markdown_table(HEADER, rows)]
@@ -202,9 +204,9 @@ def block(folder: Path, readme: Path) -> str:
 def draw(results: Results, path: Path) -> Path | None:
     """The chart; None, with a word about it, where it cannot be drawn."""
     try:
-        from benchmarks import ablation_chart
+        from benchmarks.paper import chart
     except ImportError as error:
         print(f"no chart: {error}; pip install 'da-ops[bench]'")
         return None
-    ablation_chart.draw(results, path)
+    chart.draw(results, path)
     return path

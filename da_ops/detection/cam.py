@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .vision import SSD
+
 try:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    from torchvision.models.detection.ssd import SSD
 except ImportError as error:
     raise ImportError(
-        f'da_ops.cam needs grad-cam ({error}): pip install "da-ops[detection]"'
+        f'da_ops.detection.cam needs grad-cam ({error}): pip install "da-ops[detection]"'
     ) from error
 
 
@@ -30,10 +31,10 @@ def grad_cam(
     targets: Iterable[int] | Tensor | None = None,
     layer: nn.Module | None = None,
 ) -> Tensor:
-    """What speaks for a class in each image, after Selvaraju et al., Grad-CAM, ICCV 2017.
+    """Maps of the evidence for a class in each image, after Selvaraju et al., Grad-CAM, ICCV 2017.
 
-    The layer's output is looked at as the layer gives it, also where what follows writes into it,
-    as a ReLU in place does. Works under ``torch.no_grad``, ``torch.inference_mode`` and autocast.
+    They are of the output as the layer gives it, even if the next layer writes into it, as a ReLU
+    in place does. Works under ``torch.no_grad``, ``torch.inference_mode`` and autocast.
 
     Args:
         model: a classifier ``[N, 3, H, W] -> [N, classes]``, or torchvision's SSD.
@@ -70,7 +71,7 @@ def grad_cam(
         # Frozen layers give gradients too, as long as something before them asks for one.
         inputs = inputs.requires_grad_().clone()
         cam = _GradCAM(scored, [layer], reshape_transform=Tensor.float)  # NumPy has no bfloat16
-        # What follows the layer may write into its output, and so it gets a copy.
+        # The next layer may write into this one's output, and so it gets a copy.
         with cam, _hooked(layer, lambda module, args, out: out.clone()):
             maps = torch.from_numpy(cam(inputs, _targets(scores, labels)))
     if maps.shape[-2:] != images.shape[-2:]:
@@ -161,7 +162,7 @@ def _check_outputs(outputs: list[Any], layer: nn.Module, images: int) -> None:
 
 
 class _GradCAM(GradCAM):
-    """The library's, which fails on None where the layer got no gradient."""
+    """The library's GradCAM, which fails on None if the layer got no gradient, with an error."""
 
     def get_cam_weights(
         self,
@@ -192,7 +193,7 @@ def _scored(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 def _strongest(scores: Tensor) -> list[int]:
-    if scores.dim() == 3:  # boxes, of which each is background first of all
+    if scores.dim() == 3:  # of boxes: nearly all are surest of the background
         return [int(one) + 1 for one in scores.softmax(-1)[..., 1:].amax(1).argmax(-1)]
     return [int(one) for one in scores.argmax(-1)]
 
@@ -221,7 +222,7 @@ class _BoxTarget:
 
 
 def _targets(scores: Tensor, labels: list[int] | None) -> list[Callable[[Tensor], Tensor]]:
-    """What to differentiate for each image, of ``scores`` [N, classes] or [N, boxes, classes]."""
+    """For each image the score to differentiate; ``scores`` [N, classes] or [N, boxes, classes]."""
     classes = scores.shape[-1]
     for label in labels or ():
         if not 0 <= label < classes:
@@ -237,8 +238,8 @@ def _targets(scores: Tensor, labels: list[int] | None) -> list[Callable[[Tensor]
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in inference mode, and without what a compiler has made of it, which knows nothing
-    of new hooks; then as before."""
+    """The model in inference mode and not compiled, since compiled code ignores new hooks; then as
+    before."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -1,9 +1,9 @@
 """Tables I, II and III in miniature: orders of DA's halves and its rivals, on generated data.
 
-python -m benchmarks.ablation                    ResNet-18 on two cores, within 45 minutes
-python -m benchmarks.ablation --preset gpu       ResNet-50 SSD300, five seeds
-python -m benchmarks.ablation --resume           goes on where the last one was stopped
-python -m benchmarks.ablation --readme README.md    measures nothing, writes the block of the
+python -m benchmarks.paper.ablation                 ResNet-18 on two cores, within 45 minutes
+python -m benchmarks.paper.ablation --preset gpu    ResNet-50 SSD300, five seeds
+python -m benchmarks.paper.ablation --resume        goes on where the last one was stopped
+python -m benchmarks.paper.ablation --readme README.md    measures nothing, writes the block of the
                                  committed results; with --check exits 1 if it is another
 
 All networks of one seed start from the same weights, as far as they share them, and see the same
@@ -29,9 +29,9 @@ from torch.utils.data import Dataset
 from torchvision.models.detection.ssd import SSD
 from tqdm import tqdm
 
-from benchmarks import ablation_report as report
 from benchmarks import environment
 from benchmarks.environment import BenchmarkError
+from benchmarks.paper import report
 from benchmarks.report import with_block
 from da_ops.detection.augment import eval_transforms, train_transforms
 from da_ops.detection.checkpoint import build_model
@@ -39,10 +39,10 @@ from da_ops.detection.distributed import World
 from da_ops.detection.evaluation import evaluate
 from da_ops.detection.loading import StepSampler, training_loader
 from da_ops.detection.optimisation import Trainer, parameter_groups
+from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
 from da_ops.detection.voc import VOCDetection, read_classes
 from da_ops.models import insert_attention
-from da_ops.settings import Settings
 
 VARIANTS: dict[str, dict[str, Any]] = {
     report.PLAIN: {"attention": "none"},
@@ -247,7 +247,7 @@ def run_one(
 def experiment(preset: Preset, options: argparse.Namespace, path: Path) -> None:
     """All networks of one seed, then of the next; the file is complete after each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = environment.head("ablation", device.type, options.preset)
+    results = environment.head("ablation", device.type, options.preset, report.MODULE)
     settings = settings_record(preset)
     results |= {"settings": settings, "pretraining": None, "runs": [], "seconds": 0.0}
     if options.resume:
@@ -307,8 +307,8 @@ def write_block(options: argparse.Namespace) -> int:
         environment.write_atomically(readme, new)
     elif new != old:
         print(
-            f"benchmarks.ablation: {readme}: the block between the ablation markers is not what the"
-            f" results generate; run python -m benchmarks.ablation --readme {readme}",
+            f"{report.MODULE}: {readme}: the block between the ablation markers is not what the"
+            f" results generate; run python -m {report.MODULE} --readme {readme}",
             file=sys.stderr,
         )
         return 1
@@ -337,7 +337,7 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.ablation", description=__doc__, formatter_class=kind
+        f"python -m {report.MODULE}", description=__doc__, formatter_class=kind
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="small")
     parser.add_argument("--out", metavar="FILE", help="where the results go")
@@ -347,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(parser.parse_args(arguments))
     except BenchmarkError as error:
-        print(f"benchmarks.ablation: {error}", file=sys.stderr)
+        print(f"{report.MODULE}: {error}", file=sys.stderr)
         return 2
 
 

@@ -14,9 +14,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks import ablation_report as report
 from benchmarks import tables
 from benchmarks.charts import FUSED_COLOURS, GRID, INK, PANEL_TITLE, QUIET, RIVAL_COLOURS, STYLE
+from benchmarks.paper import report
 
 MINE, PAPER = FUSED_COLOURS["contiguous"], RIVAL_COLOURS["compile"]
 

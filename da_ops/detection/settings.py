@@ -1,4 +1,4 @@
-"""What decides the result of a training run; the defaults are the paper's SSD300."""
+"""The settings that decide the result of a training run; the defaults are the paper's SSD300."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
-from .backends import NAMES
-from .reference import GATES, ORDERS
+from ..backends import NAMES
+from ..reference import GATES, ORDERS
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 ATTENTIONS = ("da", "se", "sge", "eca", "none")
@@ -23,8 +23,8 @@ def _setting(default: Any, help: str, **more: Any) -> Any:
 class Settings:
     """Settings of a run; ``metadata`` of each field is what the command line says of it.
 
-    A run can be resumed only with the settings that it was started with. How many processes and
-    loader workers there are is no setting: neither decides which images make up a step.
+    A run can be resumed only with the settings that it was started with. The numbers of processes
+    and of loader workers are no settings: neither decides which images make up a step.
 
     Raises:
         ValueError: a value out of its range.

@@ -12,14 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
-from torchvision.transforms.v2 import functional as F
 
-from . import models
+from .vision import F, get_model_weights
+
+# isort: split
+from .. import models
+from ..models.weights import read
 from .cam import grad_cam, strongest
-from .detection.checkpoint import load_detector
-from .detection.pictures import open_picture, to_rgb
-from .models.weights import read
+from .checkpoint import load_detector
+from .pictures import open_picture, to_rgb
 from .settings import BACKBONES
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -44,7 +45,7 @@ class Network:
         return picture
 
     def inputs(self, picture: Tensor) -> Tensor:
-        """What ``see`` gave as the network takes it, a batch of one."""
+        """A picture from ``see`` as the network takes it, a batch of one."""
         if not self.detector:
             picture = F.normalize(picture, list(_MEAN), list(_STD))
         return picture[None]

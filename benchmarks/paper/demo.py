@@ -1,6 +1,6 @@
 """From nothing to a picture: makes data, trains a small DA-ResNet18 SSD128, tests and draws.
 
-python -m benchmarks.demo        some minutes on two cores; goes on where it was stopped
+python -m benchmarks.paper.demo        some minutes on two cores; goes on where it was stopped
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from matplotlib.patches import Rectangle
 
 from benchmarks import environment
 from benchmarks.charts import INK, QUIET
-from da_ops.cam import grad_cam
 from da_ops.cli import main as da_ops
+from da_ops.detection.cam import grad_cam
 from da_ops.detection.checkpoint import Detector, load_detector
+from da_ops.detection.figures import show_map
+from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
 from da_ops.detection.training import evaluation_set, train
-from da_ops.figures import show_map
-from da_ops.settings import Settings
 
 SETTINGS = Settings(
     backbone="resnet18",
@@ -113,7 +113,7 @@ def outline(axes: Axes, box: list[float], colour: Any, text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.demo", description=__doc__.split("\n")[0]
+        "python -m benchmarks.paper.demo", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, default=environment.LOCAL / "demo", metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         print(f"drawn: {demo(options.out, SETTINGS, PICTURES)}")
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"benchmarks.demo: {error}", file=sys.stderr)
+        print(f"benchmarks.paper.demo: {error}", file=sys.stderr)
         return 1
     return 0
 

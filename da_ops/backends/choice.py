@@ -1,0 +1,141 @@
+"""The choice among the backends: the one that computes, and the reasons against the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from .base import Backend
+
+logger = logging.getLogger("da_ops")
+
+
+class Choice:
+    """Chooses a backend for each call, and remembers what it chose, warned of and gave up."""
+
+    def __init__(self) -> None:
+        self.backends: dict[str, Backend] = {}  # the best first
+        self._chosen: dict[str, str] = {}  # name by device type, for "auto"
+        self._warned: set[str] = set()  # reasons
+        self._given_up: dict[str, str] = {}  # reason by name
+
+    def forget(self) -> None:
+        """Choose anew from here on, as after the import."""
+        self._chosen.clear()
+        self._warned.clear()
+        self._given_up.clear()
+
+    def unusable(self, name: str) -> str | None:
+        """Why backend ``name`` is not usable on this machine; None if it is."""
+        backend = self.backends[name]
+        return self._given_up.get(name) or backend.reason or backend.missing()
+
+    def unserved(self, name: str, device_type: str) -> str | None:
+        """Why backend ``name`` cannot serve tensors on ``device_type``; None if it can."""
+        backend = self.backends[name]
+        reason = self._given_up.get(name) or backend.reason
+        if reason is not None:
+            return reason
+        if not backend.serves(device_type):
+            return f"it does not serve tensors on {device_type!r}"
+        return None if torch.compiler.is_compiling() else backend.unfit()
+
+    def passed_over(self, name: str, device_type: str) -> str | None:
+        """Why "auto" does not take backend ``name`` for tensors on ``device_type``."""
+        return self.unserved(name, device_type) or self.backends[name].explicit_only
+
+    def select(self, asked: str, device_type: str) -> str:
+        """The name of the backend that computes for tensors on ``device_type``.
+
+        ``"auto"`` takes the best usable one, or the one that the environment variable
+        DA_OPS_BACKEND names, and logs its choice once for each device type.
+
+        Raises:
+            ValueError: there is no such backend.
+            RuntimeError: ``asked`` is not usable here, or not for this device.
+        """
+        if asked == "auto":
+            if device_type not in self._chosen:
+                name, why = self._best(device_type)
+                if torch.compiler.is_compiling():
+                    return name  # a traced call cannot log: the next one that is not will
+                self._chosen[device_type] = name
+                level = logging.WARNING if self._broken(name, device_type) else logging.INFO
+                logger.log(level, "da_ops: backend %r for %s tensors (%s)", name, device_type, why)
+            return self._chosen[device_type]
+        if asked not in self.backends:
+            raise ValueError(
+                f"da_attention: backend must be 'auto' or one of "
+                f"{', '.join(map(repr, self.backends))}; got {asked!r}"
+            )
+        reason = self.unserved(asked, device_type)
+        if reason is not None:
+            raise RuntimeError(
+                f"da_attention: backend {asked!r} cannot serve: {reason}; "
+                "use backend='auto' for the best that can"
+            )
+        return asked
+
+    def implementation(self, asked: str, device_type: str) -> Backend:
+        """The backend that :meth:`select` names, in its forgiving variant for "auto"."""
+        if asked != "auto":
+            return self.backends[self.select(asked, device_type)]
+        name = self._chosen.get(device_type) or self.select(asked, device_type)  # most calls' way
+        backend = self.backends[name]
+        return backend.forgiving or backend
+
+    def give_up(self, name: str, reason: str) -> None:
+        """Never choose backend ``name`` again, which turned out at run time not to work; warn."""
+        self._given_up[name] = reason
+        self._chosen.clear()
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning(
+                "da_ops: backend %r does not work here, not used again: %s", name, reason
+            )
+
+    def gave_up(self, name: str) -> bool:
+        """Whether backend ``name`` was given up."""
+        return name in self._given_up
+
+    def _best(self, device_type: str) -> tuple[str, str]:
+        """The backend that "auto" takes, and why."""
+        wish = _wish()
+        if wish != "auto":
+            try:
+                return self.select(wish, device_type), "by DA_OPS_BACKEND"
+            except (ValueError, RuntimeError) as error:
+                told = f"{error} (asked for by the environment's DA_OPS_BACKEND)"
+                raise type(error)(told) from None
+        passed: list[str] = []
+        for name in self.backends:
+            reason = self.passed_over(name, device_type)
+            if reason is None:
+                return name, "; ".join(passed) or "the best there is"
+            passed.append(f"not {name!r}: {reason}")
+        raise AssertionError("the eager backend serves everything")
+
+    def _broken(self, chosen: str, device_type: str) -> bool:
+        """Whether a better backend for this device does not work, for a reason not yet told."""
+        if _wish() != "auto":
+            return False
+        names = list(self.backends)
+        better = names[: names.index(chosen)]
+        found = (
+            self.unserved(name, device_type)
+            for name in better
+            if self.backends[name].serves(device_type)
+        )
+        reasons = {reason for reason in found if reason is not None}
+        new = bool(reasons - self._warned)
+        self._warned.update(reasons)
+        return new
+
+
+def _wish() -> str:
+    return os.environ.get("DA_OPS_BACKEND") or "auto"  # set to nothing is not set
+
+
+CHOICE = Choice()  # the only one; da_ops/backends/__init__.py gives it its backends
