@@ -57,17 +57,30 @@ limit is larger by what rounding to bfloat16 takes there."""
 
 WORDS = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "d": "double"}
 WORDS |= {"Lb0E": "false", "Lb1E": "true"}
+ENUMERATORS = {
+    "Sums": ("forward", "backward", "through"),
+    "Adds": ("rows", "cols", "any"),
+    "Fit": ("whole", "split"),
+}
 ARGUMENT = "|".join([*WORDS, r"Li\d+E", r"LN\w+?E\d+E"])  # types, numbers, enumerators
 
 
 def short_name(mangled: str) -> str:
-    """sums<half, 8, 2> for _ZN2da4cuda4sumsI6__halfLi8ELNS0_4SumsE2EEEv...; else as it is."""
+    """scale<half, 8, true, split> for _ZN2da4cuda5scaleI6__halfLi8ELb1ELNS0_3FitE1EEEv...; another
+    function's name as it is."""
     kernel = re.match(rf"_ZN2da4cuda\d+([a-z_0-9]+)(?:I((?:{ARGUMENT})+)E)?E", mangled)
     if not kernel:
         return mangled
     arguments = re.findall(ARGUMENT, kernel[2] or "")
-    words = [WORDS.get(argument) or re.findall(r"\d+", argument)[-1] for argument in arguments]
+    words = [WORDS.get(argument) or _value(argument) for argument in arguments]
     return f"{kernel[1]}<{', '.join(words)}>" if words else kernel[1]
+
+
+def _value(argument: str) -> str:
+    """A number, or an enumerator's name."""
+    number = re.findall(r"\d+", argument)[-1]
+    enumeration = re.search(r"\d([A-Z][a-z]+)E\d+E$", argument)
+    return ENUMERATORS[enumeration[1]][int(number)] if enumeration else number
 
 
 class Tools:

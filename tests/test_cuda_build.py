@@ -128,6 +128,7 @@ def test_names_are_short(mangled, name):
     assert cuda_report.short_name(mangled) == name
 
 
+SUMS, SCALE = "sums<half, 8, forward, rows, whole>", "scale<half, 8, false, whole>"
 CUDA = find_cuda(torch.version.cuda)
 READS_CODE = CUDA.home is not None and cuda_report.Tools(CUDA.home).missing() is None
 needs_nvcc = pytest.mark.skipif(not READS_CODE, reason="needs nvcc, cuobjdump and nvdisasm")
@@ -137,7 +138,7 @@ needs_nvcc = pytest.mark.skipif(not READS_CODE, reason="needs nvcc, cuobjdump an
 @needs_nvcc
 def test_the_machine_code_is_within_its_limits():
     table = run(sys.executable, "-m", "build_tools.cuda_report", "--arch", "sm_80", "sm_90")
-    for kernel in ("sums<half, 8, 0> x", "scale<float, 4, true> dx", "finish<double>"):
+    for kernel in (f"{SUMS} x", "scale<float, 4, true, split> dx", "finish<double>"):
         assert f"\n{kernel} " in table
 
 
@@ -148,8 +149,8 @@ PLANTED = {
     "a load through a reference": (
         ("SIMT_HD To bit_cast(From from) {", "SIMT_HD To bit_cast(const From& from) {"),
         {
-            "sums<half, 8, 0>": [
-                "expected accesses of 2 bytes and more, got 64 of 1",
+            SUMS: [
+                "expected accesses of 2 bytes and more, got 128 of 1",
                 "loops over 4+0+0 vectors (from global, from shared, stored): expected 1, got 0",
             ]
         },
@@ -161,7 +162,7 @@ PLANTED = {
             "    store_once(static_cast<uint32_t*>(address) + i, value.word[i]);\n",
         ),
         {
-            "scale<half, 8, false>": [
+            SCALE: [
                 "loops over 4+0+4 vectors (from global, from shared, stored): expected 1, got 0",
                 "got one over 4+0+0 vectors",
             ]
@@ -170,16 +171,17 @@ PLANTED = {
     "local memory": (
         ("(from.word[i], to + 2 * i)", "(from.word[i], to + (2 * i ^ (thread() & 2)))"),
         {
-            "sums<half, 8, 0>": ["expected no local memory, got 32 bytes", "accesses (STL"],
-            "scale<half, 8, false>": ["expected no local memory, got 32 bytes", "accesses (STL"],
+            SUMS: ["expected no local memory, got 32 bytes", "accesses (STL"],
+            SCALE: ["expected no local memory, got 32 bytes", "accesses (STL"],
         },
     ),
 }
 TWO_KERNELS = """\
 #include "cuda/portable/passes.cuh"
 namespace da::cuda {
-template __global__ void sums<simt::float16, 8, Sums::forward>(SIMT_PARAM Args<float>);
-template __global__ void scale<simt::float16, 8, false>(SIMT_PARAM Args<float>);
+template __global__ void sums<simt::float16, 8, Sums::forward, Adds::rows, Fit::whole>(
+    SIMT_PARAM Args<float>);
+template __global__ void scale<simt::float16, 8, false, Fit::whole>(SIMT_PARAM Args<float>);
 }
 """
 
@@ -199,7 +201,7 @@ def test_a_planted_fault_is_found_in_the_machine_code(fault, tmp_path, monkeypat
     tools = cuda_report.Tools(CUDA.home)
     cubin = tools.compile(tmp_path / "two.cu", "sm_90", tmp_path / "two.cubin", [tmp_path])
     found = {kernel.name: list(kernel.faults()) for kernel in tools.kernels(cubin, "sm_90")}
-    assert set(found) == {"sums<half, 8, 0>", "scale<half, 8, false>"}
+    assert set(found) == {SUMS, SCALE}
     for kernel, faults in found.items():
         assert bool(faults) == (kernel in told), faults
         for part in told.get(kernel, []):

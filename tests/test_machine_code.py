@@ -274,10 +274,10 @@ def test_the_report_has_a_line_for_each_loop(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [
-        ("sums<half, 8, 0>", ("sums, forward", 2, True)),
-        ("sums<double, 2, 1>", ("sums, backward", 8, True)),
-        ("sums<float, 1, 2>", ("sums, through", 4, False)),
-        ("scale<bfloat16, 8, true>", ("scale, backward", 2, True)),
+        ("sums<half, 8, forward, rows, whole>", ("sums, forward, rows, whole", 2, True)),
+        ("sums<double, 2, backward, any, split>", ("sums, backward, any, split", 8, True)),
+        ("sums<float, 1, through, any, whole>", ("sums, through, any, whole", 4, False)),
+        ("scale<bfloat16, 8, true, split>", ("scale, backward, split", 2, True)),
         ("chip_forward<half>", ("chip_forward", 2, True)),
         ("chip_backward<float>", ("chip_backward", 4, True)),
         ("fold<double>", ("fold", 8, False)),

@@ -48,13 +48,42 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   return args;
 }
 
+// float64 and elements do with fewer kernels: each that is compiled is compiled for all
+// architectures.
 template <class T, int E>
+constexpr bool kSpecialised = E > 1 && sizeof(T) < 8;
+
+template <class T, int E, Sums Kind, Fit How>
+auto sums_kernel(Lines wanted) {
+  if constexpr (kSpecialised<T, E> && Kind != Sums::backward) {
+    if (!wanted.cols) return sums<T, E, Kind, Adds::rows, How>;
+    if (!wanted.rows) return sums<T, E, Kind, Adds::cols, How>;
+  }
+  if constexpr (kSpecialised<T, E> && Kind == Sums::through)
+    return sums<T, E, Kind, Adds::cols, How>;  // one axis is gone through at a time
+  else
+    return sums<T, E, Kind, Adds::any, How>;
+}
+
+template <class T, int E, Fit How>
 int launch_pass(const Pass& pass, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
-  if (pass.writes & kY) return simt::launch(launch, scale<T, E, false>, args);
-  if (pass.writes & kDx) return simt::launch(launch, scale<T, E, true>, args);
-  if (pass.reads & kDy) return simt::launch(launch, sums<T, E, Sums::backward>, args);
-  return pass.weights == Maps::terms ? simt::launch(launch, sums<T, E, Sums::through>, args)
-                                     : simt::launch(launch, sums<T, E, Sums::forward>, args);
+  if (pass.writes & kY) return simt::launch(launch, scale<T, E, false, How>, args);
+  if (pass.writes & kDx) return simt::launch(launch, scale<T, E, true, How>, args);
+  const Lines wanted = lines(pass.sums, args.tiling.channels_last);
+  if (pass.reads & kDy)
+    return simt::launch(launch, sums_kernel<T, E, Sums::backward, How>(wanted), args);
+  return pass.weights == Maps::terms
+             ? simt::launch(launch, sums_kernel<T, E, Sums::through, How>(wanted), args)
+             : simt::launch(launch, sums_kernel<T, E, Sums::forward, How>(wanted), args);
+}
+
+template <class T>
+int launch_pass(const Pass& pass, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
+  constexpr int E = 16 / sizeof(T);
+  if (args.tiling.vector == 1) return launch_pass<T, 1, Fit::whole>(pass, launch, args);
+  if constexpr (kSpecialised<T, E>)
+    if (args.tiling.period == 1) return launch_pass<T, E, Fit::whole>(pass, launch, args);
+  return launch_pass<T, E, Fit::split>(pass, launch, args);
 }
 
 template <class T>
@@ -68,8 +97,7 @@ int launch_step(const Step& step, const simt::Launch& launch, const Args<accumul
     case Kernel::finish:
       return simt::launch(launch, finish<T>, args);
     default:
-      return args.tiling.vector > 1 ? launch_pass<T, 16 / sizeof(T)>(step.pass, launch, args)
-                                    : launch_pass<T, 1>(step.pass, launch, args);
+      return launch_pass<T>(step.pass, launch, args);
   }
 }
 

@@ -11,6 +11,9 @@ namespace da::cuda {
 // What is summed: forward, x; backward, first dy x, then x again, weighted with a term.
 enum class Sums { forward, backward, through };
 
+// The sums that a kernel is compiled for: of rows, of columns, or whichever a launch has room for.
+enum class Adds { rows, cols, any };
+
 // Partial sums, one for each tile of the other axis: [image][tile][entry].
 template <class A>
 struct Partial {

@@ -27,44 +27,48 @@ struct Scaling {
 
   // Every at_once-th row from first_row on, Depth of them in flight. `in` and `out` point to the
   // thread's vector in the first one, load(in) reads a vector.
-  template <int Depth, class Load>
+  template <int Depth, Fit How, class Load>
   SIMT_FN void rows(const Lane& lane, int first_row, int rows, int at_once, int64_t stride,
                     const T* in, T* out, Load load) const {
     if (!Backward || outer == Outer::none)
-      loop<Depth, Outer::none>(lane, first_row, rows, at_once, stride, in, out, load);
+      loop<Depth, How, Outer::none>(lane, first_row, rows, at_once, stride, in, out, load);
     else if (outer == Outer::rows)
-      loop<Depth, Outer::rows>(lane, first_row, rows, at_once, stride, in, out, load);
+      loop<Depth, How, Outer::rows>(lane, first_row, rows, at_once, stride, in, out, load);
     else
-      loop<Depth, Outer::cols>(lane, first_row, rows, at_once, stride, in, out, load);
+      loop<Depth, How, Outer::cols>(lane, first_row, rows, at_once, stride, in, out, load);
   }
 
  private:
-  template <int Depth, Outer Which, class Load>
+  template <int Depth, Fit How, Outer Which, class Load>
   SIMT_FN void loop(const Lane& lane, int first_row, int rows, int at_once, int64_t stride,
                     const T* in, T* out, Load load) const {
     using V = Access<T, E>;
-    SIMT_ROLLED
-    for (int row0 = first_row; row0 < rows; row0 += Depth * at_once) {
+    constexpr bool whole = How == Fit::whole;
+    int row0 = first_row;
+    // Pointers that move stay in registers; other addresses are computed anew for every vector.
+    const A *factors = row_factors + first_row, *terms = row_terms + first_row;
+    // The next Depth rows; `full`: all of them are there.
+    const auto round = [&](auto full) {
       typename V::Raw raw[Depth];
       SIMT_UNROLL
       for (int d = 0; d < Depth; d++) {
-        raw[d] = row0 + d * at_once < rows ? load(in) : V::zero();
+        raw[d] = full || row0 + d * at_once < rows ? load(in) : V::zero();
         in += stride;
       }
       SIMT_UNROLL
       for (int d = 0; d < Depth; d++) {
-        const int row = row0 + d * at_once;
-        if (row < rows) {
+        if (full || row0 + d * at_once < rows) {
           A value[E];
           V::unpack(raw[d], value);
-          const int next = lane.split < E ? row + 1 : row;
-          const A this_factor = row_factors[row], next_factor = row_factors[next];
-          const A this_term = Backward ? row_terms[row] : A(0);
-          const A next_term = Backward ? row_terms[next] : A(0);
+          const int row = d * at_once, next = !whole && lane.split < E ? row + 1 : row;
+          const A this_factor = factors[row], next_factor = whole ? A(0) : factors[next];
+          const A this_term = Backward ? terms[row] : A(0);
+          const A next_term = Backward && !whole ? terms[next] : A(0);
           SIMT_UNROLL
           for (int j = 0; j < E; j++) {
-            const A row_factor = j < lane.split ? this_factor : next_factor;
-            const A row_term = j < lane.split ? this_term : next_term;
+            const bool here = whole || j < lane.split;
+            const A row_factor = here ? this_factor : next_factor;
+            const A row_term = here ? this_term : next_term;
             if (!Backward)
               value[j] *= factor[j] * row_factor;
             else if (Which == Outer::rows)
@@ -74,11 +78,15 @@ struct Scaling {
             else
               value[j] = value[j] * (factor[j] * row_factor) + (term[j] + row_term);
           }
-          V::store(out, value, lane.begin, lane.end);
+          V::store(out, value, whole ? 0 : lane.begin, whole ? E : lane.end);
         }
         out += stride;
       }
-    }
+      row0 += Depth * at_once, factors += Depth * at_once, terms += Depth * at_once;
+    };
+    SIMT_ROLLED
+    while (row0 + (Depth - 1) * at_once < rows) round(std::true_type());
+    if (row0 < rows) round(std::false_type());
   }
 };
 

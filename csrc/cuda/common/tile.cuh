@@ -53,6 +53,10 @@ struct Tile {
   SIMT_FN int pixels() const { return tiling.channels_last ? rows : cols; }
 };
 
+// Whether every row is a whole number of vectors, so that its period is one row and a vector lies
+// in one row only; or rows may begin within a vector.
+enum class Fit { whole, split };
+
 // A thread's vector in a super-row.
 struct Lane {
   bool active;     // it has elements at all

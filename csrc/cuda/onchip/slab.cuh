@@ -379,13 +379,14 @@ SIMT_FN void scale_slab(const Member<T>& m, int image, Done done) {
       if (!chip.aligned) {
         if (tile == 0) scale_elements<Backward>(m, begin, end, kept, m.out(image));
       } else if (chunk < (Backward ? chip.kept_dy : chip.kept)) {
-        scaling.template rows<depth>(lane, begin + mine, last, at_once, stride, kept + start,
-                                     m.out(image) + start, [](const T* p) { return V::load(p); });
+        scaling.template rows<depth, Fit::split>(lane, begin + mine, last, at_once, stride,
+                                                 kept + start, m.out(image) + start,
+                                                 [](const T* p) { return V::load(p); });
       } else {
-        scaling.template rows<depth>(lane, begin + mine, last, at_once, stride,
-                                     (Backward ? m.dy(image) : m.x(image)) + start,
-                                     m.out(image) + start,
-                                     [](const T* p) { return V::load_once(p); });
+        scaling.template rows<depth, Fit::split>(lane, begin + mine, last, at_once, stride,
+                                                 (Backward ? m.dy(image) : m.x(image)) + start,
+                                                 m.out(image) + start,
+                                                 [](const T* p) { return V::load_once(p); });
       }
       if (tile + 1 == chip.col_tiles) done(chunk);
     }

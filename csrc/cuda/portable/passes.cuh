@@ -11,12 +11,12 @@ namespace da::cuda {
 //
 // A thread keeps its columns' sums in registers over all rows. Its sum over a row's elements goes
 // to shared memory, kDepth rows at a time; then four threads add up the lanes of each row.
-template <class T, int E, Sums Kind>
+template <class T, int E, Sums Kind, Adds What, Fit How>
 SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)) - (Kind == Sums::through && sizeof(T) == 4))
 sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
-  constexpr bool product = Kind == Sums::backward;
+  constexpr bool product = Kind == Sums::backward, whole = How == Fit::whole;
   constexpr int depth = product ? kDepth / 2 : kDepth;
   const Tiling& t = args.tiling;
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::sums);
@@ -27,86 +27,107 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   const A* col_weight = t.channels_last ? memory.channel_factor : memory.pixel_factor;
   A* const new_row_sums = t.channels_last ? args.new_pixel_sums : args.new_channel_sums;
   A* const new_col_sums = t.channels_last ? args.new_channel_sums : args.new_pixel_sums;
+  const bool adds_rows = What == Adds::rows || (What == Adds::any && new_row_sums);
+  const bool adds_cols = What == Adds::cols || (What == Adds::any && new_col_sums);
 
   const Lane lane = Lane::of_row<E>(t, tile.col(), tile.cols);
   const typename V::Raw mask = V::mask(lane.begin, lane.end);
   A weight[E], sum[E];
   SIMT_UNROLL
   for (int j = 0; j < E; j++) {
-    weight[j] = lane.active && lane.begin <= j && j < lane.end ? col_weight[lane.col + j] : A(0);
+    const bool own = lane.active && (whole || (lane.begin <= j && j < lane.end));
+    weight[j] = own ? col_weight[lane.col + j] : A(0);
     sum[j] = 0;
   }
 
   const int at_once = t.at_once();
   const int64_t stride = at_once * t.cols;
-  const int first_row = lane.super_row * t.period + lane.phase;
-  const int rows = lane.active ? tile.rows : 0;
+  const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
+  row_weight += first_row;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
   const T* x = static_cast<const T*>(args.x) + start;
   const T* dy = static_cast<const T*>(args.dy) + start;
   const int pitch = t.lanes | 1;
-  int half = 0;
-  SIMT_ROLLED
-  for (int row0 = 0; row0 < tile.rows; row0 += depth * at_once) {
+  // The first of the rows that this thread helps to add up, and where a later one lies.
+  const int part = simt::thread() % 4, helped = simt::thread() / 4;
+  const int first_turn = helped / at_once, first_segment = helped % at_once;
+  const int turns = kThreads / 4 / at_once, segments = kThreads / 4 % at_once;
+  A* const out = new_row_sums + (tile.image * t.col_tiles + tile.col_tile) * t.rows + tile.row();
+  // Both move from round to round between the halves of the scratch memory. Pointers that move stay
+  // in registers; addresses that do not are computed anew for every vector.
+  A* mine = memory.scratch + lane.segment * pitch + lane.index;
+  const A* others = memory.scratch + part;
+  int to_other_half = kDepth * kPitch;
+
+  // The rows from row0 on that the block reads before it syncs; `full`: all of them are there.
+  const auto round = [&](int row0, auto full) {
     typename V::Raw raw[depth], raw_dy[depth];
+    const auto live = [&](int d) {
+      return lane.active && (full || row0 + first_row + d * at_once < tile.rows);
+    };
     SIMT_UNROLL
     for (int d = 0; d < depth; d++) {
-      const bool live = row0 + first_row + d * at_once < rows;
-      raw[d] = live ? V::load(x) : V::zero();
-      if (product) raw_dy[d] = live ? V::load(dy) : V::zero();
+      raw[d] = live(d) ? V::load(x) : V::zero();
+      if (product) raw_dy[d] = live(d) ? V::load(dy) : V::zero();
       x += stride;
       dy += stride;
     }
     SIMT_UNROLL
     for (int d = 0; d < depth; d++) {
-      const int row = row0 + first_row + d * at_once;
       A value[E];
-      V::unpack(V::keep(raw[d], mask), value);
+      V::unpack(whole ? raw[d] : V::keep(raw[d], mask), value);
       if (product) {
         A gradient[E];
-        V::unpack(V::keep(raw_dy[d], mask), gradient);
+        V::unpack(whole ? raw_dy[d] : V::keep(raw_dy[d], mask), gradient);
         SIMT_UNROLL
         for (int j = 0; j < E; j++) value[j] *= gradient[j];
       }
-      if (new_col_sums) {
-        const A weight_of_row = row < rows ? row_weight[row] : A(0);
+      if (adds_cols) {
+        const A weight_of_row = full || live(d) ? row_weight[d * at_once] : A(0);
         SIMT_UNROLL
         for (int j = 0; j < E; j++) sum[j] += weight_of_row * value[j];
       }
-      if (new_row_sums && lane.segment < at_once) {
+      if (adds_rows) {
         A dot = 0;
         SIMT_UNROLL
         for (int j = 0; j < E; j++) dot += weight[j] * value[j];
-        memory.scratch[half + d * kPitch + lane.segment * pitch + lane.index] = dot;
+        if (lane.segment < at_once) mine[d * kPitch] = dot;
       }
     }
-    if (new_row_sums) {
+    row_weight += depth * at_once;
+    if (adds_rows) {
       simt::sync();  // the only one of a round, for the next round writes the other half
-      const int jobs = min(depth * at_once, tile.rows - row0), part = simt::thread() % 4;
+      const int rows = full ? depth * at_once : tile.rows - row0;
+      int row = helped, turn = first_turn, segment = first_segment;
       SIMT_ROLLED
-      for (int job0 = 0; job0 < jobs; job0 += kThreads / 4) {
-        const int job = job0 + simt::thread() / 4;  // a row, counted from row0
-        const A* of_row = memory.scratch + half + job / at_once * kPitch + job % at_once * pitch;
+      do {
+        const A* of_row = others + turn * kPitch + segment * pitch;
         A total = 0;
-        if (job < jobs)
-          for (int i = part; i < t.lanes; i += 4) total += of_row[i];
+        if (row < rows)
+          for (int i = 0; i < t.lanes - part; i += 4) total += of_row[i];
         total += simt::shuffle_xor(total, 1);
         total += simt::shuffle_xor(total, 2);
-        if (part == 0 && job < jobs)
-          new_row_sums[(tile.image * t.col_tiles + tile.col_tile) * t.rows + tile.row() + row0 +
-                       job] = total;
-      }
-      half = kDepth * kPitch - half;
+        if (part == 0 && row < rows) out[row0 + row] = total;
+        row += kThreads / 4, turn += turns, segment += segments;
+        if (segment >= at_once) turn++, segment -= at_once;
+      } while (row - helped < rows);
+      mine += to_other_half, others += to_other_half;
+      to_other_half = -to_other_half;
     }
-  }
+  };
+  int row0 = 0;
+  SIMT_ROLLED
+  for (; row0 + depth * at_once <= tile.rows; row0 += depth * at_once)
+    round(row0, std::true_type());
+  if (row0 < tile.rows) round(row0, std::false_type());
 
-  if (new_col_sums) {
+  if (adds_cols) {
     simt::sync();
     if (lane.active) {
       SIMT_UNROLL
       for (int j = 0; j < E; j++)
-        if (lane.begin <= j && j < lane.end)
+        if (whole || (lane.begin <= j && j < lane.end))
           memory.scratch[lane.segment * t.width + lane.col + j] = sum[j];
     }
     simt::sync();
@@ -120,7 +141,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
 }
 
 // y or dx over a tile.
-template <class T, int E, bool Backward>
+template <class T, int E, bool Backward, Fit How>
 SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
 scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
@@ -133,7 +154,7 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   else
     factors_of_y<T>(args, tile, memory);
 
-  const bool by_super_row = t.width == t.cols && t.period > 1;
+  const bool by_super_row = How == Fit::split && t.width == t.cols && t.period > 1;
   const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.super_rows)
                                  : Lane::of_row<E>(t, tile.col(), tile.cols);
   const bool rows_are_pixels = t.channels_last;
@@ -147,7 +168,7 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   const int at_once = t.at_once();
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
-  scaling.template rows<kDepth>(
+  scaling.template rows<kDepth, How>(
       lane, lane.super_row * t.period + lane.phase, lane.active ? tile.rows : 0, at_once,
       at_once * t.cols, static_cast<const T*>(Backward ? args.dy : args.x) + start,
       static_cast<T*>(args.out) + start, [](const T* p) { return Access<T, E>::load_once(p); });
