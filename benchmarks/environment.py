@@ -38,12 +38,17 @@ GIB = 2**30
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Within, being told to end is being interrupted: what was measured is there, and is shown."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Within, being told to end is being interrupted: what was measured is there, and is shown.
+
+    A shell's background command ignores interrupts unless it asks for them.
+    """
+    told = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, signal.default_int_handler) for number in told]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(told, before, strict=True):
+            signal.signal(number, handler)
 
 
 class BenchmarkError(Exception):
