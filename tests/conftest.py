@@ -22,6 +22,8 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET") or "1"
 # With a GPU, no test but that of the measuring itself waits for Triton to time its tiles.
 os.environ["DA_OPS_TRITON_AUTOTUNE"] = os.environ.get("DA_OPS_TRITON_AUTOTUNE") or "0"
+# No test runs by plans that somebody measured.
+os.environ["DA_OPS_CACHE"] = os.devnull
 
 import da_ops  # noqa: E402
 from da_ops.backends.choice import CHOICE  # noqa: E402
