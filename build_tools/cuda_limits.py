@@ -36,7 +36,7 @@ SIZES = {"half": 2, "bfloat16": 2, "float": 4, "double": 8}
 
 
 @dataclass(frozen=True)
-class Stage:
+class HotLoop:
     """A loop over vectors of full-size tensors. Counts are a turn's, over whole vectors."""
 
     name: str
@@ -57,26 +57,26 @@ class Stage:
 # weight, and its sum on the way to other lanes (sums), its weight and one sum of a turn (sums of
 # the one launch), or the masks and terms of the two rows that a vector may lie in (y, dx). Vectors
 # in flight are kDepth, and in the one launch what its registers allow beside what it keeps there.
-STAGES: dict[str, tuple[Stage, ...]] = {
-    "sums, forward": (Stage("x", (4, 0, 0), 1, 8, 4, (90, 65, 68)),),
-    "sums, backward": (Stage("dy x", (4, 0, 0), 1, 4, 4, (65, 41, 36)),),
-    "sums, through": (Stage("x", (4, 0, 0), 1, 8, 4, (92, 36, 46)),),
-    "scale, forward": (Stage("y", (4, 0, 4), 1, 8, 4, (95, 56, 49)),),
-    "scale, backward": (Stage("dx", (4, 0, 4), 3, 16, 4, (111, 60, 70)),),
+HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
+    "sums, forward": (HotLoop("x", (4, 0, 0), 1, 8, 4, (90, 65, 68)),),
+    "sums, backward": (HotLoop("dy x", (4, 0, 0), 1, 4, 4, (65, 41, 36)),),
+    "sums, through": (HotLoop("x", (4, 0, 0), 1, 8, 4, (92, 36, 46)),),
+    "scale, forward": (HotLoop("y", (4, 0, 4), 1, 8, 4, (95, 56, 49)),),
+    "scale, backward": (HotLoop("dx", (4, 0, 4), 3, 16, 4, (111, 60, 70)),),
     "chip_forward": (
-        Stage("sums of kept x", (0, 4, 0), 1, 5, 0, (102, 68, 0), times=2),
-        Stage("sums of x", (4, 0, 0), 1, 5, 2, (113, 79, 0)),
-        Stage("y of kept x", (0, 4, 4), 1, 8, 0, (85, 46, 0), times=1),
-        Stage("y of x", (4, 0, 4), 1, 8, 4, (88, 49, 0)),
+        HotLoop("sums of kept x", (0, 4, 0), 1, 5, 0, (102, 68, 0), times=2),
+        HotLoop("sums of x", (4, 0, 0), 1, 5, 2, (113, 79, 0)),
+        HotLoop("y of kept x", (0, 4, 4), 1, 8, 0, (85, 46, 0), times=1),
+        HotLoop("y of x", (4, 0, 4), 1, 8, 4, (88, 49, 0)),
     ),
     "chip_backward": (
-        Stage("sums of kept dy x", (0, 4, 0), 1, 3, 0, (76, 46, 0), times=2),
-        Stage("sums of dy, kept x", (2, 2, 0), 1, 3, 2, (81, 49, 0)),
-        Stage("sums of dy x", (4, 0, 0), 1, 3, 4, (80, 52, 0)),
-        Stage("sums of kept x", (0, 2, 0), 1, 3, 0, (118, 85, 0), times=1),
-        Stage("sums of x", (2, 0, 0), 1, 3, 2, (125, 91, 0)),
-        Stage("dx of kept dy", (0, 1, 1), 3, 4, 0, (109, 49, 0), times=1),
-        Stage("dx of dy", (1, 0, 1), 3, 4, 1, (105, 52, 0)),
+        HotLoop("sums of kept dy x", (0, 4, 0), 1, 3, 0, (76, 46, 0), times=2),
+        HotLoop("sums of dy, kept x", (2, 2, 0), 1, 3, 2, (81, 49, 0)),
+        HotLoop("sums of dy x", (4, 0, 0), 1, 3, 4, (80, 52, 0)),
+        HotLoop("sums of kept x", (0, 2, 0), 1, 3, 0, (118, 85, 0), times=1),
+        HotLoop("sums of x", (2, 0, 0), 1, 3, 2, (125, 91, 0)),
+        HotLoop("dx of kept dy", (0, 1, 1), 3, 4, 0, (109, 49, 0), times=1),
+        HotLoop("dx of dy", (1, 0, 1), 3, 4, 1, (105, 52, 0)),
     ),
 }
 # Instructions of the loops within those of sums, a turn of each: they add a row's lanes, unrolled.
@@ -98,7 +98,7 @@ def kernel_of(name: str) -> tuple[str, int, bool]:
         base = f"sums, {('forward', 'backward', 'through')[int(last)]}"
     elif base == "scale":
         base = f"scale, {'backward' if last == 'true' else 'forward'}"
-    vectors = base in STAGES and arguments[1:2] != ["1"]
+    vectors = base in HOT_LOOPS and arguments[1:2] != ["1"]
     return base, size, vectors
 
 
@@ -112,11 +112,11 @@ def column(size: int) -> int:
     return {2: 0, 4: 1, 8: 2}[size]
 
 
-def found_loops(name: str, function: Function) -> Iterator[tuple[Stage, list[Loop]]]:
+def found_loops(name: str, function: Function) -> Iterator[tuple[HotLoop, list[Loop]]]:
     """The table's loops over vectors, as they are in the code."""
     base, _, vectors = kernel_of(name)
-    for stage in STAGES[base] if vectors else ():
-        yield stage, [loop for loop in function.loops if vectors_of(loop) == stage.vectors]
+    for hot in HOT_LOOPS[base] if vectors else ():
+        yield hot, [loop for loop in function.loops if vectors_of(loop) == hot.vectors]
 
 
 def vectors_of(loop: Loop) -> tuple[int, int, int]:
@@ -149,9 +149,9 @@ def share(instructions: float, moved: float, gpu: str) -> float:
 def kept_instructions(name: str, function: Function) -> float | None:
     """For each vector of x, of one launch that keeps the image; None for other kernels."""
     total = 0.0
-    for stage, loops in found_loops(name, function):
-        if stage.times and loops:
-            total += stage.times * max(map(stage.instructions, loops))
+    for hot, loops in found_loops(name, function):
+        if hot.times and loops:
+            total += hot.times * max(map(hot.instructions, loops))
     return total or None
 
 
@@ -159,7 +159,7 @@ def faults(name: str, arch: str, function: Function) -> Iterator[str]:
     """What is against the rules, in words: expected this, got that."""
     base, size, vectors = kernel_of(name)
     code = function.instructions
-    if base not in STAGES and base not in WHOLE:
+    if base not in HOT_LOOPS and base not in WHOLE:
         yield "expected a kernel that the table knows, got one without limits: add it"
         return
     if local := [i.opcode for i in code if i.access and i.access.space == "local"]:
@@ -176,15 +176,15 @@ def faults(name: str, arch: str, function: Function) -> Iterator[str]:
         return
 
     matched: list[Loop] = []
-    for stage, loops in found_loops(name, function):
+    for hot, loops in found_loops(name, function):
         loops = [loop for loop in loops if not copies(loop)]
         matched += loops
-        if len(loops) != stage.loops:
-            got = f"expected {stage.loops}, got {len(loops)}"
-            yield f"loops over {shape(stage.vectors)}: {got}"
+        if len(loops) != hot.loops:
+            got = f"expected {hot.loops}, got {len(loops)}"
+            yield f"loops over {shape(hot.vectors)}: {got}"
         for loop in loops:
-            problems = loop_faults(stage, loop, size, number(arch), "bfloat16" in name)
-            yield from (f"{stage.name}: {problem}" for problem in problems)
+            problems = loop_faults(hot, loop, size, number(arch), "bfloat16" in name)
+            yield from (f"{hot.name}: {problem}" for problem in problems)
     for loop in function.loops:
         read, _, written = vectors_of(loop)
         if (read or written) and loop not in matched and not copies(loop):
@@ -200,19 +200,19 @@ def shape(vectors: tuple[int, int, int]) -> str:
 
 
 def loop_faults(
-    stage: Stage, loop: Loop, size: int, capability: int, bfloat16: bool
+    hot: HotLoop, loop: Loop, size: int, capability: int, bfloat16: bool
 ) -> Iterator[str]:
     entry = max(size, 4)  # bytes of what sums are made in
     if widths := narrow(loop.way, "global"):
         yield f"expected whole vectors on the way, got {len(widths)} of {min(widths)} bytes"
     small = narrow(loop.way, "shared")
-    if len(small) > stage.narrow or any(width != entry for width in small):
+    if len(small) > hot.narrow or any(width != entry for width in small):
         got = f"{len(small)}, the narrowest of {min(small)}"
-        yield f"expected at most {stage.narrow} numbers of {entry} bytes a turn, got {got}"
+        yield f"expected at most {hot.narrow} numbers of {entry} bytes a turn, got {got}"
     loads, stores = (narrow(loop.body, "global", load) for load in (True, False))
     if loads:
         yield f"expected loads of whole vectors, got {len(loads)} of {min(loads)} bytes"
-    most = 1 + stage.vectors[2] * VECTOR // size
+    most = 1 + hot.vectors[2] * VECTOR // size
     if len(stores) > most or any(width not in (size, entry) for width in stores):
         got = f"{len(stores)}, the narrowest of {min(stores)} bytes"
         yield f"expected at most {most} narrow stores, of edges' elements and a sum, got {got}"
@@ -220,12 +220,12 @@ def loop_faults(
         yield f"expected at most {WITHIN} instructions of loops within, got {len(loop.within)}"
     # ptxas asks for half of the vectors, then for the others, where registers are short: of
     # float64, and from 10.0 on.
-    in_flight = stage.in_flight if size < 8 and capability < 100 else (stage.in_flight + 1) // 2
+    in_flight = hot.in_flight if size < 8 and capability < 100 else (hot.in_flight + 1) // 2
     if loop.in_flight() < in_flight:
         yield f"expected {in_flight} vectors in flight, got {loop.in_flight()}"
-    limit = stage.limit[column(size)]
+    limit = hot.limit[column(size)]
     if bfloat16 and capability < 80:
-        limit += ROUNDING * VECTOR // size * stage.vectors[2] // sum(stage.vectors[:2])
-    if stage.instructions(loop) > limit:
-        got = f"{stage.instructions(loop):.1f}"
+        limit += ROUNDING * VECTOR // size * hot.vectors[2] // sum(hot.vectors[:2])
+    if hot.instructions(loop) > limit:
+        got = f"{hot.instructions(loop):.1f}"
         yield f"expected at most {limit} instructions a vector, got {got}"

@@ -182,17 +182,14 @@ def hot_loops(kernels: list[Kernel], archs: list[str]) -> Iterator[list[str]]:
     for name, on in by_name(kernels).items():
         base, size, _ = cuda_limits.kernel_of(name)
         loops = {arch: dict(cuda_limits.found_loops(name, on[arch].code)) for arch in on}
-        for stage in next(iter(loops.values())):
-            found = {arch: loops[arch][stage] for arch in archs if arch in on}
+        for hot in next(iter(loops.values())):
+            found = {arch: loops[arch][hot] for arch in archs if arch in on}
             yield [
-                f"{name} {stage.name}",
-                "+".join(f"{count}" for count in stage.vectors),
-                *(stage_cell(stage, found.get(arch, [])) for arch in archs),
-                str(stage.limit[cuda_limits.column(size)]),
-                *(
-                    stage_share(stage, found.get("sm_90", []), gpu) if size < 8 else ""
-                    for gpu in gpus
-                ),
+                f"{name} {hot.name}",
+                "+".join(f"{count}" for count in hot.vectors),
+                *(loop_cell(hot, found.get(arch, [])) for arch in archs),
+                str(hot.limit[cuda_limits.column(size)]),
+                *(loop_share(hot, found.get("sm_90", []), gpu) if size < 8 else "" for gpu in gpus),
             ]
         if base in cuda_limits.MOVED:
             total = {
@@ -209,19 +206,19 @@ def hot_loops(kernels: list[Kernel], archs: list[str]) -> Iterator[list[str]]:
             ]
 
 
-def stage_cell(stage: cuda_limits.Stage, loops: list[machine_code.Loop]) -> str:
+def loop_cell(hot: cuda_limits.HotLoop, loops: list[machine_code.Loop]) -> str:
     if not loops:
         return ""
     flight = min(loop.in_flight() for loop in loops)
-    return f"{max(map(stage.instructions, loops)):.0f}" + (f"/{flight}" if stage.vectors[0] else "")
+    return f"{max(map(hot.instructions, loops)):.0f}" + (f"/{flight}" if hot.vectors[0] else "")
 
 
-def stage_share(stage: cuda_limits.Stage, loops: list[machine_code.Loop], gpu: str) -> str:
+def loop_share(hot: cuda_limits.HotLoop, loops: list[machine_code.Loop], gpu: str) -> str:
     """What is kept on the chip waits for no memory."""
-    loads, kept, stores = stage.vectors
+    loads, kept, stores = hot.vectors
     if kept or not loops:
         return ""
-    return percent(max(map(stage.instructions, loops)), 1 + stores / loads, gpu)
+    return percent(max(map(hot.instructions, loops)), 1 + stores / loads, gpu)
 
 
 def percent(instructions: float | None, moved: float, gpu: str) -> str:

@@ -76,8 +76,8 @@ def extensions() -> list[Extension]:
             "da_ops._plan",
             [
                 "csrc/plan_module.cpp",
-                *sorted(glob("csrc/*/plan.cpp")),
-                *glob("csrc/cuda/choose.cpp"),
+                *glob("csrc/cpu/plan.cpp"),
+                *sorted(glob("csrc/cuda/plan/*.cpp")),
             ],
             include_dirs=[csrc, pybind11_include()],
             extra_compile_args=FLAGS,
@@ -89,7 +89,7 @@ def extensions() -> list[Extension]:
     if kernels:
         cuda = Extension(
             "da_ops._cuda",
-            [*kernels, *sorted(glob("csrc/cuda/*.cpp"))],
+            [*kernels, *sorted(glob("csrc/cuda/**/*.cpp", recursive=True))],
             libraries=["torch_cpu", "torch_cuda"],  # torch_cuda: the current stream
             define_macros=[target, ("USE_CUDA", None)],
             extra_compile_args={"cxx": FLAGS, "nvcc": [*NVCC_FLAGS, *FOR_NVCC]},

@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/plan.h"
-#include "cuda/choose.h"
-#include "cuda/plan.h"
+#include "cuda/plan/choose.h"
+#include "cuda/plan/plan.h"
 
 namespace py = pybind11;
 
@@ -96,8 +96,7 @@ py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p) {
     d["refused"] = plan.refused;
     return d;
   }
-  constexpr const char* names[] = {"block", "cluster", "group"};
-  d["barrier"] = names[static_cast<int>(plan.barrier)];
+  d["barrier"] = da::cuda::kBarriers[static_cast<int>(plan.barrier)];
   d["blocks_an_image"] = plan.blocks;
   d["images_at_once"] = plan.images_at_once;
   d["waves"] = (p.n + plan.images_at_once - 1) / plan.images_at_once;
@@ -116,16 +115,16 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   if (multiprocessors > 0) device.multiprocessors = multiprocessors;
   da::cuda::Wish wished;
   if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
-  da::cuda::Plan plan = da::cuda::plan(p, device, true, wished.limits);
-  const auto choose = [&](bool backward) {
+  constexpr bool aligned = true;  // as PyTorch allocates tensors
+  da::cuda::Plan plan = da::cuda::plan(p, device, aligned, wished.limits);
+  const auto choose = [&](da::cuda::Way way, da::cuda::Direction& direction) {
     const da::cuda::OnChip chip =
-        da::cuda::choose(p, backward, device, true, wished, da::cuda::typical_residents(device));
-    if (!chip.refused)
-      (backward ? plan.backward : plan.forward) =
-          da::cuda::on_chip_direction(p, chip, wished.limits);
+        da::cuda::choose(p, way, device, aligned, wished, da::cuda::typical_residents(device));
+    if (!chip.refused) direction = da::cuda::on_chip_direction(p, chip, wished.limits);
     return one_launch(chip, p);
   };
-  const py::dict forward = choose(false), backward = choose(true);
+  const py::dict forward = choose(da::cuda::Way::forward, plan.forward);
+  const py::dict backward = choose(da::cuda::Way::backward, plan.backward);
   const da::cuda::Tiling& t = plan.tiling;
   py::dict d;
   d["multiprocessors"] = device.multiprocessors;

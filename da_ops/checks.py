@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .parameters import Parameters
+from .parameters import Unnamed
 from .reference import GATES, ORDERS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,7 +45,7 @@ def odd_int(name: str, value: Any) -> int:
     return number
 
 
-def check_arguments(x: Tensor, parameters: Parameters, order: str, gate: str) -> None:
+def check_arguments(x: Tensor, parameters: Unnamed, order: str, gate: str) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the operator can take the call.
 
     Every call comes here, and so a message is made only when it is needed.

@@ -49,9 +49,7 @@ class DAFunction(torch.autograd.Function):
         gate: str,
         backend: str,
     ) -> Tensor:
-        parameters = Parameters(
-            conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
-        )
+        parameters = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
         check_arguments(x, parameters, order, gate)
         served = CHOICE.implementation(backend, x.device.type)
         y, channel_mean, pooled = served.forward(dense(x), parameters, order, gate)
@@ -64,11 +62,10 @@ class DAFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 10
-        x, *saved, channel_mean, pooled = ctx.saved_tensors
-        parameters = Parameters(*saved)
+        x, *parameters, channel_mean, pooled = ctx.saved_tensors
         order, gate, served = ctx.options
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = reference.backward(dy, x, parameters, order, gate)
+            gradients = reference.backward(dy, x, Parameters(*parameters), order, gate)
         else:
             x = dense(x)
             gradients = served.backward(

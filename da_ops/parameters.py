@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+# The six parameters in the order of Parameters, without names. They travel so where every call
+# passes, since making a named tuple takes a percent of a small call.
+Unnamed = tuple[Tensor | None, ...]
+
 
 class Parameters(NamedTuple):
     """The six parameters, in the order of the registered operators.

@@ -176,7 +176,7 @@ PLANTED = {
     ),
 }
 TWO_KERNELS = """\
-#include "cuda/passes.cuh"
+#include "cuda/portable/passes.cuh"
 namespace da::cuda {
 template __global__ void sums<simt::float16, 8, Sums::forward>(SIMT_PARAM Args<float>);
 template __global__ void scale<simt::float16, 8, false>(SIMT_PARAM Args<float>);
@@ -190,10 +190,11 @@ template __global__ void scale<simt::float16, 8, false>(SIMT_PARAM Args<float>);
 def test_a_planted_fault_is_found_in_the_machine_code(fault, tmp_path, monkeypatch):
     (good, bad), told = PLANTED[fault]
     monkeypatch.chdir(ROOT)
-    text = Path("csrc", "cuda", "simt.cuh").read_text()
+    text = Path("csrc", "cuda", "simt", "simt.cuh").read_text()
     assert good in text
-    (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "simt.cuh").write_text(text.replace(good, bad) if good else text)
+    changed = tmp_path / "cuda" / "simt" / "simt.cuh"
+    changed.parent.mkdir(parents=True)
+    changed.write_text(text.replace(good, bad) if good else text)
     (tmp_path / "two.cu").write_text(TWO_KERNELS)
     tools = cuda_report.Tools(CUDA.home)
     cubin = tools.compile(tmp_path / "two.cu", "sm_90", tmp_path / "two.cubin", [tmp_path])

@@ -152,11 +152,11 @@ def test_random_shapes(kernels, shape, case, dtypes, layout, multiprocessors, al
 
 
 # The kernels that keep an image on the chip: one block, or several that wait for each other at a
-# cluster's barrier or at a counter; several images a group, one after another.
-GROUPS = [
+# cluster's barrier or at a counter; a team has several images, one after another.
+TEAMS = [
     OnChip(),
-    OnChip("group", blocks=2, images_at_once=2),
-    OnChip("group", blocks=3),
+    OnChip("counter", blocks=2, images_at_once=2),
+    OnChip("counter", blocks=3),
     OnChip("cluster", blocks=2, images_at_once=2),
     OnChip("cluster", blocks=3),
 ]
@@ -165,13 +165,13 @@ ON_CHIP_DTYPES = [pair for pair in DTYPE_PAIRS if pair[0] != torch.float64]
 CHUNKS = (2, 256, 16, 16)
 
 
-def name(group):
-    return f"{group.barrier}-{group.blocks}"
+def name(team):
+    return f"{team.barrier}-{team.blocks}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("group", GROUPS, ids=name)
-def test_on_chip(kernels, group, layout):
+@pytest.mark.parametrize("team", TEAMS, ids=name)
+def test_on_chip(kernels, team, layout):
     calls = [
         make(shape, order, gate, dtype=torch.float16, layout=layout)
         for order, gate in (CASES if FULL else FEW_CASES)
@@ -182,26 +182,26 @@ def test_on_chip(kernels, group, layout):
         for dtype, parameter_dtype in ON_CHIP_DTYPES
         for order in ("spatial_channel", "channel_spatial")
     ]
-    check(calls, results(kernels(), calls, on_chip=group))
+    check(calls, results(kernels(), calls, on_chip=team))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kept", [0, 3, 8, 11])  # none, some of x, x, x and some of dy
 def test_on_chip_what_is_not_kept_is_read_again(kernels, kept, layout):
-    for group in (OnChip(), OnChip("group", 2)):
+    for team in (OnChip(), OnChip("counter", 2)):
         calls = [
             make(CHUNKS, order, dtype=torch.bfloat16, layout=layout)
             for order in ("spatial_channel", "channel_spatial", "parallel")
         ]
-        check(calls, results(kernels(), calls, on_chip=group._replace(kept=kept)))
+        check(calls, results(kernels(), calls, on_chip=team._replace(kept=kept)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("group", GROUPS[:2], ids=name)
-def test_on_chip_odd_sizes(kernels, group, layout):
+@pytest.mark.parametrize("team", TEAMS[:2], ids=name)
+def test_on_chip_odd_sizes(kernels, team, layout):
     """Rows shorter than a vector, one pixel, one channel, no whole number of vectors, primes."""
     shapes = [(1, 37, 3, 13), (1, 31, 41, 1), (2, 41, 5, 5)]
-    if group.blocks == 1:
+    if team.blocks == 1:
         shapes += [(2, 5, 5, 3), (2, 11, 2, 2), (2, 33, 1, 1), (2, 1, 9, 8)]
     calls = [
         make(shape, order, "eca", dtype=dtype, layout=layout)
@@ -209,42 +209,42 @@ def test_on_chip_odd_sizes(kernels, group, layout):
         for order in ("spatial_channel", "channel_spatial")
         for dtype in (torch.float16, torch.float32)
     ]
-    check(calls, results(kernels(), calls, on_chip=group))
+    check(calls, results(kernels(), calls, on_chip=team))
     calls = [make((2, 40, 7, 7), dtype=dtype, layout=layout) for dtype, _ in ON_CHIP_DTYPES]
-    check(calls, results(kernels(), calls, on_chip=group, aligned=False))
+    check(calls, results(kernels(), calls, on_chip=team, aligned=False))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_on_chip_rows_wider_than_a_block(kernels, layout):
     shape = (1, 16, 75, 75) if layout == "contiguous" else (1, 4104, 2, 3)
-    for group in (OnChip(kept=1), OnChip("group", 2)):
+    for team in (OnChip(kept=1), OnChip("counter", 2)):
         calls = [
             make(shape, order, dtype=torch.float16, layout=layout)
             for order in ("spatial_channel", "channel_spatial", "parallel")
         ]
-        check(calls, results(kernels(), calls, on_chip=group))
+        check(calls, results(kernels(), calls, on_chip=team))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("group", [OnChip("group", 4), OnChip("cluster", 4)], ids=name)
-def test_on_chip_a_mask_looks_beyond_the_next_block(kernels, group, layout):
+@pytest.mark.parametrize("team", [OnChip("counter", 4), OnChip("cluster", 4)], ids=name)
+def test_on_chip_a_mask_looks_beyond_the_next_block(kernels, team, layout):
     calls = [
         make((1, 16, 8, 2), order, "eca", kernel_size=31, layout=layout)
         for order in ("spatial_channel", "channel_spatial", "parallel", "channel")
     ]
-    check(calls, results(kernels(), calls, on_chip=group))
+    check(calls, results(kernels(), calls, on_chip=team))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("aligned", [True, False])
 def test_on_chip_nan_stays_in_its_image(kernels, layout, aligned):
     """All three images pass through the same shared memory."""
-    for group in (OnChip(), OnChip("cluster", 2), OnChip("group", 2)):
+    for team in (OnChip(), OnChip("cluster", 2), OnChip("counter", 2)):
         call = make((3, 40, 7, 7), layout=layout, dtype=torch.float16)
-        (clean,) = results(kernels(), [call], on_chip=group, aligned=aligned)
+        (clean,) = results(kernels(), [call], on_chip=team, aligned=aligned)
         call.x[1] = torch.nan
         call.dy[1, 3] = torch.inf
-        (got,) = results(kernels(), [call], on_chip=group, aligned=aligned)
+        (got,) = results(kernels(), [call], on_chip=team, aligned=aligned)
         for result in ("y", "dx"):
             assert got[result][1].isnan().any()
             assert torch.equal(got[result][::2], clean[result][::2])
@@ -254,39 +254,39 @@ def test_on_chip_nan_stays_in_its_image(kernels, layout, aligned):
 def test_on_chip_nan_stays_in_its_channel(kernels, layout):
     call = make((3, 16, 7, 7), "channel", layout=layout, dtype=torch.float16)
     call.x[1, 3, 2, 2] = torch.nan
-    for group in (OnChip(), OnChip("group", 2)):
-        (got,) = results(kernels(), [call], on_chip=group)
+    for team in (OnChip(), OnChip("counter", 2)):
+        (got,) = results(kernels(), [call], on_chip=team)
         for result in ("y", "dx"):
             hit = got[result].isnan().flatten(2).any(2)
             assert hit.nonzero().tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_chip_bits_depend_on_nothing_but_the_group(kernels, layout):
-    """Not on the order of lanes, how groups share out the images, what they wait at or keep."""
+def test_on_chip_bits_depend_on_nothing_but_the_team(kernels, layout):
+    """Not on the order of lanes, how teams share out the images, what they wait at or keep."""
     calls = [make((3, 64, 8, 8), dtype=dtype, layout=layout) for dtype, _ in ON_CHIP_DTYPES]
-    once = results(kernels(), calls, on_chip=OnChip("group", 2))
-    for order, group in [
-        ("descending", OnChip("group", 2)),
-        ("random", OnChip("group", 2, images_at_once=3)),
+    once = results(kernels(), calls, on_chip=OnChip("counter", 2))
+    for order, team in [
+        ("descending", OnChip("counter", 2)),
+        ("random", OnChip("counter", 2, images_at_once=3)),
         ("ascending", OnChip("cluster", 2, images_at_once=2)),
-        ("ascending", OnChip("group", 2, kept=1)),
+        ("ascending", OnChip("counter", 2, kept=1)),
     ]:
-        again = results(kernels(), calls, on_chip=group, SIMT_ORDER=order)
+        again = results(kernels(), calls, on_chip=team, SIMT_ORDER=order)
         for one, other in zip(once, again, strict=True):
             assert_equal(one, other)
 
 
 @pytest.mark.parametrize("kind", ["address", "thread"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("group", GROUPS if FULL else GROUPS[::2], ids=name)
-def test_on_chip_sanitizers_find_nothing(kernels, group, layout, kind):
+@pytest.mark.parametrize("team", TEAMS if FULL else TEAMS[::2], ids=name)
+def test_on_chip_sanitizers_find_nothing(kernels, team, layout, kind):
     cases = [("spatial_channel", "affine"), ("channel_spatial", "eca"), ("parallel", "scalar")]
     calls = [
         make((3, 24, 7, 7), order, gate, dtype=torch.float16, layout=layout)
         for order, gate in (CASES if FULL else cases)
     ]
-    check(calls, results(kernels(kind), calls, on_chip=group, SIMT_ORDER="random", SIMT_LIVE="2"))
+    check(calls, results(kernels(kind), calls, on_chip=team, SIMT_ORDER="random", SIMT_LIVE="2"))
 
 
 @pytest.mark.parametrize("kind", ["address", "thread"])
@@ -294,23 +294,23 @@ def test_on_chip_sanitizers_find_nothing(kernels, group, layout, kind):
 @pytest.mark.parametrize("kept", [1, 4])  # of three: one of x, all of x and one of dy
 def test_on_chip_sanitizers_find_nothing_in_what_is_read_again(kernels, kept, layout, kind):
     calls = [make((2, 128, 8, 8), dtype=torch.float16, layout=layout)]
-    group = OnChip(kept=kept)
-    check(calls, results(kernels(kind), calls, on_chip=group, SIMT_ORDER="random"))
+    team = OnChip(kept=kept)
+    check(calls, results(kernels(kind), calls, on_chip=team, SIMT_ORDER="random"))
 
 
 @pytest.mark.parametrize(
-    ("call", "group", "aligned", "why"),
+    ("call", "team", "aligned", "why"),
     [
         (make(dtype=torch.float64), OnChip(), True, "float64 is for the portable passes"),
-        (make((1, 3, 4, 4)), OnChip("group", 4), True, "more blocks than rows"),
+        (make((1, 3, 4, 4)), OnChip("counter", 4), True, "more blocks than rows"),
         (make(), OnChip("block", 2), True, "a block's barrier is for one block"),
         (make((1, 64, 8, 8)), OnChip("cluster", 17), True, "no cluster is so large"),
         (make(CHUNKS), OnChip(kept=9), False, "what is not aligned must fit in shared memory"),
     ],
 )
-def test_on_chip_says_what_it_cannot_do(kernels, call, group, aligned, why):
+def test_on_chip_says_what_it_cannot_do(kernels, call, team, aligned, why):
     with pytest.raises(Refused, match=why):
-        results(kernels(), [call], on_chip=group, aligned=aligned)
+        results(kernels(), [call], on_chip=team, aligned=aligned)
 
 
 def test_on_chip_no_images(kernels):
@@ -326,20 +326,20 @@ def test_on_chip_no_images(kernels):
     case=st.sampled_from(CASES),
     dtypes=st.sampled_from(ON_CHIP_DTYPES),
     layout=st.sampled_from(list(LAYOUTS)),
-    group=st.sampled_from(GROUPS),
+    team=st.sampled_from(TEAMS),
     kept=st.sampled_from([16, 16, 0, 1, 2, 3]),
     aligned=st.booleans(),
     limits=CUDA_ON_CHIP,
 )
-def test_on_chip_random_shapes(kernels, shape, case, dtypes, layout, group, kept, aligned, limits):
+def test_on_chip_random_shapes(kernels, shape, case, dtypes, layout, team, kept, aligned, limits):
     dtype, parameter_dtype = dtypes
     call = make(shape, *case, dtype=dtype, parameter_dtype=parameter_dtype, layout=layout)
     by_channel = call.x.is_contiguous() and shape[2:] != (1, 1)  # one channel is so in any layout
     rows = shape[1] if by_channel else shape[2] * shape[3]
-    options = {"on_chip": group._replace(kept=kept), "aligned": aligned, "limits": limits}
+    options = {"on_chip": team._replace(kept=kept), "aligned": aligned, "limits": limits}
     try:
         check([call], results(kernels(), [call], **options))
     except Refused as refused:
         again = "cannot be read again" in str(refused)
-        if rows >= group.blocks * 8 and not again:  # rows of a super-row stay together
+        if rows >= team.blocks * 8 and not again:  # rows of a super-row stay together
             raise

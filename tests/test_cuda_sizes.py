@@ -12,7 +12,7 @@ from .simt.calls import OnChip, results
 from .test_cuda_kernels import check
 
 # What only large tensors get by themselves: several launches a step, the last of them smaller; sums
-# folded along either axis; a map staged by rows, of which a tile has a part.
+# folded along either axis; a halo of five pieces of rows.
 LIMITS = [text(grid=1), text(grid=7), text(terms=2, lanes=2, height=32), text(lanes=3, max_reads=1)]
 
 
@@ -30,11 +30,11 @@ def test_small_limits(kernels, limits, layout):
 
 # Images of which 32 bits do not count the elements of so many; nor those of a map by pixel, by
 # channel. Those of one row are one block's.
-FAR = [((64, 32, 32), "affine", group) for group in (OnChip("group", 2), OnChip("cluster", 2))]
+FAR = [((64, 32, 32), "affine", team) for team in (OnChip("counter", 2), OnChip("cluster", 2))]
 FAR += [
-    (image, gate, group)
+    (image, gate, team)
     for image, gate in (((64, 32, 32), "affine"), ((1, 256, 256), "eca"), ((65536, 1, 1), "scalar"))
-    for group in (None, OnChip())
+    for team in (None, OnChip())
 ]
 
 

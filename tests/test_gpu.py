@@ -25,7 +25,7 @@ from .plans import Plan, or_skipped
 
 pytestmark = pytest.mark.skipif(not GPU, reason="torch finds no GPU")
 # Each way of CUDA to launch a call, which no two GPUs would choose alike.
-PLANS = [("cuda", plan) for plan in ("portable", "block", "cluster", "group")]
+PLANS = [("cuda", plan) for plan in ("portable", "block", "cluster", "counter")]
 AS_THEY_COME = [("cuda", ""), ("triton", "")]
 GIB = 2**30
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -99,7 +99,7 @@ def test_the_sanitizers_findings_fail(tmp_path, monkeypatch, capsys):
     assert (found.passed, found.failed, found.skipped, found.of) == (7, 4, 2, 13)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 13
-    for plan in ("portable", "block", "cluster", "group"):
+    for plan in ("portable", "block", "cluster", "counter"):
         assert sum(f"--targets cuda-{plan}" in call for call in calls) == 3
     assert all(("--report-api-errors no" in call) == ("memcheck" in call) for call in calls)
 

@@ -212,7 +212,7 @@ def broken_cuda(sdist, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path)
     (source,) = tmp_path.glob("da_ops-*")
-    for path in [*source.glob("csrc/*/*.cpp"), *source.glob("csrc/cuda/*.cu")]:
+    for path in [*source.glob("csrc/*/**/*.cpp"), *source.glob("csrc/cuda/*.cu")]:
         path.unlink()
     for name in ("ops.cpp", "plan_module.cpp"):
         (source / "csrc" / name).write_text("int nothing;\n")

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from build_tools import cuda_limits, cuda_report
-from build_tools.cuda_limits import Stage
+from build_tools.cuda_limits import HotLoop
 from build_tools.machine_code import Access, access_of, functions
 
 # What nvdisasm prints, shortened, of nvcc's code for sm_90 of
@@ -172,11 +172,11 @@ def test_an_access_is_read_off_its_instruction(opcode, access):
 
 # The rules
 
-STAGE = Stage("y", (2, 0, 1), loops=1, narrow=0, in_flight=2, limit=(0, 18, 0))
+HOT_LOOP = HotLoop("y", (2, 0, 1), loops=1, narrow=0, in_flight=2, limit=(0, 18, 0))
 
 
-def faults(monkeypatch, listing, stage=STAGE):
-    monkeypatch.setitem(cuda_limits.STAGES, "mini", (stage,))
+def faults(monkeypatch, listing, hot=HOT_LOOP):
+    monkeypatch.setitem(cuda_limits.HOT_LOOPS, "mini", (hot,))
     return list(cuda_limits.faults("mini<float, 4>", "sm_90", only(listing)))
 
 
@@ -237,7 +237,7 @@ def test_a_fault_is_named(monkeypatch, fault):
 
 
 def test_more_instructions_than_the_limit_are_a_fault(monkeypatch):
-    less = dataclasses.replace(STAGE, limit=(0, 17, 0))
+    less = dataclasses.replace(HOT_LOOP, limit=(0, 17, 0))
     assert faults(monkeypatch, LISTING, less) == [
         "y: expected at most 17 instructions a vector, got 18.0"
     ]
@@ -264,7 +264,7 @@ def test_the_slots_are_those_of_the_gpus():
 
 def test_the_report_has_a_line_for_each_loop(monkeypatch):
     """36 instructions for two vectors loaded and one stored: 18 each, 12 for each of the three."""
-    monkeypatch.setitem(cuda_limits.STAGES, "mini", (STAGE,))
+    monkeypatch.setitem(cuda_limits.HOT_LOOPS, "mini", (HOT_LOOP,))
     kernel = cuda_report.Kernel("mini<float, 4>", "sm_90", only(), registers=16, local=0)
     head, line = cuda_report.hot_loops([kernel], ["sm_90"])
     assert head[1:] == ["vectors", "sm_90", "limit", "H100", "H200"]

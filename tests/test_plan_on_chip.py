@@ -100,7 +100,7 @@ def test_it_is_not_the_default_before_results_show_it_faster():
 def test_limits_follow_a_wish():
     shape = (64, 512, 28, 28)
     assert chosen(shape, wish="cluster:8,kept=0")[1]["x_kept"] == 0
-    for wish in ("onchip,kept=9,chunks=8", "group,kept=9"):
+    for wish in ("onchip,kept=9,chunks=8", "counter,kept=9"):
         _, forward, backward = chosen(shape, wish=wish)
         assert forward["x_kept"] == backward["x_kept"] == 1
         assert backward["dy_kept"] < 1
@@ -110,7 +110,7 @@ def test_a_wish_is_fulfilled_or_refused_with_the_reason():
     shape = (64, 512, 28, 28)
     _, forward, _ = chosen(shape, wish="cluster:8")
     assert (forward["barrier"], forward["blocks_an_image"]) == ("cluster", 8)
-    assert chosen(shape, wish="group")[1]["barrier"] == "group"
+    assert chosen(shape, wish="counter")[1]["barrier"] == "counter"
     assert chosen(shape, wish="portable")[1]["refused"] == "DA_OPS_PLAN=portable"
     assert "compute capability" in chosen(shape, wish="cluster:8", sm=80)[1]["refused"]
     assert "no cluster is so large" in chosen(shape, wish="cluster:32")[1]["refused"]
@@ -135,7 +135,8 @@ def test_the_default_rests_on_results():
 @pytest.mark.parametrize(
     "wish",
     ["chip", "cluster:", "cluster:0", "cluster:-1", "block:1:2", "8", "chip,grid=3", "portable,",
-     "portable,grid", "portable,grid=0", "onchip,chip_lanes=3", "grid=3", "portable,grids=3"],
+     "portable,grid", "portable,grid=0", "onchip,chip_lanes=3", "grid=3", "portable,grids=3",
+     "group", "group:2"],
 )  # fmt: skip
 def test_a_wish_that_is_none(wish, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"^DA_OPS_PLAN: expected portable, onchip"):

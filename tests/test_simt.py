@@ -15,7 +15,7 @@ ORDERS = {
     "descending": {"SIMT_ORDER": "descending"},
     "random": {"SIMT_ORDER": "random"},
     "random again": {"SIMT_ORDER": "random", "SIMT_SEED": "2"},
-    "two groups": {"SIMT_ORDER": "random", "SIMT_LIVE": "2"},
+    "two teams": {"SIMT_ORDER": "random", "SIMT_LIVE": "2"},
 }
 RACE = "WARNING: ThreadSanitizer: data race"
 POISONED = "ERROR: AddressSanitizer: use-after-poison"
@@ -36,7 +36,7 @@ FOUND = {
     ("no_wait_between", "plain"): r"simt: Bulk::load\(\) before the last was waited for",
     ("no_barrier_before_load", "thread"): RACE,
     ("no_cluster_barrier", "thread"): RACE,
-    ("no_group_barrier", "thread"): RACE,
+    ("no_team_barrier", "thread"): RACE,
 }
 
 

@@ -23,7 +23,7 @@ SHAPES = ((2, 16, 7, 7), (3, 33, 5, 6), (1, 64, 14, 14), (1, 3, 40, 41))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 FEW = 2  # shapes and types
-CUDA = ("cuda-portable", "cuda-block", "cuda-cluster", "cuda-group")
+CUDA = ("cuda-portable", "cuda-block", "cuda-cluster", "cuda-counter")
 PLAN = "DA_OPS_PLAN"
 
 

@@ -3,58 +3,73 @@
 
 #include <algorithm>
 
-#include "cuda/finish.cuh"
+#include "cuda/common/finish.cuh"
 #include "cuda/launch.h"
-#include "cuda/onchip.cuh"
-#include "cuda/passes.cuh"
-#include "cuda/simt_launch.cuh"
+#include "cuda/onchip/kernels.cuh"
+#include "cuda/portable/passes.cuh"
+#include "cuda/simt/launch.cuh"
 
 namespace da::cuda {
 namespace detail {
 
 template <class A>
-Args<A> common(const Problem& p, const Plan& plan, const Direction& direction,
-               const Parameters& parameters, A* channel_mean, A* pooled, A* workspace) {
+Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& at) {
   const Tiling& t = plan.tiling;
-  const Workspace& w = direction.workspace;
-  Args<A> a{};
-  a.images = p.n, a.channels = p.c, a.pixels = p.pixels(), a.height = p.h, a.width = p.w;
-  a.masks = masks(p.order), a.outer = outer(p.order);
-  a.gate = p.gate, a.kernel_size = p.kernel_size;
-  a.tiling = t, a.staging = plan.staging;
-  a.parameters = parameters;
-  a.pixel_sums = {workspace + w.pixel_sums, t.channel_tiles(), a.pixels,
-                  static_cast<int>(t.channel_tiles())};
-  a.channel_sums = {workspace + w.channel_sums, t.pixel_tiles(), a.channels,
-                    static_cast<int>(t.pixel_tiles())};
-  a.channel_mean = channel_mean, a.pooled = pooled;
-  a.spatial_mask = workspace + w.spatial_mask;
-  a.channel_mask = workspace + w.channel_mask;
-  return a;
+  const Workspace& w = plan[way].workspace;
+  A* const work = static_cast<A*>(at.workspace);
+  Args<A> args{};
+  args.images = p.n, args.channels = p.c, args.pixels = p.pixels();
+  args.height = p.h, args.width = p.w;
+  args.masks = masks(p.order), args.outer = outer(p.order);
+  args.gate = p.gate, args.kernel_size = p.kernel_size;
+  args.tiling = t, args.halo = plan.halo;
+  args.x = at.x, args.dy = at.dy, args.out = at.out;
+  args.parameters = at.parameters, args.wide = at.wide, args.gradients = at.gradients;
+  const int channel_tiles = t.channel_tiles(), pixel_tiles = t.pixel_tiles();
+  args.pixel_sums = {work + w.pixel_sums, channel_tiles, args.pixels, channel_tiles};
+  args.channel_sums = {work + w.channel_sums, pixel_tiles, args.channels, pixel_tiles};
+  for (const Pass& pass : schedule(p.order, way == Way::backward)) {
+    if (pass.weights != Maps::terms) continue;
+    if (pass.sums.pixels) {
+      args.more_pixel_sums = args.pixel_sums;
+      args.more_pixel_sums.data = work + w.more_pixel_sums;
+    }
+    if (pass.sums.channels) {
+      args.more_channel_sums = args.channel_sums;
+      args.more_channel_sums.data = work + w.more_channel_sums;
+    }
+  }
+  args.channel_mean = static_cast<A*>(at.channel_mean);
+  args.pooled = static_cast<A*>(at.pooled);
+  args.spatial_mask = work + w.spatial_mask, args.channel_mask = work + w.channel_mask;
+  args.d_channel_mean = work + w.d_channel_mean, args.d_logit = work + w.d_logit;
+  args.spatial_parts = work + w.spatial_parts, args.spatial_blocks = w.spatial_blocks;
+  args.gate_parts = work + w.gate_parts, args.parts = gate_parts(p);
+  return args;
 }
 
 template <class T, int E>
-int launch_pass(const Pass& pass, const simt::Launch& launch, const Args<accumulate_t<T>>& a) {
-  if (pass.writes & kY) return simt::launch(launch, scale<T, E, false>, a);
-  if (pass.writes & kDx) return simt::launch(launch, scale<T, E, true>, a);
-  if (pass.reads & kDy) return simt::launch(launch, sums<T, E, Sums::backward>, a);
-  return pass.weights == Maps::terms ? simt::launch(launch, sums<T, E, Sums::through>, a)
-                                     : simt::launch(launch, sums<T, E, Sums::forward>, a);
+int launch_pass(const Pass& pass, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
+  if (pass.writes & kY) return simt::launch(launch, scale<T, E, false>, args);
+  if (pass.writes & kDx) return simt::launch(launch, scale<T, E, true>, args);
+  if (pass.reads & kDy) return simt::launch(launch, sums<T, E, Sums::backward>, args);
+  return pass.weights == Maps::terms ? simt::launch(launch, sums<T, E, Sums::through>, args)
+                                     : simt::launch(launch, sums<T, E, Sums::forward>, args);
 }
 
 template <class T>
-int launch_step(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& a) {
+int launch_step(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
   using A = accumulate_t<T>;
   switch (step.kernel) {
     case Kernel::fold:
-      return simt::launch(launch, fold<A>, a);
+      return simt::launch(launch, fold<A>, args);
     case Kernel::gate_sums:
-      return simt::launch(launch, gate_sums<A>, a);
+      return simt::launch(launch, gate_sums<A>, args);
     case Kernel::finish:
-      return simt::launch(launch, finish<T>, a);
+      return simt::launch(launch, finish<T>, args);
     default:
-      return a.tiling.vector > 1 ? launch_pass<T, 16 / sizeof(T)>(step.pass, launch, a)
-                                 : launch_pass<T, 1>(step.pass, launch, a);
+      return args.tiling.vector > 1 ? launch_pass<T, 16 / sizeof(T)>(step.pass, launch, args)
+                                    : launch_pass<T, 1>(step.pass, launch, args);
   }
 }
 
@@ -74,13 +89,13 @@ auto chip_kernel(const OnChip& chip) {
 }
 
 template <class T>
-int launch_on_chip(const Direction& direction, const Args<float>& a, float* workspace,
+int launch_on_chip(const Direction& direction, const Args<float>& call, float* workspace,
                    void* stream) {
   const Workspace& w = direction.workspace;
   const OnChip& chip = direction.chip;
   const bool gradients = chip.backward && chip.channels_last && chip.blocks > 1;
   unsigned* const counters = reinterpret_cast<unsigned*>(workspace + w.counters);
-  const ChipArgs args{a,
+  const ChipArgs args{call,
                       chip,
                       workspace + w.partials,
                       workspace + w.col_masks,
@@ -91,32 +106,32 @@ int launch_on_chip(const Direction& direction, const Args<float>& a, float* work
   return error ? error : simt::launch(chip_launch(chip, stream), chip_kernel<T>(chip), args);
 }
 
-// Runs the steps in turn. What a step leaves for those after it is noted in `a`.
+// Runs the steps in turn. What a step leaves for those after it is noted in `args`.
 template <class T>
-int run(const Direction& direction, Args<accumulate_t<T>> a, accumulate_t<T>* workspace,
-        void* stream) {
+int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate_t<T>* workspace,
+              void* stream) {
   using A = accumulate_t<T>;
   for (const Step& step : direction.steps) {
     if constexpr (!std::is_same_v<T, double>) {
       if (step.kernel == Kernel::on_chip) {
-        const int error = step.jobs > 0 ? launch_on_chip<T>(direction, a, workspace, stream) : 0;
+        const int error = step.jobs > 0 ? launch_on_chip<T>(direction, args, workspace, stream) : 0;
         if (error != 0) return error;
         continue;
       }
     }
     // Backward's second sums come on top of its first.
     const bool more = step.pass.weights == Maps::terms;
-    Partial<A>& pixel_sums = more ? a.more_pixel_sums : a.pixel_sums;
-    Partial<A>& channel_sums = more ? a.more_channel_sums : a.channel_sums;
+    Partial<A>& pixel_sums = more ? args.more_pixel_sums : args.pixel_sums;
+    Partial<A>& channel_sums = more ? args.more_channel_sums : args.channel_sums;
     const Axes sums = step.pass.sums;
-    a.pending = step.pending;
-    a.new_pixel_sums = sums.pixels ? pixel_sums.data : nullptr;
-    a.new_channel_sums = sums.channels ? channel_sums.data : nullptr;
-    a.to_fold = sums.pixels ? pixel_sums : channel_sums;
+    args.pending = step.pending;
+    args.new_pixel_sums = sums.pixels ? pixel_sums.data : nullptr;
+    args.new_channel_sums = sums.channels ? channel_sums.data : nullptr;
+    args.to_fold = sums.pixels ? pixel_sums : channel_sums;
 
-    for (a.first_job = 0; a.first_job < step.jobs; a.first_job += step.grid) {
-      const unsigned grid = std::min<int64_t>(step.grid, step.jobs - a.first_job);
-      const int error = launch_step<T>(step, {grid, kThreads, step.shared_bytes, stream}, a);
+    for (args.first_job = 0; args.first_job < step.jobs; args.first_job += step.grid) {
+      const unsigned grid = std::min<int64_t>(step.grid, step.jobs - args.first_job);
+      const int error = launch_step<T>(step, {grid, kThreads, step.shared_bytes, stream}, args);
       if (error != 0) return error;
     }
     if (step.kernel == Kernel::fold) (sums.pixels ? pixel_sums : channel_sums).terms = 1;
@@ -133,57 +148,20 @@ using storage_t =
                                           std::conditional_t<D == Dtype::float32, float, double>>>;
 
 template <Dtype D>
-int forward_as(const Problem& problem, const Plan& plan, const Parameters& parameters,
-               const void* x, void* y, void* channel_mean, void* pooled, void* workspace,
-               void* stream) {
+int run_as(const Problem& problem, const Plan& plan, Way way, const Pointers& at) {
   using A = accumulate_t<storage_t<D>>;
-  Args<A> a = detail::common(problem, plan, plan.forward, parameters, static_cast<A*>(channel_mean),
-                             static_cast<A*>(pooled), static_cast<A*>(workspace));
-  a.x = x, a.out = y;
-  return detail::run<storage_t<D>>(plan.forward, a, static_cast<A*>(workspace), stream);
+  return detail::run_steps<storage_t<D>>(plan[way], detail::arguments<A>(problem, plan, way, at),
+                                         static_cast<A*>(at.workspace), at.stream);
 }
 
 template <Dtype D>
-int backward_as(const Problem& problem, const Plan& plan, const Parameters& parameters,
-                const void* dy, const void* x, const void* channel_mean, const void* pooled,
-                void* dx, const Gradients& gradients, void* workspace, void* stream) {
-  using A = accumulate_t<storage_t<D>>;
-  const Workspace& w = plan.backward.workspace;
-  A* const work = static_cast<A*>(workspace);
-  // Backward writes to neither of forward's maps.
-  Args<A> a = detail::common(problem, plan, plan.backward, parameters,
-                             static_cast<A*>(const_cast<void*>(channel_mean)),
-                             static_cast<A*>(const_cast<void*>(pooled)), work);
-  a.dy = dy, a.x = x, a.out = dx;
-  a.gradients = gradients;
-  for (const Pass& pass : schedule(problem.order, true)) {
-    if (pass.weights != Maps::terms) continue;
-    if (pass.sums.pixels) {
-      a.more_pixel_sums = a.pixel_sums;
-      a.more_pixel_sums.data = work + w.more_pixel_sums;
-    }
-    if (pass.sums.channels) {
-      a.more_channel_sums = a.channel_sums;
-      a.more_channel_sums.data = work + w.more_channel_sums;
-    }
-  }
-  a.d_channel_mean = work + w.d_channel_mean;
-  a.d_logit = work + w.d_logit;
-  a.spatial_parts = work + w.spatial_parts;
-  a.spatial_blocks = w.spatial_blocks;
-  a.gate_parts = work + w.gate_parts;
-  a.parts = gate_parts(problem);
-  return detail::run<storage_t<D>>(plan.backward, a, work, stream);
-}
-
-template <Dtype D>
-int resident_groups_as(const OnChip& chip, int& groups) {
-  groups = 0;
+int resident_teams_as(const OnChip& chip, int& teams) {
+  teams = 0;
   if constexpr (D == Dtype::float64)
     return 0;
   else
-    return simt::resident_groups(detail::chip_launch(chip, nullptr),
-                                 detail::chip_kernel<storage_t<D>>(chip), groups);
+    return simt::resident_teams(detail::chip_launch(chip, nullptr),
+                                detail::chip_kernel<storage_t<D>>(chip), teams);
 }
 
 }  // namespace da::cuda

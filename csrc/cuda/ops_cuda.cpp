@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cuda/choose.h"
 #include "cuda/launch.h"
+#include "cuda/plan/choose.h"
 
 namespace da::cuda {
 namespace {
@@ -45,8 +45,8 @@ const Device& device_of(const Tensor& x) {
 }
 
 int residents(Dtype dtype, const OnChip& chip) {
-  int groups = 0;
-  return resident_groups(dtype, chip, groups) == cudaSuccess ? groups : 0;
+  int teams = 0;
+  return resident_teams(dtype, chip, teams) == cudaSuccess ? teams : 0;
 }
 
 // Plans that were measured, by device: texts as DA_OPS_PLAN has them.
@@ -78,9 +78,9 @@ std::string tuned_plan(const Problem& p, const Tensor& x, bool backward) {
 }
 
 // One direction's launches, as this thread planned them before: a plan costs more than a launch.
-const Plan& planned(const Problem& p, const Tensor& x, bool backward, bool aligned) {
-  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Dtype, Order, Gate, bool,
-                         bool, bool, int, std::string>;
+const Plan& planned(const Problem& p, const Tensor& x, Way way, bool aligned) {
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Dtype, Order, Gate, bool, Way,
+                         bool, int, std::string>;
   constexpr size_t kMost = 1024;
   thread_local std::map<Key, Plan> plans;
   const char* const asked = std::getenv("DA_OPS_PLAN");
@@ -95,7 +95,7 @@ const Plan& planned(const Problem& p, const Tensor& x, bool backward, bool align
                 p.order,
                 p.gate,
                 p.channels_last,
-                backward,
+                way,
                 aligned,
                 x.get_device_index(),
                 text ? text : ""};
@@ -105,14 +105,14 @@ const Plan& planned(const Problem& p, const Tensor& x, bool backward, bool align
   STD_TORCH_CHECK(parse(std::get<std::string>(key), wish), kWishes, text);
   const Device& device = device_of(x);
   Plan plan = cuda::plan(p, device, aligned, wish.limits);
-  const OnChip chip = choose(p, backward, device, aligned, wish,
+  const OnChip chip = choose(p, way, device, aligned, wish,
                              [&](const OnChip& chip) { return residents(p.dtype, chip); });
   // A plan that was measured may be refused where a tensor begins elsewhere.
   STD_TORCH_CHECK(!chip.refused || wish.kind != Wish::Kind::exact || !measured.empty(),
                   "da_ops: DA_OPS_PLAN=", text, ": ", chip.refused,
                   "; unset it, or name another plan");
   if (!chip.refused)
-    (backward ? plan.backward : plan.forward) = on_chip_direction(p, chip, wish.limits);
+    (way == Way::backward ? plan.backward : plan.forward) = on_chip_direction(p, chip, wish.limits);
   if (plans.size() >= kMost) plans.clear();
   return plans.emplace(key, std::move(plan)).first->second;
 }
@@ -132,17 +132,14 @@ bool aligned(std::initializer_list<const Tensor*> tensors) {
 // The given parameters' addresses. Copies that had to be made live as long as this.
 class Addresses {
  public:
-  Addresses(const Problem& p, const Tensor& x, const Arguments& given) : x_(x) {
-    const int64_t gate = p.gate_weights();
-    parameters_.conv = address(given.conv, kTaps);
-    parameters_.dilated = address(given.dilated, kTaps);
-    parameters_.merge = address(given.merge, 2);
-    parameters_.spatial_bias = address(given.spatial_bias, 1);
-    parameters_.gate = address(given.gate, gate);
-    parameters_.gate_bias = address(given.gate_bias, gate);
-    parameters_.wide = dtype_.value_or(x.scalar_type()) != x.scalar_type();
-  }
-  const Parameters& operator*() const { return parameters_; }
+  Addresses(const Problem& p, const Tensor& x, const Arguments& given)
+      : x_(x),
+        pointers_(each(
+            [this](const Parameter& parameter, int64_t size) { return address(parameter, size); },
+            given, sizes(p))) {}
+
+  const Parameters<const void*>& operator*() const { return pointers_; }
+  bool wide() const { return dtype_.value_or(x_.scalar_type()) != x_.scalar_type(); }
 
  private:
   const void* address(const Parameter& parameter, int64_t elements) {
@@ -165,7 +162,7 @@ class Addresses {
   const Tensor& x_;
   std::optional<ScalarType> dtype_;
   std::vector<Tensor> copies_;
-  Parameters parameters_{};
+  Parameters<const void*> pointers_;  // the last, for it is made with the others
 };
 
 Outputs forward_cuda(const Problem& p, const Tensor& x, const Arguments& given) {
@@ -174,11 +171,14 @@ Outputs forward_cuda(const Problem& p, const Tensor& x, const Arguments& given) 
   Tensor y = allocate_like(x);
   Tensor channel_mean = allocate_channel_mean(p, x), pooled = allocate_pooled(p, x);
   if (p.n > 0) {
-    const Plan& plan = planned(p, x, false, aligned({&x, &y}));
+    const Plan& plan = planned(p, x, Way::forward, aligned({&x, &y}));
     Tensor workspace = allocate(x, {plan.forward.workspace.elements}, accumulation_type(x));
-    require(forward(p, plan, *parameters, x.const_data_ptr(), y.mutable_data_ptr(),
-                    channel_mean.mutable_data_ptr(), pooled.mutable_data_ptr(),
-                    workspace.mutable_data_ptr(), stream_of(x)));
+    Pointers at{};
+    at.x = x.const_data_ptr(), at.out = y.mutable_data_ptr();
+    at.channel_mean = channel_mean.mutable_data_ptr(), at.pooled = pooled.mutable_data_ptr();
+    at.parameters = *parameters, at.wide = parameters.wide();
+    at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(x);
+    require(run(p, plan, Way::forward, at));
   }
   return {y, channel_mean, pooled};
 }
@@ -189,22 +189,23 @@ InputGradients backward_cuda(const Problem& p, const Tensor& dy, const Tensor& x
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Addresses parameters(p, x, given);
   Tensor dx = allocate_like(x);
-  std::array<Tensor, 6> gradients = {
-      allocate_gradient(given.conv, x),  allocate_gradient(given.dilated, x),
-      allocate_gradient(given.merge, x), allocate_gradient(given.spatial_bias, x),
-      allocate_gradient(given.gate, x),  allocate_gradient(given.gate_bias, x)};
-  const auto address = [&](int i, const Parameter& parameter) {
-    return parameter ? gradients[i].mutable_data_ptr() : nullptr;
-  };
-  const Gradients addresses{address(0, given.conv),  address(1, given.dilated),
-                            address(2, given.merge), address(3, given.spatial_bias),
-                            address(4, given.gate),  address(5, given.gate_bias)};
-  const Plan& plan = planned(p, x, true, aligned({&x, &dy, &dx}));
+  const Parameters<Tensor> gradients =
+      each([&](const Parameter& parameter) { return allocate_gradient(parameter, x); }, given);
+  const Plan& plan = planned(p, x, Way::backward, aligned({&x, &dy, &dx}));
   Tensor workspace = allocate(x, {plan.backward.workspace.elements}, accumulation_type(x));
-  require(backward(p, plan, *parameters, dy.const_data_ptr(), x.const_data_ptr(),
-                   channel_mean.const_data_ptr(), pooled.const_data_ptr(), dx.mutable_data_ptr(),
-                   addresses, workspace.mutable_data_ptr(), stream_of(x)));
-  return {dx, gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]};
+  Pointers at{};
+  at.x = x.const_data_ptr(), at.dy = dy.const_data_ptr(), at.out = dx.mutable_data_ptr();
+  at.channel_mean = const_cast<void*>(channel_mean.const_data_ptr());
+  at.pooled = const_cast<void*>(pooled.const_data_ptr());
+  at.parameters = *parameters, at.wide = parameters.wide();
+  at.gradients = each(
+      [](const Parameter& parameter, const Tensor& gradient) -> void* {
+        return parameter ? gradient.mutable_data_ptr() : nullptr;
+      },
+      given, gradients);
+  at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(x);
+  require(run(p, plan, Way::backward, at));
+  return input_gradients(dx, gradients);
 }
 
 }  // namespace

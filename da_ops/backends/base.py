@@ -72,8 +72,9 @@ class Backend:
 
     ``forward(x, parameters, order, gate)`` returns ``(y, channel_mean, pooled)``, and
     ``backward(dy, x, parameters, channel_mean, pooled, order, gate)`` the gradients of ``x`` and of
-    the six parameters. Both get checked arguments, ``x`` contiguous or channels_last and ``dy`` in
-    the same layout. ``plan(call)`` says what they will do.
+    the six parameters, which come in the order of ``Parameters``. Both get checked arguments, ``x``
+    contiguous or channels_last and ``dy`` in the same layout. ``plan(call)`` says what they will
+    do.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
     run on the devices that are there; it is asked once there is a tensor on one. A backend that may

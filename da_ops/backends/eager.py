@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
 from ..layout import empty_gradient
-from ..parameters import Parameters
+from ..parameters import Parameters, Unnamed
 from .base import Backend, Call, Direction, Gradients, Pass, Plan
 
 
 def _forward(
-    x: Tensor, parameters: Parameters, order: str, gate: str
+    x: Tensor, parameters: Unnamed, order: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = reference.forward(x, parameters, order, gate)
+    y = reference.forward(x, Parameters(*parameters), order, gate)
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
     return y, nothing, nothing.clone()  # backward computes the small maps again
 
@@ -25,13 +25,13 @@ def _forward(
 def _backward(
     dy: Tensor,
     x: Tensor,
-    parameters: Parameters,
+    parameters: Unnamed,
     channel_mean: Tensor,
     pooled: Tensor,
     order: str,
     gate: str,
 ) -> Gradients:
-    dx, *gradients = reference.backward(dy, x, parameters, order, gate)
+    dx, *gradients = reference.backward(dy, x, Parameters(*parameters), order, gate)
     return dx, *(
         g if g is None or p is None or g.stride() == p.stride() else empty_gradient(p).copy_(g)
         for g, p in zip(gradients, parameters)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import empty_gradient
-from ..parameters import Parameters
+from ..parameters import Unnamed
 from .base import Gradients
 from .tuned import PLANS
 
@@ -66,16 +66,14 @@ def planner() -> Any:
     return _plan
 
 
-def forward(
-    x: Tensor, parameters: Parameters, order: str, gate: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, parameters: Unnamed, order: str, gate: str) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.da_ops.forward.default(x, *parameters, order, gate)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    parameters: Parameters,
+    parameters: Unnamed,
     channel_mean: Tensor,
     pooled: Tensor,
     order: str,

@@ -1,8 +1,8 @@
-// A launch as warps, blocks and groups of fibers, and the order in which they take turns.
+// A launch as warps, blocks and teams of fibers, and the order in which they take turns.
 // In the environment, read at every launch:
 // - SIMT_ORDER: ascending (default), descending or random, the order in which lanes take turns
 // - SIMT_SEED: of the random order, 1 by default
-// - SIMT_LIVE: how many groups of blocks take turns at once; 1, one after another, by default
+// - SIMT_LIVE: how many teams of blocks take turns at once; 1, one after another, by default
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Warp {
   uint64_t slot[2][kWarp];  // in turn: a lane may be one shuffle ahead of another
 };
 
-struct Group {
+struct Team {
   Barrier barrier;
   std::vector<Block*> blocks;
 };
@@ -40,7 +40,7 @@ struct Copy {
 // AddressSanitizer reports a peer that reads it after that.
 struct Block {
   unsigned index = 0, size = 0, grid = 0, running = 0;
-  Group* group = nullptr;
+  Team* team = nullptr;
   Barrier barrier;
   std::vector<Warp> warps;
   std::deque<Copy> copies;
@@ -52,11 +52,11 @@ struct Block {
   Block& operator=(const Block&) = delete;
   ~Block() { ::operator delete(shared, std::align_val_t(128)); }
 
-  void prepare(const Launch& launch, Group& in) {
+  void prepare(const Launch& launch, Team& in) {
     size = launch.block;
     grid = launch.grid;
-    group = &in;
-    group->blocks.push_back(this);
+    team = &in;
+    team->blocks.push_back(this);
     warps = std::vector<Warp>(size / kWarp);
     shared_bytes = launch.shared_bytes;
     shared = static_cast<unsigned char*>(::operator new(shared_bytes, std::align_val_t(128)));
@@ -67,7 +67,7 @@ struct Block {
     running = size;
     copies.clear();
     barrier.expect(size);
-    group->barrier.expect(size * static_cast<unsigned>(group->blocks.size()));
+    team->barrier.expect(size * static_cast<unsigned>(team->blocks.size()));
     for (Warp& warp : warps) warp.barrier.expect(kWarp);
     unpoison(shared, shared_bytes);
     std::memset(shared, 0xFF, shared_bytes);
@@ -95,11 +95,11 @@ SIMT_MACHINE inline void run_lane() {
 #endif
   // The first switch to a lane and the last one from it order the launch among others. They are
   // kept apart from its body, or they would order the bodies of lanes that run one after the other.
-  if (kThreadSanitizer) suspend(false, false);
+  if (kThreadSanitizer) suspend();
   scheduler.body(scheduler.kernel);
   current->returned = true;
-  if (kThreadSanitizer) suspend(false, false);
-  suspend(true, true);
+  if (kThreadSanitizer) suspend();
+  suspend(Fence::full);
   __builtin_unreachable();
 }
 
@@ -134,7 +134,7 @@ class Turns {
       for (Lane* lane : turns) {
         if (!runnable(lane)) continue;
         stuck = false;
-        resume(lane, false);
+        resume(lane, Fence::none);
         if (!lane->returned) continue;
         returned++;
         lane->block->lane_returned();
@@ -179,21 +179,21 @@ inline LeftOut left_out = {0, 0};
 
 // Calls body(kernel) once for every thread of the launch.
 inline void run(const Launch& launch, void (*body)(const void*), const void* kernel) {
-  const unsigned size = launch.block, group = launch.group;
+  const unsigned size = launch.block, team = launch.team;
   if (launch.grid == 0 || size == 0 || size > 1024 || size % kWarp != 0)
     fail("a launch of %u blocks of %u threads", launch.grid, size);
-  if (group == 0 || launch.grid % group != 0)
-    fail("%u blocks are not groups of %u", launch.grid, group);
+  if (team == 0 || launch.grid % team != 0)
+    fail("%u blocks are not teams of %u", launch.grid, team);
 
   Turns turns;
-  const unsigned live = std::min(launch.grid, group * std::max(1u, setting("SIMT_LIVE", 1)));
+  const unsigned live = std::min(launch.grid, team * std::max(1u, setting("SIMT_LIVE", 1)));
   if (kThreadSanitizer && live * size > 2048)
     fail("%u live threads: ThreadSanitizer has memory for 2048", live * size);
   while (lanes.size() < live * size) lanes.emplace_back(lanes.size());
 
-  std::vector<Group> groups(live / group);
+  std::vector<Team> teams(live / team);
   std::vector<Block> blocks(live);
-  for (unsigned b = 0; b < live; b++) blocks[b].prepare(launch, groups[b / group]);
+  for (unsigned b = 0; b < live; b++) blocks[b].prepare(launch, teams[b / team]);
 
   scheduler.body = body;
   scheduler.kernel = kernel;
@@ -213,10 +213,10 @@ inline void run(const Launch& launch, void (*body)(const void*), const void* ker
       }
     }
     if (kThreadSanitizer)
-      for (Lane* lane : running) resume(lane, true);
+      for (Lane* lane : running) resume(lane, Fence::full);
     turns.run(running);
     if (kThreadSanitizer)
-      for (Lane* lane : running) resume(lane, false);
+      for (Lane* lane : running) resume(lane, Fence::none);
   }
 }
 

@@ -24,10 +24,10 @@ class Refused(Exception):
 
 
 class OnChip(NamedTuple):
-    """One launch in which a group of blocks keeps an image in shared memory."""
+    """One launch in which a team of blocks keeps an image in shared memory."""
 
     barrier: str = "block"
-    blocks: int = 1  # of a group
+    blocks: int = 1  # of a team
     images_at_once: int = 1
     kept: int = 2 * 8  # chunks of x and dy, at most; the others are read again
 

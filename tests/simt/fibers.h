@@ -180,14 +180,17 @@ struct Scheduler {
 
 inline Scheduler scheduler;
 
-// `ordered` makes what came before happen before what follows, in the eyes of ThreadSanitizer.
-SIMT_MACHINE inline void resume(Lane* lane, [[maybe_unused]] bool ordered) {
+// Whether what came before a switch happens before what follows, in the eyes of ThreadSanitizer.
+enum class Fence { none, full };
+
+SIMT_MACHINE inline void resume(Lane* lane, [[maybe_unused]] Fence fence) {
   current = lane;
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&scheduler.fake_stack, lane->stack.begin(), Stack::kUsable);
 #endif
 #ifdef __SANITIZE_THREAD__
-  __tsan_switch_to_fiber(lane->tsan_fiber, ordered ? 0 : __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(lane->tsan_fiber,
+                         fence == Fence::full ? 0 : __tsan_switch_to_fiber_no_sync);
 #endif
   scheduler.context.switch_to(lane->context);
 #ifdef __SANITIZE_ADDRESS__
@@ -195,14 +198,16 @@ SIMT_MACHINE inline void resume(Lane* lane, [[maybe_unused]] bool ordered) {
 #endif
 }
 
-SIMT_MACHINE inline void suspend([[maybe_unused]] bool ordered, [[maybe_unused]] bool last) {
+// Only the last switch of a lane is a fence.
+SIMT_MACHINE inline void suspend([[maybe_unused]] Fence fence = Fence::none) {
   Lane* lane = current;
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(last ? nullptr : &lane->fake_stack, scheduler.stack,
-                                 scheduler.stack_bytes);
+  __sanitizer_start_switch_fiber(fence == Fence::full ? nullptr : &lane->fake_stack,
+                                 scheduler.stack, scheduler.stack_bytes);
 #endif
 #ifdef __SANITIZE_THREAD__
-  __tsan_switch_to_fiber(scheduler.tsan_fiber, ordered ? 0 : __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(scheduler.tsan_fiber,
+                         fence == Fence::full ? 0 : __tsan_switch_to_fiber_no_sync);
 #endif
   lane->context.switch_to(scheduler.context);
 #ifdef __SANITIZE_ADDRESS__
@@ -232,7 +237,7 @@ SIMT_MACHINE inline void wait_while(const unsigned* word, unsigned seen, const c
   current->awaited = word;
   current->seen = seen;
   current->place = place;
-  suspend(false, false);
+  suspend();
 }
 
 class Barrier {

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/simt_group.cuh"
-#include "cuda/simt_launch.cuh"
+#include "cuda/simt/launch.cuh"
+#include "cuda/simt/team.cuh"
 
 namespace {
 
@@ -28,12 +28,12 @@ enum class Bug {
   no_barrier_before_load,
   no_cluster_barrier,
   peer_has_returned,
-  no_group_barrier,
+  no_team_barrier,
 };
 
 constexpr int kThreads = 64;
 constexpr int kBlocks = 8;
-constexpr unsigned kGroup = 4;
+constexpr unsigned kTeam = 4;
 
 // Each block adds up its numbers: lanes by shuffles, warps through shared memory.
 struct SumArrays {
@@ -201,33 +201,33 @@ cluster(float* y) {
     simt::sync();
   else
     simt::cluster_sync();
-  y[block * kThreads + thread] = simt::peer(number, (block + 1) % kGroup)[thread];
+  y[block * kThreads + thread] = simt::peer(number, (block + 1) % kTeam)[thread];
   if (bug != Bug::peer_has_returned) simt::cluster_sync();
 }
 
 // The same through global memory, in several rounds. The counter serves all launches.
 template <Bug bug>
 SIMT_KERNEL(kThreads, 1)
-group(float* global, unsigned* counters, float* y) {
+team(float* global, unsigned* counters, float* y) {
   const int thread = simt::thread();
-  const unsigned block = simt::block(), first = block / kGroup * kGroup, rank = block - first;
+  const unsigned block = simt::block(), first = block / kTeam * kTeam, rank = block - first;
   float value = static_cast<float>(block * kThreads + thread);
   for (unsigned round = 0; round < 3; round++) {
     float* numbers = global + round % 2 * kBlocks * kThreads;
     simt::store_fresh(numbers + block * kThreads + thread, value);
-    if (bug == Bug::no_group_barrier)
+    if (bug == Bug::no_team_barrier)
       simt::sync();
     else
-      simt::group_sync(counters + first, rank, kGroup);
-    value = simt::load_fresh(numbers + (first + (rank + 1) % kGroup) * kThreads + thread);
+      simt::team_sync(counters + first, rank, kTeam);
+    value = simt::load_fresh(numbers + (first + (rank + 1) % kTeam) * kThreads + thread);
   }
   y[block * kThreads + thread] = value;
 }
 
 bool shifted(const Buffer<float>& y, unsigned by) {
   for (unsigned i = 0; i < y.size(); i++) {
-    const unsigned block = i / kThreads, first = block / kGroup * kGroup;
-    const unsigned from = first + (block - first + by) % kGroup;
+    const unsigned block = i / kThreads, first = block / kTeam * kTeam;
+    const unsigned from = first + (block - first + by) % kTeam;
     if (y[i] != static_cast<float>(from * kThreads + i % kThreads)) return false;
   }
   return true;
@@ -240,21 +240,21 @@ bool cluster_case() {
   carve.take<float>(kThreads);
   simt::Launch launch{kBlocks, kThreads};
   launch.shared_bytes = carve.bytes();
-  launch.group = kGroup;
+  launch.team = kTeam;
   launch.cluster = true;
   return simt::launch(launch, cluster<bug>, y.data()) == 0 && shifted(y, 1);
 }
 
 template <Bug bug>
-bool group_case() {
+bool team_case() {
   Buffer<float> global(2 * kBlocks * kThreads);
   Buffer<unsigned> counters(kBlocks);
   std::fill(counters.begin(), counters.end(), 0u);
   simt::Launch launch{kBlocks, kThreads};
-  launch.group = kGroup;
+  launch.team = kTeam;
   for (int again = 0; again < 3; again++) {  // the counters go on where they are
     Buffer<float> y(kBlocks * kThreads);
-    if (simt::launch(launch, group<bug>, global.data(), counters.data(), y.data()) != 0 ||
+    if (simt::launch(launch, team<bug>, global.data(), counters.data(), y.data()) != 0 ||
         !shifted(y, 3))
       return false;
   }
@@ -303,7 +303,7 @@ constexpr Case kRight[] = {
     {"scale_double", scale_case<double, Bug::none>},
     {"copy", copy_case<Bug::none>},
     {"cluster", cluster_case<Bug::none>},
-    {"group", group_case<Bug::none>},
+    {"team", team_case<Bug::none>},
 };
 
 constexpr Case kOther[] = {
@@ -321,7 +321,7 @@ constexpr Case kOther[] = {
     {"no_barrier_before_load", copy_case<Bug::no_barrier_before_load>},
     {"no_cluster_barrier", cluster_case<Bug::no_cluster_barrier>},
     {"peer_has_returned", cluster_case<Bug::peer_has_returned>},
-    {"no_group_barrier", group_case<Bug::no_group_barrier>},
+    {"no_team_barrier", team_case<Bug::no_team_barrier>},
     {"wait_often", wait_often_case},
     {"widen_float16", widen_case<simt::float16>},
     {"widen_bfloat16", widen_case<simt::bfloat16>},

@@ -8,9 +8,10 @@
 #include <string>
 #include <vector>
 
-#include "cuda/choose.cpp"
 #include "cuda/launch.cuh"
-#include "cuda/plan.cpp"
+#include "cuda/plan/choose.cpp"
+#include "cuda/plan/onchip.cpp"
+#include "cuda/plan/plan.cpp"
 
 namespace da::cuda {
 DA_LAUNCHERS(template, Dtype::float16)
@@ -95,9 +96,8 @@ void require(int error) {
   if (error != 0) std::exit(4);
 }
 
-Direction direction_on_chip(const Header& header, const Wish& wish, const Problem& p,
-                            bool backward) {
-  OnChip chip = on_chip(p, backward, header.aligned, wish.barrier, std::max(wish.blocks, 1),
+Direction direction_on_chip(const Header& header, const Wish& wish, const Problem& p, Way way) {
+  OnChip chip = on_chip(p, way, header.aligned, wish.barrier, std::max(wish.blocks, 1),
                         int64_t(1) << 30, wish.limits);
   if (chip.refused) {
     std::fprintf(stderr, "refused: %s\n", chip.refused);
@@ -111,8 +111,8 @@ Plan plan_of(const Header& header, const Wish& wish, const Problem& p) {
   const Device device{90, int(header.multiprocessors), 50 << 20};
   Plan plan = da::cuda::plan(p, device, header.aligned, wish.limits);
   if (wish.kind == Wish::Kind::exact) {
-    plan.forward = direction_on_chip(header, wish, p, false);
-    plan.backward = direction_on_chip(header, wish, p, true);
+    plan.forward = direction_on_chip(header, wish, p, Way::forward);
+    plan.backward = direction_on_chip(header, wish, p, Way::backward);
   }
   return plan;
 }
@@ -121,21 +121,27 @@ template <class T>
 void call(const Header& header, const Wish& wish, const Problem& p) {
   using A = accumulate_t<T>;
   const Plan plan = plan_of(header, wish, p);
-  const int64_t sizes[] = {
-      9, 9, 2, 1, p.gate_weights(), p.gate == Gate::eca ? 0 : p.gate_weights()};
-  const size_t each = header.wide ? sizeof(float) : sizeof(T);
+  const size_t size = header.wide ? sizeof(float) : sizeof(T);
   std::vector<std::unique_ptr<Buffer<unsigned char>>> given, gradients;
-  void *values[6], *slopes[6];
-  for (int i = 0; i < 6; i++) {
-    const size_t bytes = header.present >> i & 1 ? sizes[i] * each : 0;
-    given.push_back(std::make_unique<Buffer<unsigned char>>(bytes));
-    gradients.push_back(std::make_unique<Buffer<unsigned char>>(bytes));
-    if (!get(given[i]->data(), bytes)) std::exit(2);
-    values[i] = bytes ? given[i]->data() : nullptr;
-    slopes[i] = bytes ? gradients[i]->data() : nullptr;
-  }
-  const da::cuda::Parameters parameters{values[0], values[1], values[2],    values[3],
-                                        values[4], values[5], !!header.wide};
+  Pointers at{};
+  int next = 0;  // parameter
+  at.parameters = each(
+      [&](int64_t elements) -> const void* {
+        const size_t bytes = header.present >> next++ & 1 ? elements * size : 0;
+        given.push_back(std::make_unique<Buffer<unsigned char>>(bytes));
+        gradients.push_back(std::make_unique<Buffer<unsigned char>>(bytes));
+        if (!get(given.back()->data(), bytes)) std::exit(2);
+        return bytes ? given.back()->data() : nullptr;
+      },
+      sizes(p));
+  next = 0;
+  at.gradients = each(
+      [&](const void* parameter) -> void* {
+        void* const gradient = gradients[next++]->data();
+        return parameter ? gradient : nullptr;
+      },
+      at.parameters);
+  at.wide = header.wide;
 
   const int64_t image = p.c * p.pixels();
   const bool far = header.far > 0;
@@ -144,16 +150,13 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
   dy.read();
   Array<A> channel_mean(p.spatial() ? p.n * p.pixels() : 0, far);
   Array<A> pooled(p.channel() ? p.n * p.c : 0, far);
-  {
-    Array<A> workspace(plan.forward.workspace.elements, far);
-    require(forward(p, plan, parameters, x.data(), y.data(), channel_mean.data(), pooled.data(),
-                    workspace.data(), nullptr));
-  }
-  {
-    Array<A> workspace(plan.backward.workspace.elements, far);
-    require(backward(p, plan, parameters, dy.data(), x.data(), channel_mean.data(), pooled.data(),
-                     dx.data(), {slopes[0], slopes[1], slopes[2], slopes[3], slopes[4], slopes[5]},
-                     workspace.data(), nullptr));
+  at.x = x.data(), at.dy = dy.data();
+  at.channel_mean = channel_mean.data(), at.pooled = pooled.data();
+  for (Way way : {Way::forward, Way::backward}) {
+    Array<A> workspace(plan[way].workspace.elements, far);
+    at.out = way == Way::forward ? y.data() : dx.data();
+    at.workspace = workspace.data();
+    require(run(p, plan, way, at));
   }
   y.write();
   dx.write();

@@ -176,7 +176,7 @@ inline unsigned load_acquire(const unsigned* address) {
   return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
 inline void relax(const unsigned* address, unsigned seen) {
-  host::wait_while(address, seen, "relax(), as in group_sync()");
+  host::wait_while(address, seen, "relax(), as in team_sync()");
 }
 
 inline float exp(float x) { return std::exp(x); }
@@ -184,7 +184,7 @@ inline double exp(double x) { return std::exp(x); }
 
 // ---- Clusters and bulk copies.
 
-inline void cluster_sync() { host::current->block->group->barrier.wait("cluster_sync()"); }
+inline void cluster_sync() { host::current->block->team->barrier.wait("cluster_sync()"); }
 
 template <class T>
 T* peer(T* pointer, unsigned rank) {
@@ -192,8 +192,8 @@ T* peer(T* pointer, unsigned rank) {
   const size_t offset =
       reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(self.shared);
   SIMT_ASSERT(offset < self.shared_bytes);
-  SIMT_ASSERT(rank < self.group->blocks.size());
-  return reinterpret_cast<T*>(self.group->blocks[rank]->shared + offset);
+  SIMT_ASSERT(rank < self.team->blocks.size());
+  return reinterpret_cast<T*>(self.team->blocks[rank]->shared + offset);
 }
 
 // The copy lands when it is first waited for, and no earlier: until then the target is NaN. It is
@@ -259,8 +259,8 @@ inline int clear(void* memory, size_t bytes, void*) {
 }
 
 template <class... P>
-int resident_groups(const Launch&, void (*)(P...), int& groups) {
-  groups = 1;
+int resident_teams(const Launch&, void (*)(P...), int& teams) {
+  teams = 1;
   return 0;
 }
 

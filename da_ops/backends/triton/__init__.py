@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...layout import like
-from ...parameters import Parameters
+from ...parameters import Unnamed
 from .. import eager, native, schedule
 from ..base import Backend, Call, Direction, Gradients, Pass, Plan
 from ..choice import CHOICE
@@ -77,7 +77,7 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         except TritonFailed as error:
             _refuse_or_tell(error, forgiving=forgiving)
     *parameters, order, gate = arguments_of_all
-    y, _, _ = eager.BACKEND.forward(x, Parameters(*parameters), order, gate)
+    y, _, _ = eager.BACKEND.forward(x, tuple(parameters), order, gate)
     _, channel_mean, pooled = native.fake_forward(x, *arguments_of_all)
     return like(y, x), channel_mean.zero_(), pooled.zero_()
 
@@ -91,7 +91,7 @@ def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         except TritonFailed as error:
             _refuse_or_tell(error, forgiving=forgiving)
     if gradients is None:  # plain PyTorch does not look at the maps that forward may have left
-        parameters, rest = Parameters(*arguments_of_all[:6]), arguments_of_all[6:]
+        parameters, rest = tuple(arguments_of_all[:6]), arguments_of_all[6:]
         dx, *gradients_of_parameters = eager.BACKEND.backward(dy, x, parameters, *rest)
         gradients = (None if dx is None else like(dx, x), *gradients_of_parameters)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
@@ -104,12 +104,10 @@ def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _calls(*, forgiving: bool) -> dict[str, Any]:
     """The functions of the Backend; the dispatcher makes each one node of a compiled graph."""
 
-    def forward(
-        x: Tensor, parameters: Parameters, *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, parameters: Unnamed, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.da_ops.triton_forward.default(x, *parameters, *arguments, forgiving)
 
-    def backward(dy: Tensor, x: Tensor, parameters: Parameters, *arguments: Any) -> Gradients:
+    def backward(dy: Tensor, x: Tensor, parameters: Unnamed, *arguments: Any) -> Gradients:
         out = torch.ops.da_ops.triton_backward.default(dy, x, *parameters, *arguments, forgiving)
         given = (x, *parameters)
         return tuple([None if p is None else g for g, p in zip(out, given, strict=True)])

@@ -1,33 +1,32 @@
-// What both kinds of kernels end with: y = x s c, or (Backward) dx from dy, the masks and what is
-// added by pixel and by channel:
+// What both kinds of kernels end with: y = x s c, or (Backward) dx from dy, the masks and the terms
+// by pixel and by channel:
 //   spatial_channel, spatial   s (dy c + dg/P) + dm/C
 //   channel_spatial, channel   c (dy s + dm/C) + dg/P
 //   parallel                   dy s c + dg/P + dm/C
-// Pixels and channels are rows and columns, or columns and rows: factors are the masks, terms what
-// is added, and the term within the brackets is multiplied by the other axis' factor.
+// Pixels and channels are rows and columns, or columns and rows. Factors are the masks; the term
+// within the brackets is multiplied by the mask of the other, outer axis.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/common/tile.cuh"
 
 namespace da::cuda {
 
-// Of a thread's columns, and where rows' are found.
 template <class T, int E, bool Backward>
 struct Scaling {
   using A = accumulate_t<T>;
-  A factor[E], term[E];
-  const A *row_factor, *row_term;
-  Outer outer;  // whose factor multiplies the other axis' term
+  A factor[E], term[E];              // at the thread's columns
+  const A *row_factors, *row_terms;  // arrays by row
+  Outer outer;                       // the lines whose factor multiplies the other lines' term
 
-  SIMT_FN Scaling(Outer outer, const Lane& lane, const A* col_factor, const A* col_term,
-                  const A* row_factor, const A* row_term)
-      : row_factor(row_factor), row_term(row_term), outer(outer) {
-    load_columns<E>(col_factor, lane, factor);
-    if (Backward) load_columns<E>(col_term, lane, term);
+  SIMT_FN Scaling(Outer outer, const Lane& lane, const A* col_factors, const A* col_terms,
+                  const A* row_factors, const A* row_terms)
+      : row_factors(row_factors), row_terms(row_terms), outer(outer) {
+    load_columns<E>(col_factors, lane, factor);
+    if (Backward) load_columns<E>(col_terms, lane, term);
   }
 
-  // Every at_once-th row from first_row on, Depth of them in flight: in and out point to the first
-  // one's vector, load(in) reads one.
+  // Every at_once-th row from first_row on, Depth of them in flight. `in` and `out` point to the
+  // thread's vector in the first one, load(in) reads a vector.
   template <int Depth, class Load>
   SIMT_FN void rows(const Lane& lane, int first_row, int rows, int at_once, int64_t stride,
                     const T* in, T* out, Load load) const {
@@ -59,19 +58,21 @@ struct Scaling {
           A value[E];
           V::unpack(raw[d], value);
           const int next = lane.split < E ? row + 1 : row;
-          const A f0 = row_factor[row], f1 = row_factor[next];
-          const A b0 = Backward ? row_term[row] : A(0), b1 = Backward ? row_term[next] : A(0);
+          const A this_factor = row_factors[row], next_factor = row_factors[next];
+          const A this_term = Backward ? row_terms[row] : A(0);
+          const A next_term = Backward ? row_terms[next] : A(0);
           SIMT_UNROLL
           for (int j = 0; j < E; j++) {
-            const A f = j < lane.split ? f0 : f1, b = j < lane.split ? b0 : b1;
+            const A row_factor = j < lane.split ? this_factor : next_factor;
+            const A row_term = j < lane.split ? this_term : next_term;
             if (!Backward)
-              value[j] *= factor[j] * f;
+              value[j] *= factor[j] * row_factor;
             else if (Which == Outer::rows)
-              value[j] = (value[j] * factor[j] + term[j]) * f + b;
+              value[j] = (value[j] * factor[j] + term[j]) * row_factor + row_term;
             else if (Which == Outer::cols)
-              value[j] = (value[j] * f + b) * factor[j] + term[j];
+              value[j] = (value[j] * row_factor + row_term) * factor[j] + term[j];
             else
-              value[j] = value[j] * (factor[j] * f) + (term[j] + b);
+              value[j] = value[j] * (factor[j] * row_factor) + (term[j] + row_term);
           }
           V::store(out, value, lane.begin, lane.end);
         }

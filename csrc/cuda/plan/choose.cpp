@@ -1,4 +1,4 @@
-#include "cuda/choose.h"
+#include "cuda/plan/choose.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -13,31 +13,30 @@ bool proven(int sm) {
   return std::any_of(proofs().begin(), proofs().end(), [=](const Proof& p) { return p.sm == sm; });
 }
 
-// What a multiprocessor moves while a group waits for itself once, by the barrier; estimates.
+// Estimates: bytes that a multiprocessor moves while a team waits for itself once, by its barrier;
+// the cost of reading from L2, as a share of reading from memory; and the share of L2 to count on.
 constexpr int64_t kWaiting[] = {8 << 10, 32 << 10, 64 << 10};
-// What reading from L2 costs of what reading from memory does; and the share of L2 to count on.
 constexpr double kFromL2 = 0.35, kUsableL2 = 0.7;
 
-constexpr const char* kBarriers[] = {"block", "cluster", "group"};
-
-// Full-size tensors that a block must read again for what it does not keep of x.
+// How often a block reads again what it does not keep of x.
 int rereads(const Problem& p) { return sum_passes(schedule(p.order, false)); }
 
-// Bytes that a multiprocessor moves until the launch is done, with all waiting counted as bytes.
-double cost(const Problem& p, const Device& device, const OnChip& plan) {
-  const int64_t waves = (p.n + plan.images_at_once - 1) / plan.images_at_once;
-  const int64_t blocks = int64_t(plan.blocks) * plan.images_at_once;
-  const int64_t sharing = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+// Bytes that a multiprocessor moves until the launch is done; its waiting is counted as bytes.
+double cost(const Problem& p, const Device& device, const OnChip& chip) {
+  const int64_t waves = ceil_div(p.n, chip.images_at_once);
+  const int64_t blocks = int64_t(chip.blocks) * chip.images_at_once;
+  const int64_t sharing = ceil_div(blocks, device.multiprocessors);  // blocks of a multiprocessor
   const double image = double(p.rows() * p.cols()) * p.element_size();
-  const double again = rereads(p) * (1 - double(plan.kept) / plan.chunks) +
-                       (plan.backward ? 1 - double(plan.kept_dy) / plan.chunks : 0);
-  const bool in_l2 = plan.images_at_once * image * again < kUsableL2 * device.l2_bytes;
-  const double passes = (plan.backward ? 3 : 2) + again * (in_l2 ? kFromL2 : 1);
-  const double waiting = double(kWaiting[int(plan.barrier)]) / sharing;  // others' work hides it
-  return waves * (passes * sharing * image / plan.blocks + waiting);
+  const double again = rereads(p) * (1 - double(chip.kept) / chip.chunks) +
+                       (chip.backward ? 1 - double(chip.kept_dy) / chip.chunks : 0);
+  const bool in_l2 = chip.images_at_once * image * again < kUsableL2 * device.l2_bytes;
+  const double passes = (chip.backward ? 3 : 2) + again * (in_l2 ? kFromL2 : 1);
+  // While a block waits, others of its multiprocessor work.
+  const double waiting = double(kWaiting[int(chip.barrier)]) / sharing;
+  return waves * (passes * sharing * image / chip.blocks + waiting);
 }
 
-// No other number of blocks differs enough to be worth a look.
+// The numbers of blocks that are tried; others differ too little from these.
 constexpr int kBlocks[] = {2, 4, 8, 16, 32, 64};
 
 }  // namespace
@@ -81,24 +80,22 @@ bool parse(const std::string& all, Wish& wish) {
   return false;
 }
 
-bool has_clusters(int sm) { return sm >= 90; }
-
 Residents typical_residents(const Device& device) {
-  return [device](const OnChip& plan) -> int {
-    const auto bytes = static_cast<int64_t>(plan.memory.bytes);
+  return [device](const OnChip& chip) -> int {
+    const auto bytes = static_cast<int64_t>(chip.memory.bytes);
     const int fitting = bytes <= shared_limit(device.sm, 2)   ? 2
                         : bytes <= shared_limit(device.sm, 1) ? 1
                                                               : 0;
-    if (plan.barrier != Barrier::cluster) return fitting * device.multiprocessors / plan.blocks;
-    constexpr int kProcessors = 16;  // of a part of the GPU; a cluster does not reach beyond one
-    return device.multiprocessors / kProcessors * (fitting * kProcessors / plan.blocks);
+    if (chip.barrier != Barrier::cluster) return fitting * device.multiprocessors / chip.blocks;
+    constexpr int kProcessors = 16;  // of a part of the GPU, in which a cluster lies
+    return device.multiprocessors / kProcessors * (fitting * kProcessors / chip.blocks);
   };
 }
 
-OnChip choose(const Problem& problem, bool backward, const Device& device, bool aligned,
-              const Wish& wish, const Residents& residents) {
+OnChip choose(const Problem& problem, Way way, const Device& device, bool aligned, const Wish& wish,
+              const Residents& residents) {
   OnChip best{};
-  constexpr const char* kNone = "the device holds no such group of blocks";
+  constexpr const char* kNone = "the device holds no such team of blocks";
   best.refused = kNone;
   if (wish.kind == Wish::Kind::portable)
     best.refused = "DA_OPS_PLAN=portable";
@@ -107,20 +104,19 @@ OnChip choose(const Problem& problem, bool backward, const Device& device, bool 
   if (best.refused != kNone) return best;
   double least = 0;
   const auto consider = [&](Barrier barrier, int blocks, int blocks_per_sm) {
-    OnChip plan = on_chip(problem, backward, aligned, barrier, blocks,
+    OnChip chip = on_chip(problem, way, aligned, barrier, blocks,
                           shared_limit(device.sm, blocks_per_sm), wish.limits);
-    if (plan.refused) {
-      if (best.refused == kNone) best.refused = plan.refused;
+    if (chip.refused) {
+      if (best.refused == kNone) best.refused = chip.refused;
       return;
     }
-    const int groups = residents(plan);
-    if (groups < 1) return;
-    plan.images_at_once = std::clamp<int64_t>(problem.n, 1, groups);
-    const double c = cost(problem, device, plan);
-    if (best.refused || c < least) best = plan, least = c;
+    const int teams = residents(chip);
+    if (teams < 1) return;
+    chip.images_at_once = std::clamp<int64_t>(problem.n, 1, teams);
+    const double bytes = cost(problem, device, chip);
+    if (best.refused || bytes < least) best = chip, least = bytes;
   };
-  for (int b = 0; b < 3; b++) {
-    const Barrier barrier = static_cast<Barrier>(b);
+  for (Barrier barrier : {Barrier::block, Barrier::cluster, Barrier::counter}) {
     if (wish.kind == Wish::Kind::exact && wish.barrier != barrier) continue;
     if (barrier == Barrier::cluster && !has_clusters(device.sm)) {
       if (best.refused == kNone) best.refused = "clusters need compute capability 9.0";

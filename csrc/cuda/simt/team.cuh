@@ -1,8 +1,8 @@
-// What blocks do together: barriers of a cluster or a group, a peer's shared memory; and copies
-// that go on behind the threads' backs. simt.cuh's vocabulary, continued.
+// What the blocks of a team do together: barriers of a cluster or through a counter, a peer's
+// shared memory; and copies that go on behind the threads' backs. simt.cuh's vocabulary, continued.
 #pragma once
 
-#include "cuda/simt.cuh"
+#include "cuda/simt/simt.cuh"
 
 namespace simt {
 
@@ -152,13 +152,13 @@ namespace simt {
 // A barrier of `size` blocks that run at once, block `rank` among them. The counter lies in global
 // memory and starts at zero; only its top bit changes from one barrier to the next, so it can be
 // used again, also by the next launch.
-SIMT_FN void group_sync(unsigned* counter, unsigned rank, unsigned size) {
-  constexpr unsigned phase = 0x80000000u;
+SIMT_FN void team_sync(unsigned* counter, unsigned rank, unsigned size) {
+  constexpr unsigned turn = 0x80000000u;
   sync();
   if (thread() == 0) {
-    const unsigned before = fetch_add(counter, rank == 0 ? phase - (size - 1) : 1u);
+    const unsigned before = fetch_add(counter, rank == 0 ? turn - (size - 1) : 1u);
     unsigned now = load_acquire(counter);
-    while (((before ^ now) & phase) == 0) {
+    while (((before ^ now) & turn) == 0) {
       relax(counter, now);
       now = load_acquire(counter);
     }

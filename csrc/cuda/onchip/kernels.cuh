@@ -1,13 +1,14 @@
-// The kernels that read an image once. As many groups of blocks as the GPU holds take the images in
-// turn, and of an image each block its slab (onchip.h); the next image's slab is on its way while
+// The kernels that read an image once. The launch's teams take the images in turn, and the blocks
+// of a team each a slab of the image (plan/onchip.h); the next image's slab is on its way while
 // this one's result is stored.
 #pragma once
 
-#include "cuda/onchip_masks.cuh"
+#include "cuda/onchip/masks.cuh"
 
 namespace da::cuda {
 
-// Before the first load. What an order lacks is one as a factor and zero as a term.
+// What is done before the first load. A mask that the order lacks is a factor of one, and its term
+// is zero.
 template <class T>
 SIMT_FN void prepare(const Member<T>& m) {
   const OnChip& chip = m.chip;
@@ -20,8 +21,8 @@ SIMT_FN void prepare(const Member<T>& m) {
     if (chip.backward) m.col_term()[i] = 0;
   }
   if (chip.pixel_mask) {
-    load_stencil<T>(m.args.call, m.stencil(), false);
-    if (chip.backward) load_stencil<T>(m.args.call, m.stencil() + kStencil, true);
+    load_stencil<T>(m.args.call, m.stencil(), Taps::as_given);
+    if (chip.backward) load_stencil<T>(m.args.call, m.stencil() + kStencil, Taps::turned);
   }
   if (chip.aligned)
     for (int i = 0; i < chip.kept + chip.kept_dy; i++) m.load_of(i)->init();
@@ -44,28 +45,28 @@ chip_forward(SIMT_PARAM ChipArgs args) {
   const int images = args.call.images;
   const Member<T> m(args);
   prepare(m);
-  if (m.group() < images)
-    for (int k = 0; k < chip.kept; k++) fetch<false>(m, m.group(), k);
+  if (m.team() < images)
+    for (int chunk = 0; chunk < chip.kept; chunk++) fetch<Input::x>(m, m.team(), chunk);
 
   SIMT_ROLLED
-  for (int image = m.group(); image < images; image += chip.images_at_once) {
+  for (int image = m.team(); image < images; image += chip.images_at_once) {
     SIMT_ROLLED
     for (int step = 0; step < chip.steps; step++) {
-      const bool rows = chip.rows_in[step], cols = chip.cols_in[step];
-      add_up<Sums::forward>(m, {rows, cols, step == 0}, image);
-      make_masks(m, image, rows, cols);
+      const Visit visit = step == 0 ? Visit::first : Visit::again;
+      add_up<Sums::forward>(m, {chip.complete[step], visit}, image);
+      make_masks(m, image, chip.complete[step]);
     }
     const int next = image + chip.images_at_once;
     scale_slab<false>(m, image, [&](int chunk) {
       if (next >= images || chunk >= chip.kept) return;
       simt::Bulk::sync_before_load();
-      fetch<false>(m, next, chunk);
+      fetch<Input::x>(m, next, chunk);
     });
     simt::sync();  // the masks are free
   }
 }
 
-// With what flows back through the masks (SPEC of the operator: reference.py), from dy and x:
+// dx, with the terms that flow back through the masks (as reference.py has them), from dy and x:
 //
 //   load    |x 0    |x 1    |...                         and dy, as much as there is room for
 //   masks   | s, c  |
@@ -84,31 +85,30 @@ chip_backward(SIMT_PARAM ChipArgs args) {
   const int images = args.call.images;
   const Member<T> m(args);
   prepare(m);
-  if (m.group() < images) {
-    for (int k = 0; k < chip.kept; k++) fetch<false>(m, m.group(), k);
-    for (int k = 0; k < chip.kept_dy; k++) fetch<true>(m, m.group(), k);
+  if (m.team() < images) {
+    for (int chunk = 0; chunk < chip.kept; chunk++) fetch<Input::x>(m, m.team(), chunk);
+    for (int chunk = 0; chunk < chip.kept_dy; chunk++) fetch<Input::dy>(m, m.team(), chunk);
   }
 
   SIMT_ROLLED
-  for (int image = m.group(); image < images; image += chip.images_at_once) {
+  for (int image = m.team(); image < images; image += chip.images_at_once) {
     recall_masks(m, image);
-    add_up<Sums::backward>(m, {chip.row_mask, chip.col_mask, true}, image);
+    add_up<Sums::backward>(m, {chip.masks, Visit::first}, image);
     SIMT_ROLLED
     for (int step = 0; step < chip.steps; step++) {
-      const bool rows = chip.rows_in[step], cols = chip.cols_in[step];
-      if (step > 0) add_up<Sums::through>(m, {rows, cols, false}, image);
-      make_terms(m, image, rows, cols);
+      if (step > 0) add_up<Sums::through>(m, {chip.complete[step], Visit::again}, image);
+      make_terms(m, image, chip.complete[step]);
     }
 
     const int next = image + chip.images_at_once;
     if (next < images) {
       simt::Bulk::sync_before_load();
-      for (int k = 0; k < chip.kept; k++) fetch<false>(m, next, k);
+      for (int chunk = 0; chunk < chip.kept; chunk++) fetch<Input::x>(m, next, chunk);
     }
     scale_slab<true>(m, image, [&](int chunk) {
       if (next >= images || chunk >= chip.kept_dy) return;
       simt::Bulk::sync_before_load();
-      fetch<true>(m, next, chunk);
+      fetch<Input::dy>(m, next, chunk);
     });
     simt::sync();  // the masks and terms are free
   }

@@ -1,22 +1,23 @@
-// The small launches: partial sums too many for a block to add by the way, and the parameters'
-// gradients.
+// The small launches: they add up partial sums where there are too many for the blocks that need
+// them, and make the parameters' gradients.
 #pragma once
 
-#include "cuda/masks.cuh"
+#include "cuda/common/masks.cuh"
+#include "cuda/plan/memory.h"
 
 namespace da::cuda {
 
-// Adds the tiles of a partial sum up into its first tile. A block takes 32 entries with 8 threads
+// Adds up the tiles of a partial sum into its first tile. A block takes 32 entries with 8 threads
 // each, or where there are fewer one entry with all its threads.
 template <class A>
 SIMT_KERNEL(kThreads, 1)
-fold(SIMT_PARAM Args<A> a) {
-  const Partial<A>& p = a.to_fold;
+fold(SIMT_PARAM Args<A> args) {
+  const Partial<A>& p = args.to_fold;
   A* sums = reinterpret_cast<A*>(SmallMemory(simt::shared()).sums);
   const int span = p.entries < simt::kWarp ? 1 : simt::kWarp, slices = kThreads / span;
   const int64_t spans = (p.entries + span - 1) / span;
   const int slice = simt::thread() / span;
-  const int64_t job = a.first_job + simt::block();
+  const int64_t job = args.first_job + simt::block();
   const int64_t entry = job % spans * span + simt::thread() % span;
   A* data = p.data + job / spans * p.tiles * p.entries + entry;
   A sum = 0;
@@ -45,20 +46,20 @@ SIMT_FN A block_sum(A value, A* warps) {
 // One image's share of the gradients of a scalar gate (weight, bias) or an eca gate (its taps).
 template <class A>
 SIMT_KERNEL(kThreads, 1)
-gate_sums(SIMT_PARAM Args<A> a) {
+gate_sums(SIMT_PARAM Args<A> args) {
   A* warps = reinterpret_cast<A*>(SmallMemory(simt::shared()).sums);
-  const int64_t job = a.first_job + simt::block();
-  const int64_t image = job / a.parts, part = job % a.parts;
-  const A* dt = a.d_logit + image * a.channels;
-  const A* pooled = a.pooled + image * a.channels;
-  const bool bias = a.gate == Gate::scalar && part == 1;
-  const int64_t shift = a.gate == Gate::eca ? part - a.kernel_size / 2 : 0;
-  const int64_t first = max<int64_t>(0, -shift), last = min(a.channels, a.channels - shift);
+  const int64_t job = args.first_job + simt::block();
+  const int64_t image = job / args.parts, part = job % args.parts;
+  const A* dt = args.d_logit + image * args.channels;
+  const A* pooled = args.pooled + image * args.channels;
+  const bool bias = args.gate == Gate::scalar && part == 1;
+  const int64_t shift = args.gate == Gate::eca ? part - args.kernel_size / 2 : 0;
+  const int64_t first = max<int64_t>(0, -shift), last = min(args.channels, args.channels - shift);
   A sum = 0;
   for (int64_t c = first + simt::thread(); c < last; c += kThreads)
     sum += bias ? dt[c] : dt[c] * pooled[c + shift];
   sum = block_sum(sum, warps);
-  if (simt::thread() == 0) a.gate_parts[job] = sum;
+  if (simt::thread() == 0) args.gate_parts[job] = sum;
 }
 
 template <class T>
@@ -73,85 +74,85 @@ SIMT_FN void put(void* gradient, int64_t i, double value, bool wide) {
 
 // The spatial parameters' gradients from the blocks' 19 sums: a warp takes a sum at a time.
 template <class T>
-SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& a, double* sums) {
+SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, double* sums) {
   using A = accumulate_t<T>;
   const int lane = simt::thread() % simt::kWarp;
   for (int t = simt::thread() / simt::kWarp; t < kSpatialSums; t += kWarps) {
     double sum = 0;
-    for (int64_t b = lane; b < a.spatial_blocks; b += simt::kWarp)
-      sum += a.spatial_parts[b * kSpatialSums + t];
+    for (int64_t block = lane; block < args.spatial_blocks; block += simt::kWarp)
+      sum += args.spatial_parts[block * kSpatialSums + t];
     sum = warp_sum(sum);
     if (lane == 0) sums[t] = sum;
   }
   simt::sync();
   if (simt::thread() > 0) return;
 
-  const Parameters& p = a.parameters;
+  const Parameters<const void*>& p = args.parameters;
   SpatialWeights<A> weights;
   for (int t = 0; t < kTaps; t++) {
-    weights.conv[t] = Parameter<T>{p.conv, p.wide}[t];
-    weights.dilated[t] = Parameter<T>{p.dilated, p.wide}[t];
+    weights.conv[t] = Parameter<T>{p.conv, args.wide}[t];
+    weights.dilated[t] = Parameter<T>{p.dilated, args.wide}[t];
   }
-  for (int i = 0; i < 2; i++) weights.merge[i] = Parameter<T>{p.merge, p.wide}[i];
+  for (int i = 0; i < 2; i++) weights.merge[i] = Parameter<T>{p.merge, args.wide}[i];
   const SpatialWeights<double> d = spatial_gradients(weights, sums);
   for (int t = 0; t < kTaps; t++) {
-    put<T>(a.gradients.conv, t, d.conv[t], p.wide);
-    put<T>(a.gradients.dilated, t, d.dilated[t], p.wide);
+    put<T>(args.gradients.conv, t, d.conv[t], args.wide);
+    put<T>(args.gradients.dilated, t, d.dilated[t], args.wide);
   }
-  for (int i = 0; i < 2; i++) put<T>(a.gradients.merge, i, d.merge[i], p.wide);
-  put<T>(a.gradients.spatial_bias, 0, d.bias, p.wide);
+  for (int i = 0; i < 2; i++) put<T>(args.gradients.merge, i, d.merge[i], args.wide);
+  put<T>(args.gradients.spatial_bias, 0, d.bias, args.wide);
 }
 
 // An affine gate's gradients: 32 channels a block, the images shared out among its warps.
 template <class T>
-SIMT_FN void finish_affine(const Args<accumulate_t<T>>& a, int64_t channel0, double* sums) {
+SIMT_FN void finish_affine(const Args<accumulate_t<T>>& args, int64_t channel0, double* sums) {
   const int lane = simt::thread() % simt::kWarp, warp = simt::thread() / simt::kWarp;
   const int64_t c = channel0 + lane;
   double weight = 0, bias = 0;
-  if (c < a.channels)
-    for (int64_t n = warp; n < a.images; n += kWarps) {
-      const double dt = a.d_logit[n * a.channels + c];
-      weight += dt * a.pooled[n * a.channels + c];
+  if (c < args.channels)
+    for (int64_t n = warp; n < args.images; n += kWarps) {
+      const double dt = args.d_logit[n * args.channels + c];
+      weight += dt * args.pooled[n * args.channels + c];
       bias += dt;
     }
   sums[simt::thread()] = weight;
   sums[kThreads + simt::thread()] = bias;
   simt::sync();
-  if (warp == 0 && c < a.channels) {
+  if (warp == 0 && c < args.channels) {
     for (int w = 1; w < kWarps; w++) {
       weight += sums[w * simt::kWarp + lane];
       bias += sums[kThreads + w * simt::kWarp + lane];
     }
-    put<T>(a.gradients.gate, c, weight, a.parameters.wide);
-    put<T>(a.gradients.gate_bias, c, bias, a.parameters.wide);
+    put<T>(args.gradients.gate, c, weight, args.wide);
+    put<T>(args.gradients.gate_bias, c, bias, args.wide);
   }
 }
 
-// The other gates' from gate_sums.
+// A scalar or eca gate's gradients, from gate_sums.
 template <class T>
-SIMT_FN void finish_parts(const Args<accumulate_t<T>>& a, int64_t part, double* sums) {
+SIMT_FN void finish_parts(const Args<accumulate_t<T>>& args, int64_t part, double* sums) {
   double sum = 0;
-  for (int64_t n = simt::thread(); n < a.images; n += kThreads)
-    sum += a.gate_parts[n * a.parts + part];
+  for (int64_t n = simt::thread(); n < args.images; n += kThreads)
+    sum += args.gate_parts[n * args.parts + part];
   sum = block_sum(sum, sums);
   if (simt::thread() > 0) return;
-  const bool bias = a.gate == Gate::scalar && part == 1;
-  put<T>(bias ? a.gradients.gate_bias : a.gradients.gate, bias ? 0 : part, sum, a.parameters.wide);
+  const bool bias = args.gate == Gate::scalar && part == 1;
+  put<T>(bias ? args.gradients.gate_bias : args.gradients.gate, bias ? 0 : part, sum, args.wide);
 }
 
 // All parameters' gradients, in the parameters' type.
 template <class T>
 SIMT_KERNEL(kThreads, 1)
-finish(SIMT_PARAM Args<accumulate_t<T>> a) {
+finish(SIMT_PARAM Args<accumulate_t<T>> args) {
   double* sums = SmallMemory(simt::shared()).sums;
-  const int64_t spatial = a.masks.pixels ? 1 : 0;
-  const int64_t job = a.first_job + simt::block();
+  const int64_t spatial = args.masks.pixels ? 1 : 0;
+  const int64_t job = args.first_job + simt::block();
   if (job < spatial)
-    finish_spatial<T>(a, sums);
-  else if (a.gate == Gate::affine)
-    finish_affine<T>(a, (job - spatial) * simt::kWarp, sums);
+    finish_spatial<T>(args, sums);
+  else if (args.gate == Gate::affine)
+    finish_affine<T>(args, (job - spatial) * simt::kWarp, sums);
   else
-    finish_parts<T>(a, job - spatial, sums);
+    finish_parts<T>(args, job - spatial, sums);
 }
 
 }  // namespace da::cuda

@@ -1,7 +1,7 @@
 // Launches, and how many of their blocks run at once. simt.cuh's vocabulary, continued.
 #pragma once
 
-#include "cuda/simt.cuh"
+#include "cuda/simt/simt.cuh"
 
 #ifdef __CUDACC__
 
@@ -27,7 +27,7 @@ cudaError_t permit(const Launch& launch, void (*kernel)(P...)) {
   if (launch.shared_bytes > unasked)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(launch.shared_bytes));
-  if (error == cudaSuccess && launch.cluster && launch.group > portable)
+  if (error == cudaSuccess && launch.cluster && launch.team > portable)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error;
 }
@@ -43,8 +43,8 @@ inline cudaLaunchConfig_t config(const Launch& launch, cudaLaunchAttribute& attr
   attribute = {};
   if (launch.cluster) {
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {launch.group, 1, 1};
-  } else if (launch.group > 1) {
+    attribute.val.clusterDim = {launch.team, 1, 1};
+  } else if (launch.team > 1) {
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   } else {
@@ -70,16 +70,16 @@ inline int clear(void* memory, size_t bytes, void* stream) {
   return detail::settled(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// How many groups of this launch the current device can hold at once: 0 where it cannot run.
+// How many teams of this launch the current device can hold at once: 0 where it cannot run.
 template <class... P>
-int resident_groups(const Launch& launch, void (*kernel)(P...), int& groups) {
-  groups = 0;
+int resident_teams(const Launch& launch, void (*kernel)(P...), int& teams) {
+  teams = 0;
   cudaError_t error = detail::permit(launch, kernel);
   if (error != cudaSuccess) return detail::settled(error);
   if (launch.cluster) {
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = detail::config(launch, attribute);
-    return detail::settled(cudaOccupancyMaxActiveClusters(&groups, kernel, &config));
+    return detail::settled(cudaOccupancyMaxActiveClusters(&teams, kernel, &config));
   }
   int device = 0, processors = 0, blocks = 0;
   error = cudaGetDevice(&device);
@@ -88,7 +88,7 @@ int resident_groups(const Launch& launch, void (*kernel)(P...), int& groups) {
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
         &blocks, kernel, static_cast<int>(launch.block), launch.shared_bytes);
-  groups = blocks * processors / static_cast<int>(launch.group);
+  teams = blocks * processors / static_cast<int>(launch.team);
   return detail::settled(error);
 }
 

@@ -10,29 +10,29 @@
 //   lane i    x x x x   ----------------->   x x    --------------->  x ------------------------>
 #pragma once
 
-#include "cuda/masks.cuh"
-#include "cuda/scale.cuh"
-#include "cuda/simt_group.cuh"
+#include "cuda/common/masks.cuh"
+#include "cuda/common/scaling.cuh"
+#include "cuda/simt/team.cuh"
 
 namespace da::cuda {
 
 static_assert(sizeof(simt::Bulk) == kBulkBytes, "");
 
-// A block, as one of the group that owns an image. It computes what it is asked for when it is
-// asked: registers are scarcer than time between the sweeps.
+// A block as a member of the team that owns an image. It computes what it is asked for when it is
+// asked, for between the sweeps registers are scarcer than time.
 template <class T>
 struct Member {
-  static constexpr int E = simt::kPerVector<T>;
+  static constexpr int E = simt::kPerVector<T>;  // elements of a vector
   const ChipArgs& args;
   const OnChip& chip;
 
   SIMT_FN explicit Member(const ChipArgs& args) : args(args), chip(args.chip) {}
 
-  SIMT_FN int group() const { return block() / static_cast<unsigned>(chip.blocks); }
+  SIMT_FN int team() const { return block() / static_cast<unsigned>(chip.blocks); }
   SIMT_FN int rank() const { return block() % static_cast<unsigned>(chip.blocks); }
   SIMT_FN int row0() const { return rank() * chip.slab_rows; }
   SIMT_FN int rows() const { return min(chip.slab_rows, chip.rows - row0()); }
-  // Of the number of images before, so that of a chunk's loads.
+  // The parity of a chunk's loads, as Bulk::wait() asks for it: it flips with each image.
   SIMT_FN unsigned parity(int image) const {
     return static_cast<unsigned>(simt::opaque(image)) / chip.images_at_once & 1;
   }
@@ -72,36 +72,39 @@ struct Member {
   SIMT_FN simt::Bulk* load_of(int chunk) const { return at<simt::Bulk>(chip.memory.loads) + chunk; }
 
   SIMT_FN bool in_cluster() const { return simt::kClusters && chip.barrier == Barrier::cluster; }
-  // For the whole group; what its blocks wrote before is then seen by all of them.
+  // The team's barrier: what its blocks wrote before, all of them see after it.
   SIMT_FN void sync() const {
     if (chip.blocks == 1)
       simt::sync();
     else if (in_cluster())
       simt::cluster_sync();
     else
-      simt::group_sync(args.counters + group() * kCounterStride, rank(), chip.blocks);
+      simt::team_sync(args.counters + team() * kCounterStride, rank(), chip.blocks);
   }
 
  private:
   static SIMT_FN unsigned block() { return simt::opaque(simt::block()); }
 };
 
-// Begins to bring a chunk of x, or of dy, into its place in shared memory.
-template <bool Dy, class T>
+enum class Input { x, dy };
+
+// Begins to bring a chunk of the input into its place in shared memory.
+template <Input Of, class T>
 SIMT_FN void fetch(const Member<T>& m, int image, int chunk) {
+  constexpr bool dy = Of == Input::dy;
   const int begin = m.chunk_begin(chunk) * m.chip.cols, end = m.chunk_end(chunk) * m.chip.cols;
   if (begin >= end) return;
-  T* const to = (Dy ? m.kept_dy() : m.kept_x()) + begin;
-  const T* const from = (Dy ? m.dy(image) : m.x(image)) + begin;
+  T* const to = (dy ? m.kept_dy() : m.kept_x()) + begin;
+  const T* const from = (dy ? m.dy(image) : m.x(image)) + begin;
   if (m.chip.aligned) {
-    m.load_of(Dy ? m.chip.kept + chunk : chunk)->load(to, from, (end - begin) * sizeof(T));
+    m.load_of(dy ? m.chip.kept + chunk : chunk)->load(to, from, (end - begin) * sizeof(T));
   } else {
     for (int i = simt::thread(); i < end - begin; i += m.chip.threads)
       to[i] = simt::load_once(from + i);
   }
 }
 
-// Until it is there. Loads are counted by chunk, those of dy after those of x.
+// Waits until a load is done. Loads are counted by chunk, those of dy after those of x.
 template <class T>
 SIMT_FN void wait_for(const Member<T>& m, int image, int load) {
   if (m.chip.aligned)
@@ -110,7 +113,8 @@ SIMT_FN void wait_for(const Member<T>& m, int image, int load) {
     simt::sync();
 }
 
-// N sums over the lanes of a row, of which each lane ends up with one: which one says.
+// Adds up N values over the lanes of a row. Each lane ends up with one of the N sums, the
+// `which`-th.
 template <int N, class A>
 SIMT_FN A sum_over_lanes(const A* value, int lanes, int& which) {
   static_assert(N == 2 || N == 4, "");
@@ -126,15 +130,16 @@ SIMT_FN A sum_over_lanes(const A* value, int lanes, int& which) {
   return sum;
 }
 
-// A sweep over the slab, what it adds up and with which weights; rows' sums are weighted by column,
-// columns' by row. Sums end up where masks or terms are made of them in place.
+// A sweep over the slab adds up rows with the columns' weights and columns with the rows'. The sums
+// end up where masks or terms are made of them in place:
 //
-//   forward    x, by the other mask if there is one yet   -> masks
-//   backward   dy x, by the masks                         -> terms
-//   through    x, by the terms                            -> terms, on top of what is there
+//   forward    x, weighted with the other mask if there is one yet   -> masks
+//   backward   dy x, weighted with the masks                         -> terms
+//   through    x, weighted with the terms                            -> terms, added to those there
+enum class Visit : bool { again, first };  // the first one waits for what arrives of the image
 struct Sweep {
-  bool rows, cols;  // which sums
-  bool first;       // over an image: what arrives has to be waited for
+  Lines sums;
+  Visit visit;
 };
 
 // A thread's share of a sweep over columns that the block spans at once.
@@ -143,13 +148,14 @@ struct Tally {
   static constexpr int E = simt::kPerVector<T>;
   using V = Access<T, E>;
   static constexpr bool product = Kind == Sums::backward;
-  static constexpr int kRows = Kind == Sums::forward ? 4 : 2;  // at once, as registers allow
+  static constexpr int kRows = Kind == Sums::forward ? 4 : 2;  // in flight, as registers allow
   const Member<T>& m;
   const Sweep& sweep;
-  const bool weighted;
-  unsigned mine;     // a bit for each element of its vectors that is not another row's
-  int first, place;  // the first row, and the vector in it, of what the block adds up at once
-  float weight[E], sum[E];
+  const bool weighted;  // or else all weights are 1
+  unsigned mine;        // a bit for each element of the thread's vectors, 0 if it is another row's
+  int first;            // the thread's row among those that the block adds up at once
+  int place;            // elements from the first of these rows to the thread's vector
+  float weight[E], sum[E];  // of the thread's columns
 
   static SIMT_FN float* row_weights(const Member<T>& m) {
     return Kind == Sums::through ? m.row_term() : m.row_mask();
@@ -159,10 +165,13 @@ struct Tally {
   }
 
   SIMT_FN Tally(const Member<T>& m, const Sweep& sweep, int tile)
-      : m(m), sweep(sweep), weighted(Kind != Sums::forward || !sweep.first), mine(0) {
+      : m(m),
+        sweep(sweep),
+        weighted(Kind != Sums::forward || sweep.visit == Visit::again),
+        mine(0) {
     const Lane lane = m.lane_of_row(tile);
-    first = lane.group * m.chip.period + lane.row;
-    place = lane.group * m.chip.period * m.chip.cols + static_cast<int>(lane.offset);
+    first = lane.super_row * m.chip.period + lane.phase;
+    place = lane.super_row * m.chip.period * m.chip.cols + static_cast<int>(lane.offset);
     SIMT_UNROLL
     for (int j = 0; j < E; j++) {
       const bool own = lane.active && lane.begin <= j && j < lane.end;
@@ -173,36 +182,36 @@ struct Tally {
     if (weighted) load_columns<E>(col_weights(m) + tile * m.chip.width, lane, weight);
   }
 
-  // A row's part in its sum.
-  SIMT_FN float add_row(const typename V::Raw& raw, const typename V::Raw& other, int row,
+  // Adds a row's vector to the columns' sums, and returns its part in the row's sum.
+  SIMT_FN float add_row(const typename V::Raw& raw, const typename V::Raw& raw_dy, int row,
                         int end) {
     float value[E];
     V::unpack(raw, value);
     if (product) {
-      float factor[E];
-      V::unpack(other, factor);
+      float gradient[E];
+      V::unpack(raw_dy, gradient);
       SIMT_UNROLL
-      for (int j = 0; j < E; j++) value[j] *= factor[j];
+      for (int j = 0; j < E; j++) value[j] *= gradient[j];
     }
     if (mine != (1u << E) - 1) {
       SIMT_UNROLL
       for (int j = 0; j < E; j++)
         if (!(mine >> j & 1)) value[j] = 0;
     }
-    if (sweep.cols) {
-      const float w = !weighted ? 1.f : row < end ? row_weights(m)[row] : 0.f;
+    if (sweep.sums.cols) {
+      const float row_weight = !weighted ? 1.f : row < end ? row_weights(m)[row] : 0.f;
       SIMT_UNROLL
-      for (int j = 0; j < E; j++) sum[j] += w * value[j];
+      for (int j = 0; j < E; j++) sum[j] += row_weight * value[j];
     }
     float dot = 0;
-    if (sweep.rows) {
+    if (sweep.sums.rows) {
       SIMT_UNROLL
       for (int j = 0; j < E; j++) dot += weight[j] * value[j];
     }
     return dot;
   }
 
-  // Rows [begin, end) of the slab that begins at x, and at dy.
+  // Adds rows [begin, end) of the slab that begins at x, and at dy.
   template <bool Kept, bool KeptDy>
   SIMT_FN void add(int begin, int end, const T* x, const T* dy) {
     // What comes from global memory is asked for before it is needed.
@@ -214,23 +223,23 @@ struct Tally {
       float dot[kRows];
       SIMT_UNROLL
       for (int ahead = 0; ahead < kRows; ahead += kAhead) {
-        typename V::Raw raw[kAhead], other[kAhead];
+        typename V::Raw raw[kAhead], raw_dy[kAhead];
         SIMT_UNROLL
         for (int i = 0; i < kAhead; i++) {
           const int from = (row0 + (ahead + i) * at_once) * m.chip.cols + place;
           if (!Kept) raw[i] = live(ahead + i) ? V::load_once(x + from) : V::zero();
-          if (product && !KeptDy) other[i] = live(ahead + i) ? V::load_once(dy + from) : V::zero();
+          if (product && !KeptDy) raw_dy[i] = live(ahead + i) ? V::load_once(dy + from) : V::zero();
         }
         SIMT_UNROLL
         for (int i = 0; i < kAhead; i++) {
           const int d = ahead + i, from = (row0 + d * at_once) * m.chip.cols + place;
           if (Kept) raw[i] = live(d) ? V::load(x + from) : V::zero();
-          if (product && KeptDy) other[i] = live(d) ? V::load(dy + from) : V::zero();
+          if (product && KeptDy) raw_dy[i] = live(d) ? V::load(dy + from) : V::zero();
           const bool any = row0 + d * at_once < end;  // of the block's rows
-          dot[d] = any ? add_row(raw[i], other[i], row0 + d * at_once + first, end) : 0.f;
+          dot[d] = any ? add_row(raw[i], raw_dy[i], row0 + d * at_once + first, end) : 0.f;
         }
       }
-      if (sweep.rows) {
+      if (sweep.sums.rows) {
         const int lanes = min(m.chip.lanes, simt::kWarp);
         int d;
         const float total = sum_over_lanes<kRows>(dot, lanes, d);
@@ -243,9 +252,12 @@ struct Tally {
   }
 };
 
-// The rows' sums from their parts.
+enum class Onto { nothing, sums };  // what new sums are added to
+
+// Makes the rows' sums of their parts.
 template <class T>
-SIMT_FN void fold_rows(const Member<T>& m, float* out, bool more) {
+SIMT_FN void fold_rows(const Member<T>& m, float* out, Onto onto) {
+  const bool more = onto == Onto::sums;
   const int parts = m.chip.row_parts, rows = m.rows();
   for (int r = simt::thread(); r < rows; r += m.chip.threads) {
     float total = more ? out[r] : 0.f;
@@ -254,10 +266,11 @@ SIMT_FN void fold_rows(const Member<T>& m, float* out, bool more) {
   }
 }
 
-// The columns' sums, of a tile's, added up over the rows that the block has added up at once, in
-// their order.
+// Makes a tile's sums by column of the threads' sums, in the order of the rows that the block adds
+// up at once.
 template <class T>
-SIMT_FN void fold_columns(const Member<T>& m, const float* sum, int tile, float* out, bool more) {
+SIMT_FN void fold_columns(const Member<T>& m, const float* sum, int tile, float* out, Onto onto) {
+  const bool more = onto == Onto::sums;
   constexpr int E = simt::kPerVector<T>;
   const OnChip& chip = m.chip;
   const Lane lane = m.lane_of_row(tile);
@@ -286,7 +299,7 @@ SIMT_FN void fold_columns(const Member<T>& m, const float* sum, int tile, float*
   }
 }
 
-// The caller syncs before it uses the sums.
+// Runs a sweep. The caller syncs before it uses the sums.
 template <Sums Kind, class T>
 SIMT_FN void add_up(const Member<T>& m, const Sweep& sweep, int image) {
   using Own = Tally<T, Kind>;
@@ -298,7 +311,7 @@ SIMT_FN void add_up(const Member<T>& m, const Sweep& sweep, int image) {
     for (int chunk = 0; chunk < chip.chunks; chunk++) {
       const int begin = m.chunk_begin(chunk), end = m.chunk_end(chunk);
       if (begin >= end) break;
-      if (sweep.first && tile == 0) {
+      if (sweep.visit == Visit::first && tile == 0) {
         if (chunk < chip.kept) wait_for(m, image, chunk);
         if (Own::product && chunk < chip.kept_dy) wait_for(m, image, chip.kept + chunk);
       }
@@ -309,36 +322,37 @@ SIMT_FN void add_up(const Member<T>& m, const Sweep& sweep, int image) {
       else
         own.template add<false, false>(begin, end, m.x(image), m.dy(image));
     }
-    const bool more = Kind == Sums::through;
-    if (sweep.rows) {
+    constexpr Onto onto = Kind == Sums::through ? Onto::sums : Onto::nothing;
+    if (sweep.sums.rows) {
       simt::sync();
-      fold_rows(m, Kind == Sums::forward ? m.row_mask() : m.row_term(), more || tile > 0);
+      fold_rows(m, Kind == Sums::forward ? m.row_mask() : m.row_term(),
+                tile > 0 ? Onto::sums : onto);
     }
-    if (sweep.cols)
+    if (sweep.sums.cols)
       fold_columns(m, own.sum, tile,
-                   (Kind == Sums::forward ? m.col_mask() : m.col_term()) + tile * chip.width, more);
+                   (Kind == Sums::forward ? m.col_mask() : m.col_term()) + tile * chip.width, onto);
     if (tile + 1 < chip.col_tiles) simt::sync();
   }
 }
 
-// y from x, or dx from dy, an element at a time: of tensors that are not aligned, or rows shorter
-// than a vector.
+// Makes y of x, or dx of dy, an element at a time, where tensors are not aligned or rows are
+// shorter than a vector.
 template <bool Backward, class T>
 SIMT_FN void scale_elements(const Member<T>& m, int begin, int end, const T* in, T* out) {
   const unsigned cols = m.chip.cols;
   for (unsigned i = begin * cols + simt::thread(); i < end * cols; i += m.chip.threads) {
     const unsigned row = i / cols, col = i % cols;
-    const float by_row = m.row_mask()[row], by_col = m.col_mask()[col];
-    float value = simt::to<float>(in[i]) * (by_col * by_row);
+    const float row_mask = m.row_mask()[row], col_mask = m.col_mask()[col];
+    float value = simt::to<float>(in[i]) * (col_mask * row_mask);
     if (Backward)
-      value += m.col_term()[col] * (m.chip.outer == Outer::rows ? by_row : 1.f) +
-               m.row_term()[row] * (m.chip.outer == Outer::cols ? by_col : 1.f);
+      value += m.col_term()[col] * (m.chip.outer == Outer::rows ? row_mask : 1.f) +
+               m.row_term()[row] * (m.chip.outer == Outer::cols ? col_mask : 1.f);
     simt::store_once(out + i, simt::to<T>(value));
   }
 }
 
-// y from x, or dx from dy, over the slab; done(chunk) is called when a chunk has been used, before
-// any barrier.
+// Makes y of x, or dx of dy, over the slab; done(chunk) is called when a chunk has been used,
+// before any barrier.
 template <bool Backward, class T, class Done>
 SIMT_FN void scale_slab(const Member<T>& m, int image, Done done) {
   constexpr int E = simt::kPerVector<T>, depth = Backward ? 1 : 4;
@@ -349,17 +363,17 @@ SIMT_FN void scale_slab(const Member<T>& m, int image, Done done) {
   for (int tile = 0; tile < chip.col_tiles; tile++) {
     const int col = tile * chip.width;
     const Lane lane = chip.by_super_row
-                          ? Lane::of_super_row<E>(chip.cols, chip.period, chip.scaled_groups)
+                          ? Lane::of_super_row<E>(chip.cols, chip.period, chip.scaled_super_rows)
                           : m.lane_of_row(tile);
-    const int mine = lane.group * chip.period + lane.row;
-    const int place = lane.group * chip.period * chip.cols + static_cast<int>(lane.offset);
+    const int mine = lane.super_row * chip.period + lane.phase;
+    const int place = lane.super_row * chip.period * chip.cols + static_cast<int>(lane.offset);
     const Scaling<T, E, Backward> scaling(chip.outer, lane, m.col_mask() + col, m.col_term() + col,
                                           m.row_mask(), m.row_term());
     SIMT_ROLLED
     for (int chunk = 0; chunk < chip.chunks; chunk++) {
       const int begin = m.chunk_begin(chunk), end = m.chunk_end(chunk);
       if (begin >= end) break;
-      const int at_once = chip.scaled_groups * chip.period, stride = at_once * chip.cols;
+      const int at_once = chip.scaled_super_rows * chip.period, stride = at_once * chip.cols;
       const int start = begin * chip.cols + place;
       const int last = lane.active ? end : 0;
       if (!chip.aligned) {

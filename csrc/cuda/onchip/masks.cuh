@@ -1,7 +1,7 @@
-// The masks, and what flows back through them, of an image that a group of blocks keeps.
+// The masks, and the terms that flow back through them, of an image that a team of blocks keeps.
 //
-// Along the rows a block has whole sums, and needs its neighbours' only where a mask looks beyond
-// its slab. Along the columns it has a part of every sum, and makes the mask of a slice of them:
+// A block has whole sums of its rows, and needs its neighbours' only where a mask looks beyond its
+// slab. Of each column it has a part of the sum, and it makes the mask of a slice of the columns:
 //
 //            own part       barrier   slice and reach    own slice   barrier   all columns
 //   rank 0   pppppppppp               www                mm                    mmmmmmmmm
@@ -10,89 +10,95 @@
 //                                     sums by rank
 #pragma once
 
-#include "cuda/onchip_slab.cuh"
+#include "cuda/onchip/slab.cuh"
 
 namespace da::cuda {
 
-// Values along an axis, of which a block has those that it needs: of channel or pixel `from` on.
+// The part of a map that a block needs, from channel or pixel `from` on.
 struct Window {
   const float* data;
   int64_t from;
   SIMT_FN float operator[](int64_t i) const { return data[i - from]; }
 };
 
-// An axis says what a sum along it stands for, value(); where that is kept, if anywhere,
-// [image][i]; and what comes of the values, at(window, i, first): of the i-th from `first` on, the
-// window's i-th, when the window has all others within reach.
+// What the stencil sees of a window, which is one piece: window[0] is pixel `first`.
+SIMT_FN Surroundings<float> around(const Args<float>& call, int first, const float* window) {
+  return {call, first, window, {1, 0, 0}};
+}
 
-// s
+// An axis makes a map of sums. value() is what a sum stands for; `keep`, [image][i], is where
+// values are kept, or null. at(window, i, first) is the map's entry `first` + i, made of the values
+// around it: window[0] is the value of `first`, and window has all within reach. finish() is called
+// once over a block's entries, with the same window.
+
+// The spatial mask s.
 struct SpatialMask {
-  const Args<float>& a;
+  const Args<float>& call;
   const float* stencil;
   float* keep;
 
-  SIMT_FN float value(float sum, float) const { return sum * (1.f / a.channels); }
+  SIMT_FN float value(float sum, float) const { return sum * (1.f / call.channels); }
   SIMT_FN float at(const float* window, int i, int first) const {
-    const Surroundings<float> m(a, first, window, {1, 0, 0});
+    const Surroundings<float> m = around(call, first, window);
     return sigmoid(m.stencil(i, stencil) + stencil[2 * kTaps]);
   }
   SIMT_FN void finish(const float*, int, int) const {}
 };
 
-// c
+// The channel mask c.
 template <class T>
 struct ChannelMask {
-  const Args<float>& a;
+  const Args<float>& call;
   float* keep;
 
-  SIMT_FN float value(float sum, float) const { return sum * (1.f / a.pixels); }
+  SIMT_FN float value(float sum, float) const { return sum * (1.f / call.pixels); }
   SIMT_FN float at(const float* window, int i, int first) const {
-    const Parameter<T> weight{a.parameters.gate, a.parameters.wide};
-    const Parameter<T> bias{a.parameters.gate_bias, a.parameters.wide};
-    return sigmoid(gate_logit<float>(a.gate, weight, bias, a.kernel_size, Window{window, first},
-                                     a.channels, first + i));
+    const Parameter<T> weight{call.parameters.gate, call.wide};
+    const Parameter<T> bias{call.parameters.gate_bias, call.wide};
+    return sigmoid(gate_logit<float>(call.gate, weight, bias, call.kernel_size,
+                                     Window{window, first}, call.channels, first + i));
   }
   SIMT_FN void finish(const float*, int, int) const {}
 };
 
-// From ds to dz to dm / C; dz also makes the spatial parameters' gradients.
+// From ds to dz to the term dm / C; dz also makes the spatial parameters' gradients.
 struct SpatialGradient {
-  const Args<float>& a;
-  const float* stencil;  // transposed
+  const Args<float>& call;
+  const float* stencil;  // the adjoint's
   float* keep;
   const float* mean;  // the image's m
-  float* parts;
+  float* parts;       // the block's share of the 19 spatial sums
   int warps;
 
   SIMT_FN float value(float sum, float mask) const { return sum * sigmoid_slope(mask); }
   SIMT_FN float at(const float* window, int i, int first) const {
-    const Surroundings<float> dz(a, first, window, {1, 0, 0});
-    return dz.stencil(i, stencil) * (1.f / a.channels);
+    const Surroundings<float> dz = around(call, first, window);
+    return dz.stencil(i, stencil) * (1.f / call.channels);
   }
   SIMT_FN void finish(const float* window, int first, int count) const {
-    const Surroundings<float> dz(a, first, window, {1, 0, 0});
+    const Surroundings<float> dz = around(call, first, window);
     spatial_sums(dz, mean + first, count, warps, [&](int part, float sum) { parts[part] = sum; });
   }
 };
 
-// From dc to dt to dg / P.
+// From dc to dt to the term dg / P.
 template <class T>
 struct ChannelGradient {
-  const Args<float>& a;
+  const Args<float>& call;
   float* keep;
 
   SIMT_FN float value(float sum, float mask) const { return sum * sigmoid_slope(mask); }
   SIMT_FN float at(const float* window, int i, int first) const {
-    const Parameter<T> weight{a.parameters.gate, a.parameters.wide};
-    return gate_transposed<float>(a.gate, weight, a.kernel_size, Window{window, first}, a.channels,
-                                  first + i) *
-           (1.f / a.pixels);
+    const Parameter<T> weight{call.parameters.gate, call.wide};
+    return gate_transposed<float>(call.gate, weight, call.kernel_size, Window{window, first},
+                                  call.channels, first + i) *
+           (1.f / call.pixels);
   }
   SIMT_FN void finish(const float*, int, int) const {}
 };
 
-// out[i] = own(i - first) for the block's slice of the columns, the others from their blocks; `all`
-// is where they meet, [column].
+// out[i] for all columns: own(i - first) for the block's slice, and for the others what their
+// blocks make. They meet in `all`, [column].
 template <class T, class Own>
 SIMT_FN void gather(const Member<T>& m, float* all, float* out, Own own) {
   const int cols = m.chip.cols, first = m.slice_begin(), last = m.slice_end();
@@ -109,13 +115,13 @@ SIMT_FN void gather(const Member<T>& m, float* all, float* out, Own own) {
   simt::sync();
 }
 
-// The blocks' sums by column become what `axis` makes of them.
+// Turns the blocks' sums by column into what `axis` makes of them.
 template <class T, class Axis>
 SIMT_FN void through_columns(const Member<T>& m, const Axis& axis, float* all, float* sums) {
   const OnChip& chip = m.chip;
   const int cols = chip.cols, reach = chip.col_reach, margin = chip.margin(reach);
   const int first = m.slice_begin(), last = m.slice_end();
-  float* const partials = m.args.partials + int64_t(m.group()) * chip.blocks * cols;
+  float* const partials = m.args.partials + int64_t(m.team()) * chip.blocks * cols;
   simt::sync();
   if (chip.blocks > 1 && !m.in_cluster())
     for (int i = simt::thread(); i < cols; i += chip.threads)
@@ -141,8 +147,8 @@ SIMT_FN void through_columns(const Member<T>& m, const Axis& axis, float* all, f
   gather(m, all, sums, [&](int i) { return axis.at(window, i, first); });
 }
 
-// The block's sums by row become what `axis` makes of them. Its values are kept where neighbours
-// find them.
+// Turns the block's sums by row into what `axis` makes of them. Neighbours find its values where
+// they are kept.
 template <class T, class Axis>
 SIMT_FN void through_rows(const Member<T>& m, const Axis& axis, float* sums) {
   const OnChip& chip = m.chip;
@@ -170,62 +176,64 @@ SIMT_FN void through_rows(const Member<T>& m, const Axis& axis, float* sums) {
   simt::sync();
 }
 
-// An image's share of a map, [image][entry].
+// An image's share of a map, [image][entry]; null where there is no map.
 template <class A>
 SIMT_FN A* of_image(A* maps, int image, int64_t entries) {
   return maps ? maps + simt::opaque(image) * entries : nullptr;
 }
 
-// Forward's sums become masks.
+// Turns forward's sums into masks, in place.
 template <class T>
-SIMT_FN void make_masks(const Member<T>& m, int image, bool rows, bool cols) {
-  const Args<float>& a = m.args.call;
-  const SpatialMask spatial{a, m.stencil(), of_image(a.channel_mean, image, a.pixels)};
-  const ChannelMask<T> channel{a, of_image(a.pooled, image, a.channels)};
+SIMT_FN void make_masks(const Member<T>& m, int image, const Lines& which) {
+  const Args<float>& call = m.args.call;
+  const SpatialMask spatial{call, m.stencil(), of_image(call.channel_mean, image, call.pixels)};
+  const ChannelMask<T> channel{call, of_image(call.pooled, image, call.channels)};
   float* const all = of_image(m.args.col_masks, image, m.chip.cols);
+  const bool rows = which.rows, cols = which.cols;
   if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_mask());
   if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_mask());
   if (cols && m.chip.channels_last) through_columns(m, channel, all, m.col_mask());
   if (cols && !m.chip.channels_last) through_columns(m, spatial, all, m.col_mask());
 }
 
-// Backward's sums become terms of dx.
+// Turns backward's sums into terms of dx, in place.
 template <class T>
-SIMT_FN void make_terms(const Member<T>& m, int image, bool rows, bool cols) {
-  const Args<float>& a = m.args.call;
+SIMT_FN void make_terms(const Member<T>& m, int image, const Lines& which) {
+  const Args<float>& call = m.args.call;
   const SpatialGradient spatial{
-      a,
+      call,
       m.stencil() + kStencil,
       of_image(m.args.row_gradients, image, m.chip.rows),
-      of_image(a.channel_mean, image, a.pixels),
-      of_image(a.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialSums),
+      of_image(call.channel_mean, image, call.pixels),
+      of_image(call.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialSums),
       m.chip.warps};
-  const ChannelGradient<T> channel{a, of_image(a.d_logit, image, a.channels)};
+  const ChannelGradient<T> channel{call, of_image(call.d_logit, image, call.channels)};
   float* const all = of_image(m.args.col_terms, image, m.chip.cols);
+  const bool rows = which.rows, cols = which.cols;
   if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_term());
   if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_term());
   if (cols && m.chip.channels_last) through_columns(m, channel, all, m.col_term());
   if (cols && !m.chip.channels_last) through_columns(m, spatial, all, m.col_term());
 }
 
-// Both masks, from the maps that forward saved.
+// Makes both masks anew, from the maps that forward saved.
 template <class T>
 SIMT_FN void recall_masks(const Member<T>& m, int image) {
   const OnChip& chip = m.chip;
-  const Args<float>& a = m.args.call;
-  const SpatialMask spatial{a, m.stencil(), nullptr};
-  const ChannelMask<T> channel{a, nullptr};
-  const float* const mean = of_image(a.channel_mean, image, a.pixels);
-  const float* const pooled = of_image(a.pooled, image, a.channels);
+  const Args<float>& call = m.args.call;
+  const SpatialMask spatial{call, m.stencil(), nullptr};
+  const ChannelMask<T> channel{call, nullptr};
+  const float* const mean = of_image(call.channel_mean, image, call.pixels);
+  const float* const pooled = of_image(call.pooled, image, call.channels);
   const int row0 = m.row0(), rows = m.rows();
-  if (chip.row_mask)
+  if (chip.masks.rows)
     for (int r = simt::thread(); r < rows; r += chip.threads)
       m.row_mask()[r] = chip.channels_last ? spatial.at(mean + row0, r, row0)
                                            : channel.at(pooled + row0, r, row0);
-  if (chip.col_mask && chip.channels_last) {
+  if (chip.masks.cols && chip.channels_last) {
     for (int i = simt::thread(); i < chip.cols; i += chip.threads)
       m.col_mask()[i] = channel.at(pooled, i, 0);
-  } else if (chip.col_mask) {
+  } else if (chip.masks.cols) {
     const int first = m.slice_begin();
     gather(m, of_image(m.args.col_masks, image, chip.cols), m.col_mask(),
            [&](int i) { return spatial.at(mean + first, i, first); });

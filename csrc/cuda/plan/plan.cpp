@@ -1,45 +1,22 @@
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 
-#include <algorithm>
-#include <numeric>
-
-#include "cuda/memory.h"
+#include "cuda/plan/memory.h"
 
 namespace da::cuda {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits) {
   Tiling t{};
-  // One pixel a channel: the channels are dense in either layout.
-  t.channels_last = p.channels_last || p.pixels() == 1;
-  t.rows = t.channels_last ? p.pixels() : p.c;
-  t.cols = t.channels_last ? p.c : p.pixels();
-
-  // A vector may reach into the next row, not into the one after, and not into the next image.
-  const int64_t elements = 16 / p.element_size();
-  const bool vectors = aligned && t.cols >= elements && t.rows * t.cols % elements == 0;
-  t.vector = vectors ? elements : 1;
-  const int64_t step = std::gcd(t.cols, int64_t(t.vector));  // rows start at its multiples
-  t.period = t.vector / step;
-
-  const int64_t max_lanes =
-      std::min<int64_t>(vectors ? limits.lanes : limits.scalar_lanes, kThreads / t.period);
-  const int64_t max_width = max_lanes * t.vector - (t.vector - step);
-  t.col_tiles = ceil_div(t.cols, max_width);
-  t.width = std::min(round_up(ceil_div(t.cols, t.col_tiles), t.vector), t.cols);
-  if (t.width > max_width) t.width = max_width / t.vector * t.vector;
-  t.col_tiles = ceil_div(t.cols, t.width);
-  t.lanes = ceil_div(t.vector - step + t.width, t.vector);
-  t.groups = kThreads / (t.lanes * t.period);
+  set_matrix(t, p);
+  const int elements = 16 / p.element_size();
+  const bool vectors = aligned && holds_vectors(t, elements);
+  cut_rows(t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
+           [](int lanes) { return lanes; });
 
   // One wave of blocks where the tiles get neither too small nor too large.
-  const int64_t at_once = int64_t(t.groups) * t.period;
   const int64_t blocks = device.multiprocessors * blocks_per_sm(p.element_size());
-  const int64_t reads = ceil_div(ceil_div(t.rows, at_once) * t.col_tiles * p.n, blocks);
-  int64_t height = std::min(std::max(reads, limits.min_reads), limits.max_reads) * at_once;
+  const int64_t reads = ceil_div(ceil_div(t.rows, t.at_once()) * t.col_tiles * p.n, blocks);
+  int64_t height = std::min(std::max(reads, limits.min_reads), limits.max_reads) * t.at_once();
   height = std::max(height, round_up(ceil_div(t.rows, limits.terms), t.period));
   const int64_t max_height = limits.height / (p.dtype == Dtype::float64 ? 8 : 4);
   height = std::min(height, std::max<int64_t>(max_height / t.period, 1) * t.period);
@@ -49,11 +26,10 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
   return t;
 }
 
-Staging staging(const Problem& p, const Tiling& t) {
-  const int64_t around = kReach * (p.w + 1);
+Halo halo(const Problem& p, const Tiling& t) {
+  const int64_t margin = kReach * (p.w + 1), all = t.tile_pixels() + 2 * margin;
   const int row = t.tile_pixels() + 2 * kReach;
-  if (t.tile_pixels() + 2 * around <= 5 * row)
-    return {1, static_cast<int>(t.tile_pixels() + 2 * around), static_cast<int>(around)};
+  if (all <= 5 * row) return {1, static_cast<int>(all), static_cast<int>(margin)};
   return {5, row, kReach};
 }
 
@@ -67,9 +43,9 @@ struct Allocator {
   }
 };
 
-size_t shared_bytes(const Problem& p, const Tiling& t, const Staging& s, bool sums) {
-  return p.dtype == Dtype::float64 ? Memory<double>(nullptr, t, s, sums).bytes
-                                   : Memory<float>(nullptr, t, s, sums).bytes;
+size_t shared_bytes(const Problem& p, const Plan& plan, Kernel kernel) {
+  return p.dtype == Dtype::float64 ? Memory<double>(nullptr, plan.tiling, plan.halo, kernel).bytes
+                                   : Memory<float>(nullptr, plan.tiling, plan.halo, kernel).bytes;
 }
 
 int64_t finish_jobs(const Problem& p) {
@@ -77,15 +53,21 @@ int64_t finish_jobs(const Problem& p) {
   return (p.spatial() ? 1 : 0) + (p.channel() ? gate : 0);
 }
 
+// Collects the launches of one direction.
 class Planner {
  public:
-  Planner(const Problem& problem, const Plan& plan, const Limits& limits, bool backward)
-      : p_(problem), t_(plan.tiling), s_(plan.staging), limits_(limits), backward_(backward) {}
+  Planner(const Problem& problem, const Plan& plan, const Limits& limits, Way way)
+      : p_(problem),
+        plan_(plan),
+        t_(plan.tiling),
+        limits_(limits),
+        backward_(way == Way::backward),
+        schedule_(schedule(problem.order, backward_)) {}
 
   void passes() {
-    for (const Pass& pass : schedule(p_.order, backward_)) {
-      const bool sums = pass.sums.any();
-      add(sums ? Kernel::sums : Kernel::scale, pass, tiles(), shared_bytes(p_, t_, s_, sums));
+    for (const Pass& pass : schedule_) {
+      const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
+      add(kernel, pass, tiles(), shared_bytes(p_, plan_, kernel));
       if (pass.sums.pixels && t_.channel_tiles() > limits_.terms) fold(pass, kPixels, p_.pixels());
       if (pass.sums.channels && t_.pixel_tiles() > limits_.terms) fold(pass, kChannels, p_.c);
       pending_ = pass.complete;
@@ -101,30 +83,29 @@ class Planner {
   void on_chip(const OnChip& chip) {
     const int64_t blocks = p_.n > 0 ? int64_t(chip.blocks) * chip.images_at_once : 0;
     Pass all{"on chip", kNothing, kNothing, Maps::masks, masks(p_.order), masks(p_.order)};
-    for (const Pass& pass : schedule(p_.order, backward_))
-      all.reads |= pass.reads, all.writes |= pass.writes;
+    for (const Pass& pass : schedule_) all.reads |= pass.reads, all.writes |= pass.writes;
     add(Kernel::on_chip, all, blocks, chip.memory.bytes);
   }
 
   const std::vector<Step>& steps() const { return steps_; }
 
   Direction direction() const {
-    const int64_t maps = p_.spatial() ? p_.n * p_.pixels() : 0;
-    const int64_t vectors = p_.channel() ? p_.n * p_.c : 0;
+    const int64_t by_pixel = p_.spatial() ? p_.n * p_.pixels() : 0;
+    const int64_t by_channel = p_.channel() ? p_.n * p_.c : 0;
     Allocator place;
     Workspace w{};
-    w.pixel_sums = place(maps * t_.channel_tiles());
-    w.channel_sums = place(vectors * t_.pixel_tiles());
-    w.spatial_mask = place(maps);
-    w.channel_mask = place(vectors);
+    w.pixel_sums = place(by_pixel * t_.channel_tiles());
+    w.channel_sums = place(by_channel * t_.pixel_tiles());
+    w.spatial_mask = place(by_pixel);
+    w.channel_mask = place(by_channel);
     if (backward_) {
       Axes more = kNone;
       for (const Step& step : steps_)
         if (step.pass.weights == Maps::terms) more = step.pass.sums;
-      w.more_pixel_sums = place(more.pixels ? maps * t_.channel_tiles() : 0);
-      w.more_channel_sums = place(more.channels ? vectors * t_.pixel_tiles() : 0);
-      w.d_channel_mean = place(more.channels ? maps : 0);
-      w.d_logit = place(vectors);
+      w.more_pixel_sums = place(more.pixels ? by_pixel * t_.channel_tiles() : 0);
+      w.more_channel_sums = place(more.channels ? by_channel * t_.pixel_tiles() : 0);
+      w.d_channel_mean = place(more.channels ? by_pixel : 0);
+      w.d_logit = place(by_channel);
       w.spatial_blocks = p_.spatial() && tiles() > 0 ? grid(tiles()) : 0;
       w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
       w.gate_parts = place(p_.n * gate_parts(p_));
@@ -150,10 +131,11 @@ class Planner {
   static size_t small_bytes() { return SmallMemory(nullptr).bytes; }
 
   const Problem& p_;
+  const Plan& plan_;
   const Tiling& t_;
-  const Staging& s_;
   const Limits& limits_;
-  bool backward_;
+  const bool backward_;
+  const Schedule& schedule_;
   Axes pending_ = kNone;
   std::vector<Step> steps_;
 };
@@ -163,8 +145,9 @@ class Planner {
 Plan plan(const Problem& problem, const Device& device, bool aligned, const Limits& limits) {
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
-  if (problem.spatial()) plan.staging = staging(problem, plan.tiling);
-  Planner forward(problem, plan, limits, false), backward(problem, plan, limits, true);
+  if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
+  Planner forward(problem, plan, limits, Way::forward);
+  Planner backward(problem, plan, limits, Way::backward);
   forward.passes();
   backward.passes();
   backward.finish();
@@ -174,17 +157,19 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
 }
 
 Direction on_chip_direction(const Problem& p, const OnChip& chip, const Limits& limits) {
-  Plan none{};
-  Planner planner(p, none, limits, chip.backward);
+  const Plan none{};
+  Planner planner(p, none, limits, chip.backward ? Way::backward : Way::forward);
   planner.on_chip(chip);
   if (chip.backward) planner.finish();
 
-  const bool shared = chip.blocks > 1;  // among blocks, whose way is global memory
-  const int64_t rows = shared ? p.n * chip.rows : 0, cols = shared ? p.n * chip.cols : 0;
-  const bool group = shared && chip.barrier == Barrier::group;
+  // What the blocks of a team tell each other goes through global memory.
+  const bool several = chip.blocks > 1;
+  const int64_t rows = several ? p.n * chip.rows : 0, cols = several ? p.n * chip.cols : 0;
+  const int64_t counting_teams =
+      several && chip.barrier == Barrier::counter ? chip.images_at_once : 0;
   Allocator place;
   Workspace w{};
-  w.partials = place(group ? int64_t(chip.images_at_once) * chip.blocks * chip.cols : 0);
+  w.partials = place(counting_teams * chip.blocks * chip.cols);
   w.col_masks = place(cols);
   if (chip.backward) {
     w.col_terms = place(cols);
@@ -194,9 +179,8 @@ Direction on_chip_direction(const Problem& p, const OnChip& chip, const Limits& 
     w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
     w.gate_parts = place(p.n * gate_parts(p));
   }
-  const int64_t counters = group ? int64_t(chip.images_at_once) * kCounterStride : 0;
-  w.counters = place(counters);
-  w.counter_bytes = counters * sizeof(unsigned);
+  w.counters = place(counting_teams * kCounterStride);
+  w.counter_bytes = counting_teams * kCounterStride * sizeof(unsigned);
   w.elements = place.used;
   return {planner.steps(), w, chip};
 }
@@ -204,22 +188,6 @@ Direction on_chip_direction(const Problem& p, const OnChip& chip, const Limits& 
 int64_t gate_parts(const Problem& problem) {
   if (!problem.channel()) return 0;
   return problem.gate == Gate::scalar ? 2 : problem.gate == Gate::eca ? problem.kernel_size : 0;
-}
-
-Device typical_device(int sm) {
-  constexpr int64_t MiB = 1 << 20;
-  constexpr Device known[] = {
-      {120, 170, 96 * MiB},   // RTX 5090
-      {100, 148, 126 * MiB},  // B200
-      {90, 132, 50 * MiB},    // H100, H200
-      {89, 128, 72 * MiB},    // RTX 4090
-      {86, 82, 6 * MiB},      // RTX 3090
-      {80, 108, 40 * MiB},    // A100
-      {75, 40, 4 * MiB},      // T4
-  };
-  for (Device device : known)
-    if (device.sm <= sm) return device;
-  return known[std::size(known) - 1];
 }
 
 }  // namespace da::cuda

@@ -1,14 +1,13 @@
 // Which launches a problem gets: the portable passes, or one launch that keeps the image on the
-// chip, and with which group of blocks. Free of torch and of CUDA; the one thing that only a device
-// knows, how many groups it holds at once, is asked through a function.
+// chip, and with which team of blocks. Free of torch and of CUDA; the one thing that only a device
+// knows, how many teams it holds at once, is asked through a function.
 #pragma once
 
 #include <functional>
 #include <string>
 #include <vector>
 
-#include "cuda/onchip.h"
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 
 namespace da::cuda {
 
@@ -16,32 +15,30 @@ namespace da::cuda {
 //   ""           what the results for this architecture show to be best
 //   "portable"   the portable passes
 //   "onchip"     one launch wherever it is possible
-//   "block", "cluster", "group", also with a number of blocks as in "cluster:8"
-//                this one; an error where it is impossible
+//   "block", "cluster", "counter", also with a number of blocks as in "cluster:8"
+//                one launch with this barrier; an error where it is impossible
 // and after any of them limits, as in "portable,grid=64,terms=4": for tests.
 struct Wish {
   enum class Kind { automatic, portable, on_chip, exact } kind = Kind::automatic;
-  Barrier barrier = Barrier::block;
-  int blocks = 0;  // 0: any
+  Barrier barrier = Barrier::block;  // of an exact wish
+  int blocks = 0;                    // of a team; 0: any
   Limits limits;
 };
 
 bool parse(const std::string& text, Wish& wish);
 constexpr const char* kWishes =
-    "DA_OPS_PLAN: expected portable, onchip, block, cluster[:BLOCKS] or group[:BLOCKS], got ";
+    "DA_OPS_PLAN: expected portable, onchip, block, cluster[:BLOCKS] or counter[:BLOCKS], got ";
 
-bool has_clusters(int sm);  // which begin with Hopper; how many fit is Residents' to say
-
-// How many groups of this launch a device holds at once; 0: it cannot run it.
+// How many teams of this launch a device holds at once; 0: it cannot run it.
 using Residents = std::function<int(const OnChip&)>;
 
 // What a typical GPU of the architecture should hold, for showing plans without one.
 Residents typical_residents(const Device& device);
 
 // The launch that should take least time, with images_at_once set; or `refused` says why the
-// portable passes are to run. Where there is none as wished, that is what `refused` says.
-OnChip choose(const Problem& problem, bool backward, const Device& device, bool aligned,
-              const Wish& wish, const Residents& residents);
+// portable passes are to run, or why there is no launch as wished.
+OnChip choose(const Problem& problem, Way way, const Device& device, bool aligned, const Wish& wish,
+              const Residents& residents);
 
 // Results, by the name of their file in benchmarks/results, that show the one launch right and
 // faster than the portable passes on an architecture: it is the default there.

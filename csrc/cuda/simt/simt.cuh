@@ -1,9 +1,9 @@
 // What a kernel may ask of the machine, in one vocabulary for two: under nvcc these names are CUDA,
-// and no file but simt*.cuh writes an intrinsic or PTX; under a C++ compiler tests/simt/simt_host.h
-// turns each thread into a fiber, so that the same kernels run on a CPU, under sanitizers. The
-// names are written with their simt::, since several are also those of functions of C. Here
-// threads, memory and numbers; simt_group.cuh has what blocks do together, simt_launch.cuh the
-// launches.
+// and no file outside cuda/simt writes an intrinsic or PTX; under a C++ compiler
+// tests/simt/simt_host.h turns each thread into a fiber, so that the same kernels run on a CPU,
+// under sanitizers. The names are written with their simt::, since several are also those of
+// functions of C. Here threads, memory and numbers; team.cuh has what blocks do together,
+// launch.cuh the launches.
 //
 // What keeps a kernel true to both:
 // - all shared memory is dynamic and carved by a Carver;
@@ -19,20 +19,19 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/carver.h"
+#include "cuda/simt/carver.h"
 
 namespace simt {
 
 constexpr int kWarp = 32;
 
-// A launch is one-dimensional. `group` consecutive blocks, of which the grid is a multiple, may
-// wait for each other: as a thread block cluster, or else all blocks of a cooperative launch at
-// once.
+// A launch is one-dimensional. `team` consecutive blocks, of which the grid is a multiple, may wait
+// for each other: as a thread block cluster, or else all blocks of a cooperative launch at once.
 struct Launch {
-  unsigned grid, block;
+  unsigned grid, block;  // blocks, threads of a block
   size_t shared_bytes = 0;
   void* stream = nullptr;
-  unsigned group = 1;
+  unsigned team = 1;
   bool cluster = false;
 };
 
@@ -169,8 +168,8 @@ SIMT_FN unsigned char* shared() {
 
 SIMT_FN void sync() { __syncthreads(); }
 
-// The same value, of which the compiler does not know that: what is computed from it is computed
-// here, and not earlier and kept in registers.
+// The same value, but the compiler does not know that: what is computed from it is computed here,
+// not earlier, to be kept in registers until then.
 SIMT_FN int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -189,7 +188,7 @@ SIMT_FN void store16(void* address, Vector value) {
   *static_cast<uint4*>(address) = detail::bit_cast<uint4>(value);
 }
 
-// _once: global memory that is read once, and by nobody written during the launch; or that is
+// _once: global memory that is read once and that nobody writes during the launch; or that is
 // written and not read again. Both leave the caches to others.
 template <class T>
 SIMT_FN T load_once(const T* address) {
@@ -232,7 +231,7 @@ SIMT_FN double exp(double x) { return ::exp(x); }
 // The same for both.
 namespace simt {
 
-// What values of type T are added up in, and how many of them make a Vector.
+// The type in which values of type T are added up; how many of these values make a Vector.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>

@@ -1,8 +1,8 @@
 // Which part of an image a block works on, how its threads lie over it, and how they touch memory.
 //
 // Rows of 49 half-precision pixels, say, begin at elements 0, 49, 98, ...: at places 0, 1, 2, ...
-// of an aligned vector of 8. The same places come again every 8 rows, so each of these 8 phases
-// has threads of its own, which read aligned vectors and keep what belongs to their row:
+// of an aligned vector of 8. The same places come again every 8 rows, a super-row, so each of its 8
+// phases has threads of its own, which read aligned vectors and keep what belongs to their row:
 //
 //   vectors  |........|........|........| ... |........|........|
 //   row 0    [------------------- 49 pixels ----]
@@ -11,28 +11,29 @@
 // Where a vector and a row begin is then fixed for a thread, and so are the columns that it holds.
 #pragma once
 
-#include "cuda/plan.h"
-#include "cuda/simt.cuh"
+#include "cuda/plan/plan.h"
+#include "cuda/simt/simt.cuh"
 
 namespace da::cuda {
 
 template <class I>
-DA_HD I min(I a, I b) {
-  return b < a ? b : a;
+DA_HD I min(I one, I other) {
+  return other < one ? other : one;
 }
 template <class I>
-DA_HD I max(I a, I b) {
-  return a < b ? b : a;
+DA_HD I max(I one, I other) {
+  return one < other ? other : one;
 }
 
 template <class T>
 using accumulate_t = std::conditional_t<sizeof(T) == 8, double, float>;
 
+// A block's part of an image.
 struct Tile {
   const Tiling& tiling;
   int64_t image;
-  int row_tile, col_tile;
-  int rows, cols;
+  int row_tile, col_tile;  // its place among the image's tiles
+  int rows, cols;          // its size, smaller at the image's edges
 
   SIMT_FN Tile(const Tiling& t, int64_t index) : tiling(t), image(index / t.tiles()) {
     const uint32_t in_image = static_cast<uint32_t>(index - image * t.tiles());
@@ -54,54 +55,54 @@ struct Tile {
 
 // A thread's vector in a super-row.
 struct Lane {
-  bool active;
-  int group;       // which of the super-rows that the block reads at once
+  bool active;     // it has elements at all
+  int super_row;   // which of those that the block reads at once
   int segment;     // which of the rows that the block reads at once
-  int index;       // which vector of the row's
-  int row;         // in the super-row
-  int64_t offset;  // of the vector from the start of the super-row
-  int col;         // of the vector's first element, from the tile's first
-  int begin, end;  // the elements that are this thread's
+  int index;       // which of the row's vectors
+  int phase;       // the row's place in the super-row
+  int64_t offset;  // elements from the start of the super-row to the vector
+  int col;         // of the vector's first element, from the tile's first; may be below 0
+  int begin, end;  // the vector's elements that are this thread's
   int split;       // elements from here on are the next row's, from its column 0
 
-  // One row's part of every vector that it touches, of the columns from `col` on.
-  template <int E, class Geometry>
-  static SIMT_FN Lane of_row(const Geometry& t, int64_t col, int cols) {
+  // For one row's part of each vector that it touches, over `cols` columns from `col` on.
+  template <int E, class Plan>
+  static SIMT_FN Lane of_row(const Plan& m, int64_t col, int cols) {
     Lane l;
-    l.segment = simt::thread() / t.lanes;
-    l.index = simt::thread() % t.lanes;
-    l.group = l.segment / t.period;
-    l.row = l.segment % t.period;
-    const int64_t start = l.row * t.cols + col;
+    l.segment = simt::thread() / m.lanes;
+    l.index = simt::thread() % m.lanes;
+    l.super_row = l.segment / m.period;
+    l.phase = l.segment % m.period;
+    const int64_t start = l.phase * m.cols + col;
     l.offset = start / E * E + l.index * E;
     l.col = static_cast<int>(l.offset - start);
     l.begin = max(0, -l.col);
     l.end = min(E, cols - l.col);
     l.split = E;
-    l.active = l.group < t.groups && l.begin < l.end;
+    l.active = l.super_row < m.super_rows && l.begin < l.end;
     return l;
   }
 
-  // Whole vectors, each once, of rows as wide as the image.
+  // For whole vectors, each once, of rows as wide as the image.
   template <int E>
-  static SIMT_FN Lane of_super_row(int cols, int period, int groups) {
+  static SIMT_FN Lane of_super_row(int cols, int period, int super_rows) {
     Lane l;
     const int lanes = period * cols / E;
     l.segment = 0;
-    l.group = simt::thread() / lanes;
+    l.super_row = simt::thread() / lanes;
     l.index = simt::thread() % lanes;
     l.offset = l.index * E;
-    l.row = l.index * E / cols;
+    l.phase = l.index * E / cols;
     l.col = l.index * E % cols;
     l.begin = 0;
     l.end = E;
     l.split = min(E, cols - l.col);
-    l.active = l.group < groups;
+    l.active = l.super_row < super_rows;
     return l;
   }
 };
 
-// An array's entries at a thread's columns, of an array that begins at 16 bytes; 0 where an element
+// Loads the entries at a thread's columns from an array that begins at 16 bytes; 0 where an element
 // is not the thread's.
 template <int E, class A>
 SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
@@ -125,7 +126,7 @@ SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
   }
 }
 
-// The entries that are the thread's own; of a row's lane.
+// Stores the entries at the thread's own columns, of a row's lane.
 template <int E, class A>
 SIMT_FN void store_columns(A* to, const Lane& lane, const A* from) {
   constexpr int n = simt::kPerVector<A>;
@@ -156,7 +157,7 @@ struct Access {
   static SIMT_FN Raw load_once(const T* p) { return simt::load16_once(p); }
   static SIMT_FN void unpack(const Raw& raw, A* out) { simt::unpack<T>(raw, out); }
 
-  // Bits of elements [begin, end).
+  // The bits of elements [begin, end).
   static SIMT_FN Raw mask(int begin, int end) {
     Raw m;
     SIMT_UNROLL
@@ -173,7 +174,7 @@ struct Access {
     return raw;
   }
 
-  // `in` holds elements [begin, end); all that are stored is all that is written.
+  // Stores elements [begin, end) of a vector, and writes no other.
   static SIMT_FN void store(T* p, const A* in, int begin, int end) {
     const Raw raw = simt::pack<T>(in);
     if (begin == 0 && end == E) {

@@ -1,0 +1,63 @@
+// What a launch is given: plain data, the same for every kernel.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/plan/plan.h"
+#include "formula.h"
+
+namespace da::cuda {
+
+// What is summed: forward, x; backward, first dy x, then x again, weighted with a term.
+enum class Sums { forward, backward, through };
+
+// Partial sums, one for each tile of the other axis: [image][tile][entry].
+template <class A>
+struct Partial {
+  A* data;
+  int64_t tiles, entries;
+  int terms;  // tiles that are still to be added: all, or one once they were folded
+};
+
+template <class A>
+struct Args {
+  int64_t first_job;  // of the launch's first block: a tile, or another piece of work
+  int64_t images, channels, pixels;
+  int64_t height, width;  // of an image, in pixels
+  Axes masks;             // those that the order has
+  Axes pending;           // the axes whose maps this launch makes of the sums before it
+  Axes outer;             // the axis whose mask multiplies the other's term in dx
+  Gate gate;
+  int64_t kernel_size;  // of the eca gate
+
+  Tiling tiling;
+  Halo halo;
+  const void *x, *dy;
+  void* out;  // y or dx
+
+  Parameters<const void*> parameters;
+  bool wide;                    // the parameters are float32, beside a half x
+  Parameters<void*> gradients;  // in the parameters' type; null where not wanted
+  Partial<A> pixel_sums, more_pixel_sums, channel_sums, more_channel_sums;
+  A *new_pixel_sums, *new_channel_sums;             // what this launch sums; null: not wanted
+  A *channel_mean, *spatial_mask, *d_channel_mean;  // [image][pixel]
+  A *pooled, *channel_mask, *d_logit;               // [image][channel]
+  A* spatial_parts;                                 // [spatial_blocks][kSpatialSums]
+  int64_t spatial_blocks;
+  A* gate_parts;  // [image][parts]
+  int64_t parts;
+  Partial<A> to_fold;
+};
+
+// Of the kernels that keep an image on the chip. Blocks of a team exchange small maps in arrays by
+// image: nothing is written twice, so nobody waits until it has been read.
+struct ChipArgs {
+  Args<float> call;
+  OnChip chip;
+  float* partials;               // [team][block][column]: sums, where the barrier is a counter
+  float *col_masks, *col_terms;  // [image][column]
+  float* row_gradients;          // [image][row]: dz
+  unsigned* counters;            // of the teams' barriers, kCounterStride apart
+};
+
+}  // namespace da::cuda

@@ -1,0 +1,25 @@
+// What the planner decides by size. The numbers suit every GPU; tests set others, so that a small
+// tensor meets what otherwise only a large one does.
+#pragma once
+
+#include <cstdint>
+
+namespace da::cuda {
+
+// Each is at most so many, but for min_reads.
+struct Limits {
+  int64_t grid = 1 << 20;      // blocks of a launch; further launches take the rest
+  int64_t terms = 32;          // sums that a block adds by itself; more are folded before
+  int64_t lanes = 64;          // vectors that cover a tile's row
+  int64_t scalar_lanes = 128;  // elements that do where there are no vectors
+  int64_t height = 4096;       // bytes of a map's values at a tile's rows
+  int64_t min_reads = 4;   // vectors that a thread reads in a tile: enough to pay for the masks,
+  int64_t max_reads = 32;  // and few enough to fill the GPU
+  // Of the launch that keeps an image on the chip:
+  int64_t chip_lanes = 1 << 10;  // vectors that cover a tile's row
+  int64_t chunks = 8;            // chunks of a slab
+  int64_t kept = 1 << 20;        // chunks of x, then of dy, in shared memory, if there is room
+  int64_t fold_bytes = 8 << 10;  // bytes of partial sums by column that a round of folding adds up
+};
+
+}  // namespace da::cuda

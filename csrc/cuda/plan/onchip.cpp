@@ -1,0 +1,98 @@
+#include "cuda/plan/onchip.h"
+
+namespace da::cuda {
+namespace {
+
+// Why no launch keeps an image of this problem in such a team, or null.
+const char* obstacle(const Problem& p, Barrier barrier, int blocks) {
+  if (p.dtype == Dtype::float64) return "float64 is for the portable passes";
+  if (p.c * p.pixels() > INT32_MAX / 4) return "the image is too large";
+  if (p.n > INT32_MAX / 4) return "there are too many images";
+  if (blocks < 1 || (barrier == Barrier::block && blocks > 1))
+    return "a block's barrier is for one block";
+  if (barrier == Barrier::cluster && blocks > kMaxCluster) return "no cluster is so large";
+  return nullptr;
+}
+
+// Lanes over which shuffles add up a row's sum: a power of two, or whole warps.
+int shuffled_lanes(int vectors) {
+  if (vectors > 32) return round_up(vectors, 32);
+  int lanes = 4;
+  while (lanes < vectors) lanes *= 2;
+  return lanes;
+}
+
+// How the image is cut up and how threads lie over it.
+void set_geometry(OnChip& chip, const Problem& p, bool aligned, const Limits& limits) {
+  set_matrix(chip, p);
+  const int vector = 16 / p.element_size();
+  chip.aligned = aligned && holds_vectors(chip, vector);
+  cut_rows(chip, vector, kChipThreads, limits.chip_lanes, shuffled_lanes);
+  chip.at_once = chip.super_rows * chip.period;
+  chip.threads = chip.lanes * chip.at_once;
+  chip.warps = chip.threads / 32;
+  chip.by_super_row = chip.aligned && chip.col_tiles == 1 && chip.period > 1;
+  chip.scaled_super_rows =
+      chip.by_super_row ? chip.threads * vector / (chip.period * chip.cols) : chip.super_rows;
+  chip.row_parts = std::max(chip.lanes / 32, 1);
+  chip.fold = chip.at_once == 1
+                  ? 0
+                  : std::clamp<int>(limits.fold_bytes / (4 * chip.pitch()), 1, chip.at_once);
+
+  chip.slab_rows = round_up(ceil_div(chip.rows, chip.blocks), chip.period);
+  chip.chunk_rows = round_up(ceil_div(chip.slab_rows, limits.chunks), chip.at_once);
+  chip.chunks = ceil_div(chip.slab_rows, chip.chunk_rows);
+  chip.slice = ceil_div(chip.cols, chip.blocks);
+}
+
+// Which masks there are, how far they look, and which of them each step makes.
+void set_steps(OnChip& chip, const Problem& p) {
+  const Schedule& passes = schedule(p.order, chip.backward);
+  chip.steps = sum_passes(passes);
+  for (int step = 0; step < chip.steps; step++)
+    chip.complete[step] = lines(passes.passes[step].complete, chip.channels_last);
+  chip.masks = lines(da::masks(p.order), chip.channels_last);
+  chip.outer = outer(da::outer(p.order), chip.channels_last);
+  chip.pixel_mask = p.spatial();
+  const int by_pixel = std::min(kReach * (p.w + 1), p.pixels());
+  const int by_channel = p.gate == Gate::eca ? std::min(p.kernel_size / 2, p.c) : 0;
+  chip.row_reach = chip.channels_last ? by_pixel : by_channel;
+  chip.col_reach = chip.channels_last ? by_channel : by_pixel;
+}
+
+// Keeps as many chunks of x, then of dy, as fit. Null, or why the launch is impossible.
+const char* keep(OnChip& chip, int64_t shared_limit, const Limits& limits) {
+  const auto fits = [&] { return carve(chip, nullptr).bytes <= size_t(shared_limit); };
+  const auto fill = [&](int& kept, int64_t most) {
+    for (kept = std::min<int64_t>(chip.chunks, most); kept > 0 && !fits();) kept--;
+  };
+  fill(chip.kept, limits.kept);
+  if (!fits()) return "not even the masks fit in shared memory";
+  const bool all_of_x = chip.kept == chip.chunks;
+  if (chip.backward && all_of_x) fill(chip.kept_dy, limits.kept - chip.kept);
+  const bool all = all_of_x && (!chip.backward || chip.kept_dy == chip.chunks);
+  if (!all && !chip.aligned)
+    return "what is not aligned must fit in shared memory, for it cannot be read again";
+  chip.memory = carve(chip, nullptr);
+  return nullptr;
+}
+
+}  // namespace
+
+OnChip on_chip(const Problem& problem, Way way, bool aligned, Barrier barrier, int blocks,
+               int64_t shared_limit, const Limits& limits) {
+  OnChip chip{};
+  chip.backward = way == Way::backward;
+  chip.barrier = barrier, chip.blocks = blocks, chip.images_at_once = 1;
+  chip.refused = obstacle(problem, barrier, blocks);
+  if (chip.refused) return chip;
+  set_geometry(chip, problem, aligned, limits);
+  set_steps(chip, problem);
+  if (int64_t(chip.slab_rows) * (blocks - 1) >= chip.rows)
+    chip.refused = "more blocks than rows";
+  else
+    chip.refused = keep(chip, shared_limit, limits);
+  return chip;
+}
+
+}  // namespace da::cuda

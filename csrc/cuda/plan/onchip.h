@@ -1,0 +1,154 @@
+// The launch that reads an image once: a team of blocks keeps it in shared memory from the first
+// sum to the last product. Here is how such a launch cuts an image up and what it keeps of it, as
+// plain data; choose.h chooses among such launches, onchip/kernels.cuh has the kernels.
+//
+// Each block of a team has a slab of the image's rows, which is contiguous, and all columns:
+//
+//            cols              one axis' mask is by row: a block has all of a row, and its sums
+//        +------------+        the other's is by column: the blocks' sums are added up, each block
+//     0  |   slab     |        taking a slice of the columns, whose mask it hands to the others
+//        +------------+
+//     1  |   slab     |  = chunks of rows, which are loaded one by one
+//        +------------+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/plan/limits.h"
+#include "cuda/plan/matrix.h"
+#include "cuda/simt/carver.h"
+#include "formula.h"
+
+namespace da::cuda {
+
+enum class Way { forward, backward };
+
+// What a team waits at: __syncthreads() of its only block, the barrier of a cluster (compute
+// capability 9.0 and later), or a counter in global memory (a cooperative launch, anywhere).
+enum class Barrier { block, cluster, counter };
+constexpr const char* kBarriers[] = {"block", "cluster", "counter"};
+
+// The kernels' launch bounds, which leave a thread 72 registers. With 512 threads it would have 64,
+// too few for backward's first sweep, which holds a vector's weights and sums beside what it reads.
+constexpr int kChipThreads = 448, kChipBlocks = 2;
+constexpr int kMaxCluster = 16;          // blocks; more than 8 only where the GPU agrees
+constexpr size_t kBulkBytes = 8;         // of a simt::Bulk
+constexpr int kCounterStride = 32;       // words from one team's counter to the next one's
+constexpr int kStencil = 2 * kTaps + 1;  // the stencil's coefficients and its bias
+
+// Axes by how they lie in the matrix.
+struct Lines {
+  bool rows, cols;
+};
+DA_HD Lines lines(Axes axes, bool channels_last) {
+  return channels_last ? Lines{axes.pixels, axes.channels} : Lines{axes.channels, axes.pixels};
+}
+
+// The lines whose mask multiplies the other lines' term in dx, see scaling.cuh.
+enum class Outer { none, rows, cols };
+
+DA_HD Outer outer(Axes axis, bool channels_last) {
+  if (!axis.any()) return Outer::none;
+  return axis.pixels == channels_last ? Outer::rows : Outer::cols;
+}
+
+// Where each array of a block lies in its shared memory: bytes from the beginning.
+struct ChipMemory {
+  unsigned x, dy;               // the chunks that are kept
+  unsigned row_mask, col_mask;  // of the slab's rows and of all columns; forward first their sums
+  unsigned row_term, col_term;  // backward, likewise
+  unsigned stencil;             // coefficients and bias; backward those of the adjoint after them
+  unsigned scratch;             // in turn: parts of rows' sums; sums by column, to be folded; a map
+                                // around the block's rows or its slice
+  unsigned loads;               // a simt::Bulk for every kept chunk
+  size_t bytes;                 // in all
+};
+
+struct OnChip {
+  const char* refused;  // why these kernels cannot run the problem this way, or null
+  bool backward;
+  Barrier barrier;
+  int blocks;          // of a team
+  int images_at_once;  // teams of the launch, which has blocks * images_at_once blocks
+  int threads;         // of a block
+
+  // The image's matrix, and how threads lie over it; see matrix.h.
+  bool channels_last;
+  int rows, cols;
+  int vector, period;
+  int width, col_tiles, lanes, super_rows;
+  int at_once;            // rows that a block reads at once
+  bool by_super_row;      // y and dx are written by the vectors of whole super-rows
+  int scaled_super_rows;  // super-rows that a block writes at once
+  int warps;              // of a block
+  int row_parts;          // numbers that a row's sum over a tile comes in, one from each warp
+
+  int slab_rows;           // rows of a block, or fewer in the last block
+  int chunk_rows, chunks;  // rows of a chunk, chunks of a slab
+  int kept, kept_dy;       // chunks of x and of dy in shared memory; the others are read again
+  bool aligned;            // x, dy, y and dx are read and written by vectors, or else by elements
+  int slice;               // columns whose mask a block makes
+
+  Lines masks;               // those that the order has
+  bool pixel_mask;           // the spatial mask is one of them
+  int row_reach, col_reach;  // rows, and columns, that a mask's values depend on to either side
+  int steps;                 // turns of sums and the masks, or terms, that are made of them
+  Outer outer;
+  Lines complete[2];  // the masks or terms of each step
+  int fold;           // rows of partial sums, a tile wide, that a round of folding adds up
+  ChipMemory memory;
+
+  // Elements of a row of partial sums: each row begins at 16 bytes.
+  DA_HD int pitch() const { return (width + 3) / 4 * 4; }
+  DA_HD int kept_rows(int kept_chunks) const {
+    return kept_chunks == chunks ? slab_rows : kept_chunks * chunk_rows;
+  }
+  // Entries of a map that a block needs before and after its own; a team's only block has all.
+  DA_HD int margin(int reach) const { return blocks == 1 ? 0 : reach; }
+};
+
+// Sizes and carves a block's shared memory. Kernels read offsets with the rest of the plan; as
+// pointers they would take registers.
+DA_HD ChipMemory carve(const OnChip& chip, unsigned char* base) {
+  const size_t row_bytes = size_t(chip.cols) * 16 / chip.vector;
+  const auto vectors = [](size_t bytes) { return (bytes + 15) / 16 * 16; };
+  const auto larger = [](int one, int other) { return one < other ? other : one; };
+  int scratch = 0;
+  if (chip.masks.rows) {
+    scratch = larger(scratch, chip.slab_rows * chip.row_parts);
+    if (chip.row_reach > 0)
+      scratch = larger(scratch, chip.slab_rows + 2 * chip.margin(chip.row_reach));
+  }
+  if (chip.masks.cols) {
+    scratch = larger(scratch, chip.fold * chip.pitch());
+    scratch = larger(scratch, chip.slice + 2 * chip.margin(chip.col_reach));
+  }
+  simt::Carver carver(base);
+  const auto bytes = [&](size_t count) {
+    const size_t at = carver.bytes();
+    carver.take<unsigned char>(count);
+    return static_cast<unsigned>(at);
+  };
+  const auto floats = [&](int count) { return bytes(count * sizeof(float)); };
+  ChipMemory memory;
+  memory.x = bytes(vectors(chip.kept_rows(chip.kept) * row_bytes));
+  memory.dy = bytes(vectors(chip.kept_rows(chip.kept_dy) * row_bytes));
+  memory.row_mask = floats(chip.slab_rows);
+  memory.col_mask = floats(chip.cols);
+  memory.row_term = floats(chip.backward ? chip.slab_rows : 0);
+  memory.col_term = floats(chip.backward ? chip.cols : 0);
+  memory.stencil = floats(chip.pixel_mask ? (chip.backward ? 2 : 1) * kStencil : 0);
+  memory.scratch = floats(scratch);
+  memory.loads = bytes((chip.kept + chip.kept_dy) * kBulkBytes);
+  memory.bytes = carver.bytes();
+  return memory;
+}
+
+// The launch in which `blocks` blocks are a team, with as much of x, then of dy, in shared memory
+// as `shared_limit` bytes a block hold. `aligned`: every full-size tensor begins at a multiple of
+// 16 bytes. The caller sets images_at_once, 1 here, to no more teams than the device holds at once.
+OnChip on_chip(const Problem& problem, Way way, bool aligned, Barrier barrier, int blocks,
+               int64_t shared_limit, const Limits& limits);
+
+}  // namespace da::cuda
