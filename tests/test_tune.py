@@ -10,15 +10,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import da_ops
 from da_ops import cli, tuning
-from da_ops.backends import native, tuned
+from da_ops.backends import BACKENDS, native, tuned
 from da_ops.backends.base import Call
-from da_ops.backends.tuned import PLANS, Tuned
+from da_ops.backends.tuned import PLANS, Plans, Tuned
 from da_ops.reference import ORDERS
 from da_ops.tuning import candidates, supervise, trial, verdict
 
@@ -118,7 +119,7 @@ def test_candidates_of_a_gpu_are_possible(sm, way):
         assert "refused" not in p[f"one_launch_{way}"]
     barriers = {text.partition(":")[0] for text in one_launch}
     assert ("cluster" in barriers) == (sm >= 90)
-    assert barriers - {"cluster", "block"}  # the one that every GPU has
+    assert "counter" in barriers
     assert len(one_launch) >= 3
 
 
@@ -519,6 +520,69 @@ def test_forgetting(store):
     tuning.forget()
     assert not store.exists() and not PLANS.in_force()
     tuning.forget()
+
+
+# A GPU, without one
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What torch tells of a GPU, where there is none."""
+    told = SimpleNamespace(major=9, minor=0, multi_processor_count=132, L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Planted")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(tuned, "_digest", lambda backend: "planted")
+    monkeypatch.setattr(tuning, "unserved", lambda backend, device_type: None)
+    tuned._device_name.cache_clear()
+    set_in_library = []
+    monkeypatch.setattr(Plans, "try_out", lambda self, *a: set_in_library.append(a))
+    yield set_in_library
+    PLANS._plans.clear()
+    tuned._device_name.cache_clear()
+
+
+def test_a_gpu_is_tuned(gpu, monkeypatch):
+    jobs = []
+
+    def measured(job):
+        jobs.append(job)
+        winner = "cluster:4"
+        return supervise.Outcome(final=rounds(**{winner: noisy(0.7, spread=0.02)}))
+
+    monkeypatch.setattr(supervise, "supervise", measured)
+    monkeypatch.delenv("DA_OPS_PLAN", raising=False)
+    shape = (64, 256, 28, 28)
+    found = tuning.tune(shape, device="cuda", dtype=torch.float16)
+    assert {"portable", "cluster:4", "counter:4"} & set(jobs[0].unchecked) == {
+        "cluster:4",
+        "counter:4",
+    }  # for portable is the default
+    [first, second] = [direction.key for direction in found.directions]
+    assert first.place == first.device == "Planted, driver 13000" and first.threads == 0
+    assert [(key, plan) for key, plan in gpu] == [(first, "cluster:4"), (second, "cluster:4")]
+    told = BACKENDS["cuda"].plan(call(shape, torch.float16))
+    assert len(told.forward.passes) == 1
+    assert told.details["tuned backward"].startswith("cluster:4 (0.7")
+    assert told.details["one launch forward"].startswith("4 blocks an image (cluster)")
+    monkeypatch.setenv("DA_OPS_PLAN", "portable")
+    assert "tuned backward" not in BACKENDS["cuda"].plan(call(shape, torch.float16)).details
+    monkeypatch.delenv("DA_OPS_PLAN")
+    elsewhere = BACKENDS["cuda"].plan(call(shape, torch.float16, sm=80)).details
+    assert "tuned backward" not in elsewhere
+
+
+def test_the_library_of_a_gpu_takes_plans():
+    """Of any device by name, so that no GPU is woken for it."""
+    if not hasattr(torch.ops.da_ops, "_cuda_tune"):
+        pytest.skip("the CUDA library is not loaded")
+    of_call = (*SHAPE, False, "float16", "parallel", "affine", False, "Planted, driver 13000")
+    torch.ops.da_ops._cuda_tune(*of_call, "cluster:8")
+    torch.ops.da_ops._cuda_tune(*of_call, "")
+    with pytest.raises(RuntimeError, match="expected portable, onchip, block"):
+        torch.ops.da_ops._cuda_tune(*of_call, "cluster:many")
 
 
 # What users see

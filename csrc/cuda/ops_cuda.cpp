@@ -84,7 +84,7 @@ const Plan& planned(const Problem& p, const Tensor& x, Way way, bool aligned) {
   constexpr size_t kMost = 1024;
   thread_local std::map<Key, Plan> plans;
   const char* const asked = std::getenv("DA_OPS_PLAN");
-  const std::string measured = asked && *asked ? "" : tuned_plan(p, x, backward);
+  const std::string measured = asked && *asked ? "" : tuned_plan(p, x, way == Way::backward);
   const char* const text = measured.empty() ? asked : measured.c_str();
   const Key key{p.n,
                 p.c,

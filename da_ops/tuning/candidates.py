@@ -16,7 +16,7 @@ DEFAULT = ""  # what the planner chooses
 _ALWAYS, _NEVER = 0, 10**15 - 1  # limits that every size is above, and none
 _SLAB_ROWS = (8, 16, 32, 64, 128, 256, 512)
 _BLOCKS = (2, 4, 8, 16, 32, 64)  # that may share an image on a GPU
-_TEAMS = ("cluster", "group")  # of blocks
+_TEAMS = ("cluster", "counter")  # of blocks
 
 
 def possible_plans(backend: str, call: Call, backward: bool) -> list[str]:
