@@ -8,6 +8,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,6 +348,31 @@ def test_a_graph_uses_what_was_tuned_after_it_was_compiled(compiler):
     torch._dynamo.reset()
 
 
+def test_threads_see_the_one_plan_or_the_other():
+    """While plans come and go, under as many threads as there are."""
+    default = bits()["y"]
+    key = put()
+    by_plan = bits()["y"]
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            PLANS.try_out(key, "")
+            PLANS.try_out(key, PLAN)
+
+    def calls(_):
+        results = [bits()["y"] for _ in range(30)]
+        return all(torch.equal(y, default) or torch.equal(y, by_plan) for y in results)
+
+    with ThreadPoolExecutor(3) as pool:
+        coming = pool.submit(come_and_go)
+        try:
+            assert all(pool.map(calls, range(4)))
+        finally:
+            stop.set()
+        coming.result()
+
+
 def another_process(store, program):
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -535,7 +562,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Planted")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     monkeypatch.setattr(tuned, "_digest", lambda backend: "planted")
-    monkeypatch.setattr(tuning, "unserved", lambda backend, device_type: None)
+    monkeypatch.setattr(tuning, "backends", lambda: {"cuda": None})
     tuned._device_name.cache_clear()
     set_in_library = []
     monkeypatch.setattr(Plans, "try_out", lambda self, *a: set_in_library.append(a))
@@ -561,6 +588,7 @@ def test_a_gpu_is_tuned(gpu, monkeypatch):
         "counter:4",
     }  # for portable is the default
     [first, second] = [direction.key for direction in found.directions]
+    assert {job.device for job in jobs} == {"cuda:0"}
     assert first.place == first.device == "Planted, driver 13000" and first.threads == 0
     assert [(key, plan) for key, plan in gpu] == [(first, "cluster:4"), (second, "cluster:4")]
     told = BACKENDS["cuda"].plan(call(shape, torch.float16))
@@ -607,7 +635,7 @@ def test_explain_says_which_plan_runs():
 def test_info_says_how_many(capsys, store):
     put()
     assert cli.main(["info"]) == 0
-    assert f"tuned plans: 1 in use, from {store}" in capsys.readouterr().out
+    assert f"tuned plans: 1 known, from {store}" in capsys.readouterr().out
     assert cli.main(["info", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["tuned"]
     assert told == {"file": str(store), "plans": 1}
@@ -715,11 +743,22 @@ def test_command_line_refuses(capsys, planted, arguments, complaint):
     assert status in (1, 2) and complaint in capsys.readouterr().err
 
 
+def test_tune_refuses_what_it_cannot_run(planted, monkeypatch):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, .*; got torch.int32"):
+        tuning.tune(SHAPE, dtype=torch.int32)
+    with pytest.raises(ValueError, match="order must be"):
+        tuning.tune(SHAPE, order="both")
+    monkeypatch.setattr(tuning, "backends", lambda: {"cuda": "no GPU"})
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve: no GPU"):
+        tuning.tune(SHAPE, device="cuda")
+    assert not planted
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
         ((3,), r"expected a module, or a shape \[N, C, H, W\]"),
-        ((0, 8, 5, 5), "numbers of at least 1"),
+        ((0, 8, 5, 5), "each of N, C, H and W must be a positive int, got 0"),
         ("4x8x5x5", "expected a module"),
         (torch.nn.Identity(), "a module needs its inputs"),
         ((torch.nn.Identity(), torch.ones(1, 2, 3, 4)), "made no call of the compiled kernels"),

@@ -49,5 +49,6 @@ class Device:
 
 if __name__ == "__main__":
     job = read_job()
+    print("a library's own words", flush=True)
     say()
     serve(Device(), job, say)

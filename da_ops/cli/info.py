@@ -48,7 +48,7 @@ def _info(args: argparse.Namespace) -> int:
     for name, reason in facts["backends"].items():
         print(f"  {name:7s}{'usable' if reason is None else 'not usable: ' + reason}")
     print(f'"auto" takes {facts["auto_on_cpu"]!r} for tensors on the CPU')
-    print(f"tuned plans: {facts['tuned']['plans']} in use, from {facts['tuned']['file']}")
+    print(f"tuned plans: {facts['tuned']['plans']} known, from {facts['tuned']['file']}")
     if not record:
         print("build: no record, the compiled parts were never built here")
         return 0

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..backends import unserved
+from ..accuracy import PROMISED
+from ..backends import backends
 from ..backends.base import Call
 from ..backends.tuned import ENVIRONMENT, PLANS, Key, Tuned, file, key
-from ..checks import check_options
+from ..checks import check_options, positive_int
 from . import supervise, verdict
 from .candidates import DEFAULT, possible_plans
 from .trial import Job
@@ -163,15 +164,17 @@ def _tune(call: Call, device: torch.device, backward: bool, seconds: float) -> D
     backend = device.type
     if backend not in ENVIRONMENT:
         raise ValueError(f"da_ops.tune: device must be 'cpu' or 'cuda', got {str(device)!r}")
-    if (reason := unserved(backend, device.type)) is not None:
+    if (reason := backends()[backend]) is not None:
         raise RuntimeError(f"da_ops.tune: backend {backend!r} cannot serve: {reason}")
+    if backend == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     variable = ENVIRONMENT[backend]
     if os.environ.get(variable):
         raise RuntimeError(
             f"da_ops.tune: {variable}={os.environ[variable]} has chosen the plan of every call; "
             "unset it to use what is measured"
         )
-    plans = possible_plans(backend, call, backward)
+    plans = possible_plans(backend, call, backward, device)
     job = Job(
         backend=backend,
         shape=call.shape,  # type: ignore[arg-type]
@@ -207,7 +210,7 @@ def decided(key: Key, outcome: supervise.Outcome) -> Direction:
 
 
 def _call(
-    shape: Sequence[int], dtype: torch.dtype, format: torch.memory_format, order: str, gate: str
+    shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, order: str, gate: str
 ) -> Call:
     """The one call that is asked for.
 
@@ -215,13 +218,13 @@ def _call(
         ValueError: there is no such call.
     """
     check_options(order, gate)
-    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
-    if len(sizes) != 4 or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(
-            "da_ops.tune: expected a module, or a shape [N, C, H, W] of numbers of at least 1; "
-            f"got {shape!r}"
-        )
-    x = torch.empty(sizes, dtype=dtype, device="meta").contiguous(memory_format=format)
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 4:
+        raise ValueError(f"da_ops.tune: expected a module, or a shape [N, C, H, W]; got {shape!r}")
+    if dtype not in PROMISED:
+        known = ", ".join(str(each).removeprefix("torch.") for each in PROMISED)
+        raise ValueError(f"da_ops.tune: dtype must be one of {known}; got {dtype}")
+    sizes = tuple(positive_int("da_ops.tune: each of N, C, H and W", size) for size in shape)
+    x = torch.empty(sizes, dtype=dtype, device="meta").contiguous(memory_format=layout)
     return _described(x, order, gate)
 
 

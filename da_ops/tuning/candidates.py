@@ -19,13 +19,20 @@ _BLOCKS = (2, 4, 8, 16, 32, 64)  # that may share an image on a GPU
 _TEAMS = ("cluster", "counter")  # of blocks
 
 
-def possible_plans(backend: str, call: Call, backward: bool) -> list[str]:
-    """The default plan, then all that are possible and differ from those before them.
+def possible_plans(
+    backend: str, call: Call, backward: bool, device: torch.device | None = None
+) -> list[str]:
+    """The default plan, then all that are possible on ``device``, or the current one, and differ
+    from those before them.
 
     Raises:
         RuntimeError: there is no compiled planner to ask.
     """
-    return {"cpu": _of_cpu, "cuda": _of_cuda}[backend](call, backward)
+    if backend == "cpu":
+        return _of_cpu(call, backward)
+    gpu = torch.cuda.get_device_properties(device or torch.cuda.current_device())
+    sm = 10 * gpu.major + gpu.minor
+    return on_gpu(call, "backward" if backward else "forward", sm, gpu.multi_processor_count)
 
 
 def _different(texts: Iterable[str], effect: Callable[[str], dict[str, Any] | None]) -> list[str]:
@@ -58,15 +65,8 @@ def _of_cpu(call: Call, backward: bool) -> list[str]:
     return _different(sorted(texts, key=lambda text: text.count("=")), effect)  # the shortest first
 
 
-def _of_cuda(call: Call, backward: bool) -> list[str]:
-    """The portable passes, and one launch by its barrier and blocks an image."""
-    way = "backward" if backward else "forward"
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return on_gpu(call, way, 10 * gpu.major + gpu.minor, gpu.multi_processor_count)
-
-
 def on_gpu(call: Call, way: str, sm: int, multiprocessors: int) -> list[str]:
-    """The plans of a typical GPU of this compute capability."""
+    """The portable passes, and one launch by its barrier and blocks an image."""
     dtype = str(call.dtype).removeprefix("torch.")
 
     def effect(text: str) -> dict[str, Any] | None:

@@ -115,8 +115,9 @@ class _Process:
             if line is None:
                 self.why = self._end()
                 return
-            limit = self.limit
-            yield json.loads(line)
+            if line.startswith("{"):  # and no library's own words
+                limit = self.limit
+                yield json.loads(line)
 
     def _read(self, stream: IO[str]) -> None:
         with stream:
