@@ -26,6 +26,7 @@ os.environ["DA_OPS_TRITON_AUTOTUNE"] = os.environ.get("DA_OPS_TRITON_AUTOTUNE") 
 os.environ["DA_OPS_CACHE"] = os.devnull
 
 import da_ops  # noqa: E402
+from da_ops.backends import tuned  # noqa: E402
 from da_ops.backends.choice import CHOICE  # noqa: E402
 
 from .cases import FULL  # noqa: E402
@@ -114,6 +115,19 @@ def choice():
     CHOICE.forget()
     yield CHOICE
     CHOICE.forget()
+
+
+@pytest.fixture
+def store(fused_cpu, tmp_path, monkeypatch):
+    """A file of tuned plans of the test's own; none is in force before and after."""
+    monkeypatch.setenv("DA_OPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DA_OPS_CPU_PLAN", raising=False)
+    tuned.PLANS.forget()
+    tuned.PLANS._told.clear()
+    yield tuned.file()
+    monkeypatch.setenv("DA_OPS_CACHE", os.devnull)
+    tuned.PLANS.forget()
+    tuned.PLANS._told.clear()
 
 
 @pytest.fixture
