@@ -122,6 +122,7 @@ def store(fused_cpu, tmp_path, monkeypatch):
     """A file of tuned plans of the test's own; none is in force before and after."""
     monkeypatch.setenv("DA_OPS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DA_OPS_CPU_PLAN", raising=False)
+    monkeypatch.delenv("DA_OPS_PLAN", raising=False)
     tuned.PLANS.forget()
     tuned.PLANS._told.clear()
     yield tuned.file()

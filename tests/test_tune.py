@@ -13,12 +13,13 @@ import torch
 
 import da_ops
 from da_ops import cli, tuning
-from da_ops.backends import BACKENDS, native, tuned
+from da_ops.backends import BACKENDS, tuned
 from da_ops.backends.tuned import PLANS, Plans
 from da_ops.reference import ORDERS
 from da_ops.tuning import candidates, supervise
 
 from .cases import LAYOUTS
+from .conftest import need
 from .tuned import PLAN, SHAPE, bits, call, noisy, put, rounds
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -292,16 +293,16 @@ def test_tune_refuses(planted, what, message):
         tuning.tune(*(what if several else (what,)))
 
 
-def test_for_real(store):
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_for_real(store, on):
     """All of it, on a call so small that it says nothing: the plans are right, and none is left
     out."""
+    need(on)
     torch.set_num_threads(1)
-    found = da_ops.tune((2, 8, 4, 4), dtype=torch.float16, seconds=0)
+    of = call((2, 8, 4, 4), torch.float16)
+    found = da_ops.tune(of.shape, dtype=of.dtype, device=on, seconds=0)
     for direction in found.directions:
         assert not direction.left_out and direction.seconds > 0
-        known = candidates.possible_plans(
-            "cpu", call((2, 8, 4, 4), torch.float16), direction.key.backward
-        )
-        assert {t.plan for t in direction.tried} == set(known) - {""}
+        known = candidates.possible_plans(on, of, direction.key.backward)
+        assert {t.plan for t in direction.tried} == set(known) - {candidates.DEFAULT}
     assert store.exists()
-    assert native.build_record()["cpu"]["built"]
