@@ -5,3 +5,8 @@
 `python -m benchmarks.gpu`       on a machine with a GPU: build, test and measure in one go
 `python -m benchmarks.report`    tables, charts and the README block, from results files alone
 """
+
+import os
+
+# What is measured is the library as it comes, by no plan that somebody tuned.
+os.environ["DA_OPS_CACHE"] = os.devnull

@@ -15,6 +15,7 @@
 
 #include "parameters.h"
 #include "problem.h"
+#include "tuned.h"
 
 namespace da {
 
@@ -169,6 +170,24 @@ InputGradients backward_operator(const Tensor& dy, const Tensor& x, const Parame
   const Problem p = describe(x, given, order, gate);
   check_backward(p, dy, x, channel_mean, pooled);
   return kBackward(p, dy, x, given, channel_mean, pooled);
+}
+
+// The operator that sets a plan that was measured, for calls of one kind in one place; an empty
+// text takes it away. This is what follows its name in the schema.
+#define DA_TUNE_SCHEMA                                                                \
+  "(int n, int c, int h, int w, bool channels_last, str dtype, str order, str gate, " \
+  "bool backward, str place, str plan) -> ()"
+
+template <void (*kSet)(const Problem&, bool backward, const std::string& place,
+                       const std::string& plan)>
+void tune_operator(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last,
+                   const std::string& dtype, const std::string& order, const std::string& gate,
+                   bool backward, const std::string& place, const std::string& plan) {
+  Problem p;
+  p.n = n, p.c = c, p.h = h, p.w = w, p.channels_last = channels_last;
+  STD_TORCH_CHECK(parse(dtype, p.dtype) && parse(order, p.order) && parse(gate, p.gate),
+                  "da_ops: unknown dtype, order or gate: ", dtype, ", ", order, ", ", gate);
+  kSet(p, backward, place, plan);
 }
 
 }  // namespace da

@@ -7,6 +7,7 @@ from .explain import explain
 from .function import DAFunction
 from .functional import da_attention
 from .module import DAModule
+from .tuning import tune
 
 __all__ = [
     "DAFunction",
@@ -16,4 +17,5 @@ __all__ = [
     "da_attention",
     "explain",
     "reference",
+    "tune",
 ]

@@ -22,8 +22,11 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET") or "1"
 # With a GPU, no test but that of the measuring itself waits for Triton to time its tiles.
 os.environ["DA_OPS_TRITON_AUTOTUNE"] = os.environ.get("DA_OPS_TRITON_AUTOTUNE") or "0"
+# No test runs by plans that somebody measured.
+os.environ["DA_OPS_CACHE"] = os.devnull
 
 import da_ops  # noqa: E402
+from da_ops.backends import tuned  # noqa: E402
 from da_ops.backends.choice import CHOICE  # noqa: E402
 
 from .cases import FULL  # noqa: E402
@@ -112,6 +115,20 @@ def choice():
     CHOICE.forget()
     yield CHOICE
     CHOICE.forget()
+
+
+@pytest.fixture
+def store(fused_cpu, tmp_path, monkeypatch):
+    """A file of tuned plans of the test's own; none is in force before and after."""
+    monkeypatch.setenv("DA_OPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DA_OPS_CPU_PLAN", raising=False)
+    monkeypatch.delenv("DA_OPS_PLAN", raising=False)
+    tuned.PLANS.forget()
+    tuned.PLANS._told.clear()
+    yield tuned.file()
+    monkeypatch.setenv("DA_OPS_CACHE", os.devnull)
+    tuned.PLANS.forget()
+    tuned.PLANS._told.clear()
 
 
 @pytest.fixture

@@ -97,20 +97,39 @@ Limits limits_of(const std::string& text) {
   return limits;
 }
 
-// Those of the environment; read once, since a small call takes a few microseconds.
-Limits& limits() {
-  static Limits limits = limits_of([] {
+// The limits of all calls: the machine's own, or what somebody wished.
+struct Wish {
+  explicit Wish(const std::string& text) : limits(limits_of(text)), wished(!text.empty()) {}
+  Limits limits;
+  bool wished;
+};
+
+// That of the environment; read once, since a small call takes a few microseconds.
+Wish& wish() {
+  static Wish wish([] {
     const char* text = std::getenv("DA_OPS_CPU_PLAN");
     return text ? text : "";
   }());
-  return limits;
+  return wish;
 }
 
 // Other limits for all calls from now on, as DA_OPS_CPU_PLAN says them. For tests, while none runs.
-void set_limits(const std::string& text) { limits() = limits_of(text); }
+void set_limits(const std::string& text) { wish() = Wish(text); }
 
-Plan plan_here(const Problem& problem) {
-  return plan(problem, {torch::stable::get_num_threads(), limits()});
+// Limits that were measured, by call and number of threads.
+TunedPlans<Limits> tuned;
+
+void tune(const Problem& p, bool backward, const std::string& threads, const std::string& text) {
+  tuned.set(p, backward, threads,
+            text.empty() ? std::nullopt : std::optional<Limits>(limits_of(text)));
+}
+
+Plan plan_here(const Problem& problem, bool backward) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (tuned.any() && !wish().wished)
+    if (const auto limits = tuned.find(problem, backward, std::to_string(threads)))
+      return plan(problem, {threads, *limits});
+  return plan(problem, {threads, wish().limits});
 }
 
 const Pool kPool = {[](int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
@@ -126,8 +145,8 @@ Outputs forward_cpu(const Problem& p, const Tensor& x, const Arguments& given) {
     const Converted<A> converted(p, given);
     Tensor y = allocate_like(x);
     Tensor channel_mean = allocate_channel_mean(p, x), pooled = allocate_pooled(p, x);
-    forward<T>(p, plan_here(p), kPool, converted.weights, static_cast<const T*>(x.const_data_ptr()),
-               static_cast<T*>(y.mutable_data_ptr()),
+    forward<T>(p, plan_here(p, false), kPool, converted.weights,
+               static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
                static_cast<A*>(channel_mean.mutable_data_ptr()),
                static_cast<A*>(pooled.mutable_data_ptr()));
     return std::make_tuple(y, channel_mean, pooled);
@@ -146,7 +165,7 @@ InputGradients backward_cpu(const Problem& p, const Tensor& dy, const Tensor& x,
     double* next = values.data();
     const Parameters<double*> gradients =
         each([&](int64_t n) { return std::exchange(next, next + n); }, sizes(p));
-    backward<T>(p, plan_here(p), kPool, converted.weights,
+    backward<T>(p, plan_here(p, true), kPool, converted.weights,
                 static_cast<const T*>(dy.const_data_ptr()),
                 static_cast<const T*>(x.const_data_ptr()),
                 static_cast<const A*>(channel_mean.const_data_ptr()),
@@ -161,10 +180,14 @@ InputGradients backward_cpu(const Problem& p, const Tensor& dy, const Tensor& x,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(da_ops, m) { m.def("_cpu_plan(str limits) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(da_ops, m) {
+  m.def("_cpu_plan(str limits) -> ()");
+  m.def("_cpu_tune" DA_TUNE_SCHEMA);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CompositeExplicitAutograd, m) {
   m.impl("_cpu_plan", TORCH_BOX(&set_limits));
+  m.impl("_cpu_tune", TORCH_BOX(&tune_operator<tune>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CPU, m) {

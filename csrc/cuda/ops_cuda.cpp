@@ -49,13 +49,43 @@ int residents(Dtype dtype, const OnChip& chip) {
   return resident_teams(dtype, chip, teams) == cudaSuccess ? teams : 0;
 }
 
+// Plans that were measured, by device: texts as DA_OPS_PLAN has them.
+TunedPlans<std::string> tuned;
+
+void tune(const Problem& p, bool backward, const std::string& device, const std::string& text) {
+  Wish wish;
+  STD_TORCH_CHECK(parse(text, wish), kWishes, text);
+  tuned.set(p, backward, device, text.empty() ? std::nullopt : std::optional<std::string>(text));
+}
+
+// x's device as da_ops/backends/tuned.py names it.
+const std::string& device_name(const Tensor& x) {
+  thread_local std::map<int, std::string> names;  // to ask takes longer than a launch
+  std::string& name = names[x.get_device_index()];
+  if (name.empty()) {
+    cudaDeviceProp properties;
+    int driver = 0;
+    require(cudaGetDeviceProperties(&properties, x.get_device_index()));
+    require(cudaDriverGetVersion(&driver));
+    name = properties.name + (", driver " + std::to_string(driver));
+  }
+  return name;
+}
+
+// Empty where none was measured.
+std::string tuned_plan(const Problem& p, const Tensor& x, bool backward) {
+  return tuned.any() ? tuned.find(p, backward, device_name(x)).value_or("") : "";
+}
+
 // One direction's launches, as this thread planned them before: a plan costs more than a launch.
 const Plan& planned(const Problem& p, const Tensor& x, Way way, bool aligned) {
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Dtype, Order, Gate, bool, Way,
                          bool, int, std::string>;
   constexpr size_t kMost = 1024;
   thread_local std::map<Key, Plan> plans;
-  const char* const text = std::getenv("DA_OPS_PLAN");
+  const char* const asked = std::getenv("DA_OPS_PLAN");
+  const std::string measured = asked && *asked ? "" : tuned_plan(p, x, way == Way::backward);
+  const char* const text = measured.empty() ? asked : measured.c_str();
   const Key key{p.n,
                 p.c,
                 p.h,
@@ -77,8 +107,10 @@ const Plan& planned(const Problem& p, const Tensor& x, Way way, bool aligned) {
   Plan plan = cuda::plan(p, device, aligned, wish.limits);
   const OnChip chip = choose(p, way, device, aligned, wish,
                              [&](const OnChip& chip) { return residents(p.dtype, chip); });
-  STD_TORCH_CHECK(!chip.refused || wish.kind != Wish::Kind::exact, "da_ops: DA_OPS_PLAN=", text,
-                  ": ", chip.refused, "; unset it, or name another plan");
+  // A plan that was measured may be refused where a tensor begins elsewhere.
+  STD_TORCH_CHECK(!chip.refused || wish.kind != Wish::Kind::exact || !measured.empty(),
+                  "da_ops: DA_OPS_PLAN=", text, ": ", chip.refused,
+                  "; unset it, or name another plan");
   if (!chip.refused)
     (way == Way::backward ? plan.backward : plan.forward) = on_chip_direction(p, chip, wish.limits);
   if (plans.size() >= kMost) plans.clear();
@@ -177,6 +209,12 @@ InputGradients backward_cuda(const Problem& p, const Tensor& dy, const Tensor& x
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(da_ops, m) { m.def("_cuda_tune" DA_TUNE_SCHEMA); }
+
+STABLE_TORCH_LIBRARY_IMPL(da_ops, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_tune", TORCH_BOX(&tune_operator<tune>));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward_operator<forward_cuda>));

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 from . import native
 from .base import Backend, Call, Direction, Pass, Plan
+from .tuned import ENVIRONMENT, PLANS
 
 
 def _plan(call: Call) -> Plan:
-    dtype = str(call.dtype).removeprefix("torch.")
-    details = native.planner().cpu(
-        call.shape,
-        call.channels_last,
-        dtype,
-        call.order,
-        torch.get_num_threads(),
-        os.environ.get("DA_OPS_CPU_PLAN", ""),
-    )
-
-    def direction(name: str, tensors: int) -> Direction:
-        passes = tuple(Pass(**p) for p in details.pop(name))
+    wish = os.environ.get(ENVIRONMENT["cpu"], "")
+    default = _planned(call, wish)
+    directions, details = [], []
+    for name, tensors in (("forward", 1), ("backward", 2)):
+        tuned = PLANS.of("cpu", call, name == "backward")
+        passes = tuple(Pass(**p) for p in default[name])
         # A cached image is read from memory once for all passes.
-        again = 0 if details.pop(f"{name}_cached") else sum(p.reads for p in passes) - tensors
-        return Direction(passes, tensors + again + sum(p.writes for p in passes))
+        again = 0 if default[f"{name}_cached"] else sum(p.reads for p in passes) - tensors
+        directions.append(Direction(passes, tensors + again + sum(p.writes for p in passes)))
+        details.append(_planned(call, tuned.plan) if tuned else default)
+    other = details[1]
+    told = {
+        key: value if value == other[key] else f"{value} forward, {other[key]} backward"
+        for key, value in details[0].items()
+        if key.removesuffix("_cached") not in ("forward", "backward")
+    }
+    forward, backward = directions
+    return Plan(forward, backward, {**told, **PLANS.words("cpu", call)})
 
-    forward, backward = direction("forward", 1), direction("backward", 2)
-    return Plan(forward, backward, details)
+
+def _planned(call: Call, limits: str) -> dict[str, Any]:
+    dtype = str(call.dtype).removeprefix("torch.")
+    shape = call.shape, call.channels_last, dtype, call.order
+    return dict(native.planner().cpu(*shape, torch.get_num_threads(), limits))
 
 
 BACKEND = Backend(

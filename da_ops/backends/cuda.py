@@ -10,6 +10,7 @@ import torch
 
 from . import native
 from .base import Backend, Call, Direction, Launch, Pass, Plan
+from .tuned import ENVIRONMENT, PLANS
 
 OLDEST = 75  # compute capability that kernels are built for
 
@@ -19,7 +20,7 @@ def _plan(call: Call) -> Plan:
     properties = None
     if call.sm is None and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    details = plan(
+    of_call = (
         call.shape,
         call.channels_last,
         str(call.dtype).removeprefix("torch."),
@@ -27,19 +28,27 @@ def _plan(call: Call) -> Plan:
         call.gate,
         call.sm or (10 * properties.major + properties.minor if properties else 90),
         properties.multi_processor_count if properties else 0,
-        os.environ.get("DA_OPS_PLAN", ""),
     )
+    wish = os.environ.get(ENVIRONMENT["cuda"], "")
+    here = properties is not None
 
-    def direction(name: str) -> Direction:
+    def direction(name: str) -> tuple[dict[str, Any], Direction]:
+        tuned = PLANS.of("cuda", call, name == "backward") if here else None
+        details = plan(*of_call, tuned.plan if tuned else wish)
         passes = []
-        for step in details.pop(name):
+        for step in details[name]:
             launch = Launch(step.pop("grid"), step.pop("threads"), step.pop("shared_bytes"))
             passes.append(Pass(**step, launch=launch))
-        return Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
+        return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
 
-    for way in ("forward", "backward"):
-        details[f"one launch {way}"] = _one_launch(details.pop(f"one_launch_{way}"))
-    return Plan(direction("forward"), direction("backward"), details)
+    (details, forward), (others, backward) = direction("forward"), direction("backward")
+    one_launch = {"forward": details, "backward": others}
+    details = {k: v for k, v in details.items() if k.removeprefix("one_launch_") not in one_launch}
+    for way, planned in one_launch.items():
+        details[f"one launch {way}"] = _one_launch(planned[f"one_launch_{way}"])
+    if here:
+        details.update(PLANS.words("cuda", call))
+    return Plan(forward, backward, details)
 
 
 def _one_launch(chosen: dict[str, Any]) -> str:

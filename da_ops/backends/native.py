@@ -17,6 +17,7 @@ from .. import reference
 from ..layout import empty_gradient
 from ..parameters import Unnamed
 from .base import Gradients
+from .tuned import PLANS
 
 _FOLDER = Path(__file__).resolve().parent.parent
 
@@ -44,6 +45,7 @@ def load(library: str) -> str | None:
         first_line = str(why).strip().partition("\n")[0]
         return f"{library} does not load, reinstall da-ops to rebuild it: {first_line}"
     _describe()
+    PLANS.recall(library.strip("_").partition(".")[0])
     return None
 
 

@@ -9,9 +9,9 @@ import sys
 from typing import TextIO
 
 from .._version import __version__
-from . import cam, eval, explain, info, make_data, tables, train
+from . import cam, eval, explain, info, make_data, tables, train, tune
 
-_COMMANDS = (info, explain, make_data, train, eval, cam, tables)
+_COMMANDS = (info, explain, tune, make_data, train, eval, cam, tables)
 _BY_SIGNAL = 128  # plus the signal's number: how a shell tells that one ended a command
 
 

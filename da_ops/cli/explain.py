@@ -11,21 +11,26 @@ from ..explain import explain
 from ..reference import GATES, ORDERS
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
     command = commands.add_parser("explain", help="which backend and kernels a call gets, and why")
-    command.add_argument("shape", type=_shape, help="NxCxHxW, for example 64x256x56x56")
-    command.add_argument("--dtype", choices=_DTYPES, default="float32")
-    command.add_argument("--layout", choices=tuple(_LAYOUTS), default="contiguous")
-    command.add_argument("--device", default="cpu", help="a torch device type, or sm_90 and so on")
-    command.add_argument("--order", choices=ORDERS, default="spatial_channel")
-    command.add_argument("--gate", choices=GATES, default="affine")
+    command.add_argument("shape", type=shape, help="NxCxHxW, for example 64x256x56x56")
+    add_call(command, "a torch device type, or sm_90 and so on")
     command.add_argument("--backend", default="auto")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_explain)
+
+
+def add_call(command: argparse.ArgumentParser, device: str) -> None:
+    """Declare what there is to a call besides its shape; `device` says what may be named there."""
+    command.add_argument("--dtype", choices=_DTYPES, default="float32")
+    command.add_argument("--layout", choices=tuple(LAYOUTS), default="contiguous")
+    command.add_argument("--device", default="cpu", help=device)
+    command.add_argument("--order", choices=ORDERS, default="spatial_channel")
+    command.add_argument("--gate", choices=GATES, default="affine")
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -36,14 +41,15 @@ def _explain(args: argparse.Namespace) -> int:
         args.shape,
         dtype=getattr(torch, args.dtype),
         device="meta" if architecture else args.device,
-        memory_format=_LAYOUTS[args.layout],
+        memory_format=LAYOUTS[args.layout],
     )
     answer = explain(x, order=args.order, gate=args.gate, backend=args.backend, device=architecture)
     print(answer.to_json() if args.json else answer)
     return 0
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def shape(text: str) -> tuple[int, ...]:
+    """NxCxHxW as numbers."""
     sizes = tuple(int(part) for part in text.split("x") if part.isdecimal())
     if len(sizes) != 4 or len(text.split("x")) != 4 or min(sizes[1:]) < 1:
         raise argparse.ArgumentTypeError(

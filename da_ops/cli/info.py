@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..backends import backends, select
+from ..backends import backends, select, tuned
 from ..backends.cuda import driver_version
 from ..backends.native import build_record
 
@@ -35,6 +35,7 @@ def _info(args: argparse.Namespace) -> int:
         "driver": driver_version(),
         "backends": backends(),
         "auto_on_cpu": select("auto", "cpu"),
+        "tuned": {"file": str(tuned.file()), "plans": len(tuned.PLANS.in_force())},
         "build": record or None,
     }
     if args.json:
@@ -47,6 +48,7 @@ def _info(args: argparse.Namespace) -> int:
     for name, reason in facts["backends"].items():
         print(f"  {name:7s}{'usable' if reason is None else 'not usable: ' + reason}")
     print(f'"auto" takes {facts["auto_on_cpu"]!r} for tensors on the CPU')
+    print(f"tuned plans: {facts['tuned']['plans']} known, from {facts['tuned']['file']}")
     if not record:
         print("build: no record, the compiled parts were never built here")
         return 0

@@ -1,0 +1,261 @@
+"""Plans that were measured on this machine: the file that keeps them, and the libraries' tables.
+
+:func:`da_ops.tune` measures. The compiled operators look a call up in a table of their own, so
+that compiled graphs find its plan as eager code does. The file is read when a library is loaded;
+whatever is wrong with it is logged once, as a warning, and is never an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import Call
+
+logger = logging.getLogger("da_ops")
+
+VERSION = 1  # of the file
+ENVIRONMENT = {"cpu": "DA_OPS_CPU_PLAN", "cuda": "DA_OPS_PLAN"}  # which win over what was measured
+_FOLDER = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Key:
+    """The kind of call that a plan was measured for, and on what."""
+
+    backend: str
+    device: str  # its name, a GPU's with the version of its driver
+    threads: int  # of the CPU; 0 on a GPU
+    library: str  # digest of the compiled library
+    shape: tuple[int, ...]
+    dtype: str
+    channels_last: bool
+    order: str
+    gate: str
+    backward: bool
+
+    @property
+    def place(self) -> str:
+        """The device, in the words of the library's table."""
+        return str(self.threads) if self.backend == "cpu" else self.device
+
+    @property
+    def direction(self) -> str:
+        return "backward" if self.backward else "forward"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A plan that was measured: a text as the backend's environment variable takes it, or an empty
+    one where no plan was found faster than the default. Its time over the default plan's: median,
+    10th and 90th percentile of rounds."""
+
+    plan: str
+    median: float = 1.0
+    p10: float = 1.0
+    p90: float = 1.0
+
+    def __str__(self) -> str:
+        if not self.plan:
+            return "the default, nothing was faster"
+        return (
+            f"{self.plan.replace(',', ' ')} ({self.median:.2f} of the default's time, "
+            f"{self.p10:.2f} to {self.p90:.2f})"
+        )
+
+
+def file() -> Path:
+    """Where plans are kept: in the folder DA_OPS_CACHE, else in da_ops of the user's caches."""
+    folder = os.environ.get("DA_OPS_CACHE")
+    if not folder:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(caches, "da_ops")
+    return Path(folder, "tuned.json")
+
+
+def key(backend: str, call: Call, backward: bool, device: torch.device | None = None) -> Key:
+    """The key of a call here and now, on ``device`` or the current one."""
+    if backend == "cuda" and (device is None or device.index is None):
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Key(
+        backend,
+        _device_name(backend, device),
+        torch.get_num_threads() if backend == "cpu" else 0,
+        _digest(backend),
+        call.shape,
+        str(call.dtype).removeprefix("torch."),
+        call.channels_last,
+        call.order,
+        call.gate,
+        backward,
+    )
+
+
+@cache
+def _device_name(backend: str, device: torch.device | None = None) -> str:
+    if backend == "cuda":  # as csrc/cuda/ops_cuda.cpp says it
+        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        return f"{torch.cuda.get_device_name(device)}, driver {driver}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    parts = [next(names, platform.machine()), f"{os.cpu_count()} cores"]
+    if at_most := os.environ.get("DA_OPS_CPU_ISA"):
+        parts.append(f"at most {at_most}")
+    return ", ".join(parts)
+
+
+@cache
+def _digest(backend: str) -> str:
+    library = _FOLDER / f"_{backend}.abi3.so"
+    return hashlib.blake2b(library.read_bytes(), digest_size=16).hexdigest()
+
+
+class Plans:
+    """The plans in force in this process, and what was told of their file."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Key, Tuned] = {}
+        self._refused: set[Key] = set()  # of the file's, by the library
+        self._told: set[str] = set()
+
+    def recall(self, backend: str) -> None:
+        """Put the file's plans for a library that was just loaded in force."""
+        for key, tuned in self._read().items():
+            # Which GPU computes is known to the library; here it would have to be woken.
+            here = backend == "cuda" or key.device == _device_name("cpu")
+            if key.backend == backend and here and key.library == _digest(backend):
+                self._put_or_refuse(key, tuned)
+
+    def _put_or_refuse(self, key: Key, tuned: Tuned) -> None:
+        try:
+            self.put(key, tuned)
+        except Exception as error:  # a plan is never worth a training run
+            self._refused.add(key)
+            first_line = str(error).partition("\n")[0]
+            self._tell(f"a plan in {file()} is not used: {first_line}; run tune again")
+
+    def put(self, key: Key, tuned: Tuned) -> None:
+        """Put a plan in force.
+
+        Raises:
+            RuntimeError: the text is no plan of the backend.
+        """
+        self.try_out(key, tuned.plan)
+        self._plans[key] = tuned
+
+    def try_out(self, key: Key, plan: str) -> None:
+        """Have the library run calls of this kind by ``plan`` from now on, and say so nowhere."""
+        operator = getattr(torch.ops.da_ops, f"_{key.backend}_tune")
+        call = (*key.shape, key.channels_last, key.dtype, key.order, key.gate, key.backward)
+        operator(*call, key.place, plan)
+
+    def of(self, backend: str, call: Call, backward: bool) -> Tuned | None:
+        """The plan in force for a call; None where none was measured, or another was asked for."""
+        if not self._plans or call.sm is not None or os.environ.get(ENVIRONMENT[backend]):
+            return None
+        return self._plans.get(key(backend, call, backward))
+
+    def words(self, backend: str, call: Call) -> dict[str, str]:
+        """Of a call's directions, those that were tuned, and by which plan they run: for people."""
+        tuned = (self.of(backend, call, backward) for backward in (False, True))
+        names = ("tuned forward", "tuned backward")
+        return {name: str(plan) for name, plan in zip(names, tuned, strict=True) if plan}
+
+    def in_force(self) -> dict[Key, Tuned]:
+        """All of them, those that found the default best among them."""
+        return dict(self._plans)
+
+    def save(self) -> bool:
+        """Add the plans in force to the file; False, and a warning once, if that cannot be."""
+        path = file()
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            others = {k: tuned for k, tuned in self._read().items() if k not in self._refused}
+            plans = {**others, **self._plans}
+            records = [{**asdict(key), **asdict(tuned)} for key, tuned in plans.items()]
+            text = json.dumps({"version": VERSION, "plans": records}, indent=1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(text + "\n")
+            os.replace(unfinished, path)
+        except OSError as error:
+            self._tell(
+                f"tuned plans serve this process alone, {path} cannot be written: "
+                f"{error.strerror or error}; set DA_OPS_CACHE to a folder that can"
+            )
+            return False
+        return True
+
+    def forget(self) -> None:
+        """Take all plans out of force and delete their file.
+
+        Raises:
+            OSError: the file is there, and cannot be deleted.
+        """
+        for key in self._plans:
+            self.try_out(key, "")
+        self._plans.clear()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            file().unlink()
+
+    def _read(self) -> dict[Key, Tuned]:
+        """The file's plans; none, and a warning once, where it cannot be read."""
+        path = file()
+        try:
+            text = path.read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as error:
+            self._tell(f"tuned plans are not used, {path} cannot be read: {error}")
+            return {}
+        try:
+            kept = json.loads(text)
+            if kept["version"] != VERSION:
+                raise ValueError(f"it is of version {kept['version']}, and this is {VERSION}")
+            return dict(map(_parsed, kept["plans"]))
+        except Exception as error:  # whatever somebody wrote there
+            self._tell(
+                f"tuned plans are not used, {path} is not what this version writes "
+                f"({type(error).__name__}: {error}); delete it, or run tune again"
+            )
+            return {}
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning("da_ops: %s", what)
+
+
+def _parsed(record: dict[str, Any]) -> tuple[Key, Tuned]:
+    """A record of the file.
+
+    Raises:
+        TypeError, KeyError, ValueError: it is none.
+    """
+    of_key = {name: record[name] for name in Key.__dataclass_fields__}
+    shape = tuple(record["shape"])
+    numbers = [*shape, record["threads"]]
+    texts = [record[k] for k in ("backend", "device", "library", "dtype", "order", "gate", "plan")]
+    truths = [record["channels_last"], record["backward"]]
+    for values, kind in ((numbers, int), (texts, str), (truths, bool)):
+        if not all(type(value) is kind for value in values):
+            raise ValueError(f"expected {kind.__name__} in all of {values}")
+    if len(shape) != 4 or record["backend"] not in ENVIRONMENT:
+        raise ValueError(f"no call of a compiled backend: {record}")
+    times = (float(record[name]) for name in ("median", "p10", "p90"))
+    return Key(**{**of_key, "shape": shape}), Tuned(record["plan"], *times)
+
+
+PLANS = Plans()  # the only ones

@@ -1,0 +1,273 @@
+"""Plans that measure themselves: the fastest that is right, on the machine that will use it.
+
+:mod:`.candidates` says which plans are possible, :mod:`.trial` checks and times them in a process
+that :mod:`.supervise` watches, :mod:`.verdict` decides, and :mod:`da_ops.backends.tuned` keeps what
+was found and has the compiled operators use it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..accuracy import PROMISED
+from ..backends import backends
+from ..backends.base import Call
+from ..backends.tuned import ENVIRONMENT, PLANS, Key, Tuned, file, key
+from ..checks import check_options, positive_int
+from . import supervise, verdict
+from .candidates import DEFAULT, possible_plans
+from .trial import Job
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan and its time over the default plan's: median, 10th and 90th percentile."""
+
+    plan: str
+    median: float
+    p10: float
+    p90: float
+    final: bool  # from the rounds that decide, not from the first few
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What was found for one direction of a call. The call then runs by ``winner``."""
+
+    key: Key
+    seconds: float  # the default plan's median
+    winner: Tuned
+    tried: tuple[Tried, ...]  # the fastest first
+    left_out: dict[str, str]  # why, by plan
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        k, best = self.key, self.winner.plan
+        layout = "channels_last" if k.channels_last else "contiguous"
+        threads = f", {k.threads} thread(s)" if k.threads else ""
+        shape = "x".join(map(str, k.shape))
+        lines = [
+            f"{k.direction} of {shape} {k.dtype} {layout}, {k.order}, {k.gate}; {k.backend}"
+            f"{threads}",
+            f"  1.00  the default, {1e3 * self.seconds:.3g} ms; below, times over its in the same "
+            "round: median, 10th to 90th percentile",
+        ]
+        for t in self.tried:
+            note = ", by the first rounds" if not t.final else ""
+            lines.append(f"  {t.median:.2f}  ({t.p10:.2f} to {t.p90:.2f})  {t.plan}{note}")
+        lines += [f"  left out: {plan}: {why}" for plan, why in self.left_out.items()]
+        lines.append(f"  from now on: {best or 'the default, nothing is faster beyond the noise'}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The answer of :func:`tune`; ``str()`` for people, ``to_dict()`` for programs."""
+
+    directions: tuple[Direction, ...]
+    saved: str | None  # the file that keeps the plans; None where this process alone has them
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"saved": self.saved, "directions": [d.to_dict() for d in self.directions]}
+
+    def __str__(self) -> str:
+        return "\n\n".join([*map(str, self.directions), kept(self.saved)])
+
+
+def kept(saved: str | None) -> str:
+    """What becomes of the plans, in words."""
+    return f"kept in {saved}" if saved else "kept in no file, and used by this process alone"
+
+
+def tune(
+    what: nn.Module | Sequence[int],
+    *inputs: Any,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    device: torch.device | str = "cpu",
+    order: str = "spatial_channel",
+    gate: str = "affine",
+    backward: bool = True,
+    seconds: float = 10.0,
+    save: bool = True,
+    told: Callable[[Direction], object] | None = None,
+) -> Tuning:
+    """Time every plan that the compiled kernels have for a call, here and now; keep the fastest.
+
+    Args:
+        what: a network or layer, which is run once on ``inputs``, in evaluation mode and without
+            gradients, for the calls in it; or the shape ``[N, C, H, W]`` of one call.
+        inputs: what the network takes.
+        dtype, memory_format, device, order, gate: of the one call, as for
+            :func:`da_ops.da_attention`; a network has its own.
+        backward: tune the backward pass too.
+        seconds: of timing, for each direction of each call.
+        save: keep what was found on disk; else it serves this process alone.
+        told: is given each direction once it is done.
+
+    On a GPU the plans are those that ``DA_OPS_PLAN`` names, on the CPU slab sizes, streaming stores
+    and how rows are taken (``DA_OPS_CPU_PLAN``). They are tried on random numbers in a process of
+    its own, one that hangs for a minute or fails costs nothing but itself. First each plan's
+    results must be as near to the exact ones as :mod:`da_ops.accuracy` promises. Then all take
+    part in every round, over inputs that no cache holds. A plan takes the default's place where it
+    is faster by more than the noise: the 99% interval of its median ratio, from rounds that did not
+    choose it, must lie below 0.98.
+
+    What was found serves calls of exactly this kind (shape, dtype, layout, order, gate, direction;
+    on the CPU also the number of threads) from now on, also in graphs that are compiled, and in
+    later processes, until device, driver or library change. ``DA_OPS_PLAN`` and ``DA_OPS_CPU_PLAN``
+    win over it. Another plan may add numbers in another order: the results are as accurate, and
+    bitwise equal from run to run, but not always those of the default plan to the last bit.
+
+    Raises:
+        ValueError: ``what`` is neither, options are unknown, or the network makes no call of the
+            compiled kernels.
+        RuntimeError: the compiled kernels cannot serve the device; an environment variable has
+            chosen the plan already; or the default plan itself fails.
+    """
+    if isinstance(what, nn.Module):
+        calls = _calls(what, inputs)
+    else:
+        calls = [(_call(what, dtype, memory_format, order, gate), torch.device(device))]
+    found = []
+    for call, on in calls:
+        for is_backward in (False, True)[: 1 + backward]:
+            direction = _tune(call, on, is_backward, seconds)
+            PLANS.put(direction.key, direction.winner)
+            found.append(direction)
+            if told is not None:
+                told(direction)
+    saved = save and PLANS.save()
+    return Tuning(tuple(found), str(file()) if saved else None)
+
+
+def forget() -> None:
+    """Take every tuned plan out of use, in this process and on disk.
+
+    Raises:
+        OSError: the file is there, and cannot be deleted.
+    """
+    PLANS.forget()
+
+
+def _tune(call: Call, device: torch.device, backward: bool, seconds: float) -> Direction:
+    backend = device.type
+    if backend not in ENVIRONMENT:
+        raise ValueError(f"da_ops.tune: device must be 'cpu' or 'cuda', got {str(device)!r}")
+    if (reason := backends()[backend]) is not None:
+        raise RuntimeError(f"da_ops.tune: backend {backend!r} cannot serve: {reason}")
+    if backend == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    variable = ENVIRONMENT[backend]
+    if os.environ.get(variable):
+        raise RuntimeError(
+            f"da_ops.tune: {variable}={os.environ[variable]} has chosen the plan of every call; "
+            "unset it to use what is measured"
+        )
+    plans = possible_plans(backend, call, backward, device)
+    job = Job(
+        backend=backend,
+        shape=call.shape,  # type: ignore[arg-type]
+        dtype=str(call.dtype).removeprefix("torch."),
+        channels_last=call.channels_last,
+        order=call.order,
+        gate=call.gate,
+        backward=backward,
+        device=str(device),
+        threads=torch.get_num_threads(),
+        seconds=seconds,
+        unchecked=plans,
+        right=[],
+    )
+    outcome = supervise.supervise(job)
+    return decided(key(backend, call, backward, device), outcome)
+
+
+def decided(key: Key, outcome: supervise.Outcome) -> Direction:
+    """The verdict over what was measured."""
+    final = verdict.ratios(outcome.final)
+    measured = {**verdict.ratios(outcome.first), **final}
+    tried = [
+        Tried(plan, *verdict.percentiles(values), plan in final)
+        for plan, values in measured.items()
+    ]
+    tried.sort(key=lambda t: (not t.final, t.median))
+    best = verdict.winner(outcome.final)
+    times = {t.plan: (t.median, t.p10, t.p90) for t in tried}
+    seconds = statistics.median(each[DEFAULT] for each in outcome.final)
+    winner = Tuned(best, *times.get(best, (1.0, 1.0, 1.0)))
+    return Direction(key, seconds, winner, tuple(tried), outcome.left_out)
+
+
+def _call(
+    shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, order: str, gate: str
+) -> Call:
+    """The one call that is asked for.
+
+    Raises:
+        ValueError: there is no such call.
+    """
+    check_options(order, gate)
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 4:
+        raise ValueError(f"da_ops.tune: expected a module, or a shape [N, C, H, W]; got {shape!r}")
+    if dtype not in PROMISED:
+        known = ", ".join(str(each).removeprefix("torch.") for each in PROMISED)
+        raise ValueError(f"da_ops.tune: dtype must be one of {known}; got {dtype}")
+    sizes = tuple(positive_int("da_ops.tune: each of N, C, H and W", size) for size in shape)
+    x = torch.empty(sizes, dtype=dtype, device="meta").contiguous(memory_format=layout)
+    return _described(x, order, gate)
+
+
+def _described(x: Tensor, order: str, gate: str) -> Call:
+    return Call(tuple(x.shape), x.dtype, not x.is_contiguous(), order, gate)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the calls of the compiled kernels, each kind once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[tuple[Call, torch.device], None] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.da_ops.forward.default and args[0].numel():
+            x, *_, order, gate = args
+            self.calls[_described(x, order, gate), x.device] = None
+        return function(*args, **(kwargs or {}))
+
+
+def _calls(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Call, torch.device]]:
+    """The calls of a network's forward pass, which leaves it as it was.
+
+    Raises:
+        ValueError: it makes none, or there is nothing to run it on.
+    """
+    if not inputs:
+        raise ValueError("da_ops.tune: a module needs its inputs, as in tune(model, x); got none")
+    modes = [(module, module.training) for module in network.modules()]
+    recorder = _Recorder()
+    try:
+        network.eval()
+        with torch.no_grad(), recorder:
+            network(*inputs)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not recorder.calls:
+        raise ValueError(
+            "da_ops.tune: the module made no call of the compiled kernels; "
+            "da_ops.explain(x, layer=...) says which backend serves a layer, and why"
+        )
+    return list(recorder.calls)
