@@ -48,21 +48,24 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   return args;
 }
 
-// float64 and elements do with fewer kernels: each that is compiled is compiled for all
+// Whether there are kernels of their own for what is summed and for rows of whole vectors. float64,
+// and tensors that are read by elements, do without: every kernel is compiled for all
 // architectures.
 template <class T, int E>
 constexpr bool kSpecialised = E > 1 && sizeof(T) < 8;
 
 template <class T, int E, Sums Kind, Fit How>
 auto sums_kernel(Lines wanted) {
-  if constexpr (kSpecialised<T, E> && Kind != Sums::backward) {
-    if (!wanted.cols) return sums<T, E, Kind, Adds::rows, How>;
-    if (!wanted.rows) return sums<T, E, Kind, Adds::cols, How>;
-  }
-  if constexpr (kSpecialised<T, E> && Kind == Sums::through)
-    return sums<T, E, Kind, Adds::cols, How>;  // one axis is gone through at a time
-  else
+  if constexpr (!kSpecialised<T, E> || Kind == Sums::backward) {
     return sums<T, E, Kind, Adds::any, How>;
+  } else {
+    const auto one =
+        wanted.rows ? sums<T, E, Kind, Adds::rows, How> : sums<T, E, Kind, Adds::cols, How>;
+    if constexpr (Kind == Sums::forward)
+      return wanted.rows && wanted.cols ? sums<T, E, Kind, Adds::any, How> : one;
+    else
+      return one;  // backward goes through one mask at a time
+  }
 }
 
 template <class T, int E, Fit How>
