@@ -222,6 +222,7 @@ def test_no_traceback_of_any_process(data, tmp_path):
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
     )  # fmt: skip
     while process.poll() is None and not (folder / "last.pt").exists():
         time.sleep(0.01)

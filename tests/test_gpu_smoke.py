@@ -16,6 +16,13 @@ from da_ops.backends import native
 from .plans import or_skipped
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    """What smoke.main sets for its process ends with the test."""
+    for name in (smoke.PLAN, "DA_OPS_TRITON_AUTOTUNE"):
+        monkeypatch.setenv(name, "")
+
+
 def built(monkeypatch, compiler):
     """As where the CUDA library was not built, with this compiler."""
     record, why = {"cuda": {"built": False, "compiler": compiler}}, {"cuda": "no library"}
