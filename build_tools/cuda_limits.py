@@ -63,7 +63,6 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "sums, forward, rows, split": (HotLoop("x", (4, 0, 0), 1, 4, 4, (39, 22, 0)),),
     "sums, forward, cols, whole": (HotLoop("x", (4, 0, 0), 1, 4, 4, (33, 14, 0)),),
     "sums, forward, cols, split": (HotLoop("x", (4, 0, 0), 1, 4, 4, (37, 18, 0)),),
-    "sums, forward, any, whole": (HotLoop("x", (4, 0, 0), 1, 8, 4, (50, 30, 0)),),
     "sums, forward, any, split": (HotLoop("x", (4, 0, 0), 1, 8, 4, (59, 35, 35)),),
     "sums, backward, any, whole": (HotLoop("dy x", (4, 0, 0), 1, 4, 4, (44, 19, 0)),),
     "sums, backward, any, split": (HotLoop("dy x", (4, 0, 0), 1, 4, 4, (51, 28, 24)),),

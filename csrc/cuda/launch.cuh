@@ -62,7 +62,7 @@ auto sums_kernel(Lines wanted) {
     const auto one =
         wanted.rows ? sums<T, E, Kind, Adds::rows, How> : sums<T, E, Kind, Adds::cols, How>;
     if constexpr (Kind == Sums::forward)
-      return wanted.rows && wanted.cols ? sums<T, E, Kind, Adds::any, How> : one;
+      return wanted.rows && wanted.cols ? sums<T, E, Kind, Adds::any, Fit::split> : one;
     else
       return one;  // backward goes through one mask at a time
   }
