@@ -8,5 +8,5 @@
 
 import os
 
-# What is measured is the library as it comes, by no plan that somebody tuned.
+# Benchmarks measure the library as it comes, without plans that somebody tuned.
 os.environ["DA_OPS_CACHE"] = os.devnull

@@ -276,5 +276,20 @@ def rounded(value: Any) -> Any:
     return value
 
 
+def read_results(path: Path, *kinds: str) -> dict[str, Any]:
+    """A results file of this schema and one of these kinds."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        schema, kind = results["schema"], results["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"{path}: expected a results file, got {error!r}") from error
+    if schema != SCHEMA or kind not in kinds:
+        raise BenchmarkError(
+            f"{path}: expected schema {SCHEMA} of {' or '.join(kinds)}, got {schema} of {kind!r}; "
+            "measure again or remove the file"
+        )
+    return dict(results)
+
+
 def write_results(path: Path, results: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(rounded(results), indent=1) + "\n")

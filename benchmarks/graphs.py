@@ -89,7 +89,7 @@ def training_sampler(
     def backward() -> None:
         for y, x, dy in zip(ys, xs, dys, strict=True):
             torch.autograd.grad(y, [x, *parameters], dy)
-        # What is recorded next must find no autograd graph of another stream, nor its memory taken.
+        # The recording must find no autograd graph of another stream, and that graph's memory free.
         ys.clear()
 
     return sampler(record([forward, backward]), len(xs), Stopwatch(xs[0].device.type))

@@ -246,7 +246,7 @@ def run(options: argparse.Namespace, save: op.Save) -> dict[str, Any]:
         variants += [WHOLE + name for name in whole[: 1 if options.preset == "quick" else None]]
         if options.preset == "quick":
             variants = [v for v in variants if not v.startswith("compile:")]
-        # What is soon there comes first, should time run out.
+        # Variants that start quickly come first, in case time runs out.
         variants.sort(key=lambda variant: first_steps(variant, options.device))
     images = photographs.photographs()
     data = photographs.batches(images, options.rounds + WARM_UP, options.batch, options.size)

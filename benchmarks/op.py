@@ -66,7 +66,7 @@ TIMING: dict[str, dict[str, Any]] = {
     "cuda": {"rounds": 100, "least": 20, "budget": 4.0, "sample_seconds": 3e-4},
 }
 
-# Of a case in which contenders take part that are compiled for it, before one was measured.
+# The estimate for a case with contenders that are compiled for it, until one was measured.
 COMPILING = {"cpu": 0.0, "cuda": 45.0}
 
 DEVICE_HELP = "the GPU if torch finds one, else the CPU"

@@ -11,7 +11,6 @@ python -m benchmarks.report --check --device NAME
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -29,18 +28,8 @@ CHECK_HEADER = ["target", "what", "found", "expected"]
 
 
 def load(path: Path) -> Results:
-    """One results file, of this schema."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        schema, kind = results["schema"], results["kind"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"{path}: expected a results file, got {error!r}") from error
-    if schema != environment.SCHEMA or kind not in (*KINDS, "gpu"):
-        raise BenchmarkError(
-            f"{path}: expected schema {environment.SCHEMA} of {' or '.join(KINDS)}, got {schema}"
-            f" of {kind!r}; measure again or remove the file"
-        )
-    return dict(results)
+    """One results file."""
+    return environment.read_results(path, *KINDS, "gpu")
 
 
 def load_folder(folder: Path) -> dict[str, dict[str, Results]]:

@@ -19,7 +19,7 @@ import torch
 
 from .cuda import PIP_TOOLKIT, CudaCompiler, find_cuda
 
-# Where a build keeps what it fetched.
+# The folder in which a build keeps the compiler that it fetched.
 IN_TREE = Path(__file__).resolve().parents[1] / "build" / "cuda-toolkit"
 SIZE = "105 MB for CUDA 13.0"  # as downloaded; pip says the size of each part
 

@@ -68,7 +68,7 @@ def run(
 ) -> str:
     """One tool over one target: "passed", "failed", or "skipped" where there are no such calls."""
     # Every tensor is an allocation of its own, so that no overrun stays unseen.
-    # Of PyTorch's thousands of kernels those that are called are loaded, and no others.
+    # PyTorch then loads only those of its thousands of kernels that are called.
     environment = os.environ | {
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "CUDA_MODULE_LOADING": "LAZY",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from benchmarks import environment, tables
-from benchmarks.environment import BenchmarkError
 
 MODULE = "benchmarks.paper.ablation"
 PLAIN = "plain"
@@ -57,16 +55,7 @@ class Difference(NamedTuple):
 
 def read(path: Path) -> Results:
     """A results file of the ablation."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        schema, kind = results["schema"], results["kind"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"{path}: expected a results file, got {error!r}") from error
-    if (schema, kind) != (environment.SCHEMA, "ablation"):
-        raise BenchmarkError(
-            f"{path}: expected schema {environment.SCHEMA} of 'ablation', got {schema} of {kind!r}"
-        )
-    return dict(results)
+    return environment.read_results(path, "ablation")
 
 
 def maps(results: Results, variant: str) -> dict[int, float]:

@@ -1,4 +1,4 @@
-// What a launch is given: plain data, the same for every kernel.
+// The arguments of a launch: plain data, the same for every kernel.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,8 @@
 
 namespace da::cuda {
 
-// What is summed: forward, x; backward, first dy x, then x again, weighted with a term.
+// The sums of a kernel: forward, of x; backward, first of dy x, then of x again, weighted by a
+// term.
 enum class Sums { forward, backward, through };
 
 // The sums that a kernel is compiled for: of rows, of columns, or whichever a launch has room for.
@@ -52,8 +53,8 @@ struct Args {
   Partial<A> to_fold;
 };
 
-// Of the kernels that keep an image on the chip. Blocks of a team exchange small maps in arrays by
-// image: nothing is written twice, so nobody waits until it has been read.
+// The arguments of the kernels that keep an image on the chip. Blocks of a team exchange small maps
+// in arrays by image: nothing is written twice, so nobody waits until it has been read.
 struct ChipArgs {
   Args<float> call;
   OnChip chip;

@@ -1,4 +1,4 @@
-// What the masks and their gradients are made of, in kernels of either kind.
+// Parts of the masks and of their gradients, for kernels of either kind.
 #pragma once
 
 #include "cuda/common/args.h"

@@ -69,7 +69,7 @@ struct Lane {
   int begin, end;  // the vector's elements that are this thread's
   int split;       // elements from here on are the next row's, from its column 0
 
-  // For one row's part of each vector that it touches, over `cols` columns from `col` on.
+  // The lane of one row's part of each vector that it touches, over `cols` columns from `col` on.
   template <int E, class Plan>
   static SIMT_FN Lane of_row(const Plan& m, int64_t col, int cols) {
     Lane l;
@@ -87,7 +87,7 @@ struct Lane {
     return l;
   }
 
-  // For whole vectors, each once, of rows as wide as the image.
+  // The lane of whole vectors, each once, of rows as wide as the image.
   template <int E>
   static SIMT_FN Lane of_super_row(int cols, int period, int super_rows) {
     Lane l;

@@ -7,7 +7,7 @@
 
 namespace da::cuda {
 
-// What is done before the first load. A mask that the order lacks is a factor of one, and its term
+// The preparations for the first load. A mask that the order lacks is a factor of one, and its term
 // is zero.
 template <class T>
 SIMT_FN void prepare(const Member<T>& m) {

@@ -15,7 +15,7 @@ struct Limits {
   int64_t height = 4096;       // bytes of a map's values at a tile's rows
   int64_t min_reads = 4;   // vectors that a thread reads in a tile: enough to pay for the masks,
   int64_t max_reads = 32;  // and few enough to fill the GPU
-  // Of the launch that keeps an image on the chip:
+  // The launch that keeps an image on the chip:
   int64_t chip_lanes = 1 << 10;  // vectors that cover a tile's row
   int64_t chunks = 8;            // chunks of a slab
   int64_t kept = 1 << 20;        // chunks of x, then of dy, in shared memory, if there is room

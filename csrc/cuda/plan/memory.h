@@ -10,7 +10,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kDepth = 4;                 // reads that a thread has in flight
 constexpr int kPitch = kThreads * 3 / 2;  // threads' sums, each row's padded to an odd number
 
-// Of a kernel that sums or one that scales.
+// The arrays of a kernel that sums, or of one that scales.
 template <class A>
 struct Memory {
   A *pixel_factor, *channel_factor;  // of the tile: masks, or terms that weigh backward's sums
@@ -34,7 +34,7 @@ struct Memory {
   }
 };
 
-// Of the small launches.
+// The array of the small launches.
 struct SmallMemory {
   double* sums;
   size_t bytes;

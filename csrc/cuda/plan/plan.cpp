@@ -162,7 +162,7 @@ Direction on_chip_direction(const Problem& p, const OnChip& chip, const Limits& 
   planner.on_chip(chip);
   if (chip.backward) planner.finish();
 
-  // What the blocks of a team tell each other goes through global memory.
+  // The blocks of a team exchange maps through global memory.
   const bool several = chip.blocks > 1;
   const int64_t rows = several ? p.n * chip.rows : 0, cols = several ? p.n * chip.cols : 0;
   const int64_t counting_teams =

@@ -72,7 +72,7 @@ struct Workspace {
   int64_t channel_mask, d_logit;            // [n][channels]
   int64_t spatial_parts, spatial_blocks;    // [spatial_blocks][kSpatialSums]
   int64_t gate_parts;                       // [n][gate_parts()]
-  // Of a launch on the chip, see ChipArgs.
+  // The arrays of a launch on the chip, see ChipArgs.
   int64_t partials, col_masks, col_terms, row_gradients;
   int64_t counters, counter_bytes;
   int64_t elements;  // of the array
