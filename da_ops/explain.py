@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, NAMES, passed_over, select, unserved
+from .backends import BACKENDS, NAMES, faster, passed_over, select, unserved
 from .backends.base import Call, Direction, Plan
 from .backends.cuda import OLDEST
+from .backends.tuned import PLANS
 from .checks import check_options
 from .module import DAModule
 
@@ -135,14 +136,28 @@ def explain(
     known = backend in BACKENDS
     chosen = backend if known else select(backend, device)
     better = NAMES[: NAMES.index(chosen)] if backend == "auto" else ()
+    plan = BACKENDS[chosen].plan(call)
+    if backend == "auto":
+        plan = _with_the_faster(plan, chosen, call, x.device)
     return Explanation(
         call,
         device,
         chosen,
         unserved(chosen, device) if known else None,
         {name: passed_over(name, device) or "not asked for" for name in better},
-        BACKENDS[chosen].plan(call),
+        plan,
     )
+
+
+def _with_the_faster(plan: Plan, chosen: str, call: Call, device: torch.device) -> Plan:
+    """The plan, with what another backend computes since tuning found that faster."""
+    forward, backward = (faster(chosen, call, way, device) for way in (False, True))
+    if forward == backward == chosen:
+        return plan
+    first, second = BACKENDS[forward].plan(call), BACKENDS[backward].plan(call)
+    details = first.details if forward == backward else plan.details
+    tuned = PLANS.words(chosen, call, by_others=True)
+    return Plan(first.forward, second.backward, {**details, **tuned})
 
 
 def _capability(device: str) -> int:

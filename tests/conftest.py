@@ -8,6 +8,7 @@ import functools
 import os
 import random
 from collections import defaultdict
+from types import SimpleNamespace
 
 # Compiled graphs are few and small here: compiling them in this process is quicker than a pool.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") or "1"
@@ -129,6 +130,26 @@ def store(fused_cpu, tmp_path, monkeypatch):
     monkeypatch.setenv("DA_OPS_CACHE", os.devnull)
     tuned.PLANS.forget()
     tuned.PLANS._told.clear()
+
+
+@pytest.fixture
+def gpu(store, monkeypatch):
+    """What torch tells of a GPU, where there is none; the plans that its library was given."""
+    told = SimpleNamespace(major=9, minor=0, multi_processor_count=132, L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Planted")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(tuned, "_digest", lambda backend: "planted")
+    monkeypatch.setattr(da_ops.tuning, "backends", lambda: {"cuda": None})
+    tuned._device_name.cache_clear()
+    set_in_library = []
+    monkeypatch.setattr(tuned.Plans, "try_out", lambda self, *a: set_in_library.append(a))
+    yield set_in_library
+    tuned.PLANS._plans.clear()
+    tuned._device_name.cache_clear()
 
 
 @pytest.fixture

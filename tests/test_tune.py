@@ -6,15 +6,14 @@ No test here depends on how long anything takes.
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import da_ops
 from da_ops import cli, tuning
-from da_ops.backends import BACKENDS, tuned
-from da_ops.backends.tuned import PLANS, Plans
+from da_ops.backends import BACKENDS
+from da_ops.backends.tuned import PLANS
 from da_ops.reference import ORDERS
 from da_ops.tuning import candidates, supervise
 
@@ -73,25 +72,6 @@ def test_candidates_of_a_gpu_are_possible(sm, way):
 
 
 # A GPU, without one
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """What torch tells of a GPU, where there is none."""
-    told = SimpleNamespace(major=9, minor=0, multi_processor_count=132, L2_cache_size=50 * 2**20)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Planted")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
-    monkeypatch.setattr(tuned, "_digest", lambda backend: "planted")
-    monkeypatch.setattr(tuning, "backends", lambda: {"cuda": None})
-    tuned._device_name.cache_clear()
-    set_in_library = []
-    monkeypatch.setattr(Plans, "try_out", lambda self, *a: set_in_library.append(a))
-    yield set_in_library
-    PLANS._plans.clear()
-    tuned._device_name.cache_clear()
 
 
 def test_a_gpu_is_tuned(gpu, monkeypatch):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from . import cpu, cuda, eager, triton
 from .choice import CHOICE
+from .tuned import PLANS
 
 for _backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, eager.BACKEND):  # the best first
     CHOICE.backends[_backend.name] = _backend
+PLANS.changed = CHOICE.follow_plans
+PLANS.changed()
 
 BACKENDS = CHOICE.backends
 NAMES = tuple(BACKENDS)
 select, unserved, passed_over = CHOICE.select, CHOICE.unserved, CHOICE.passed_over
+faster, stand_ins = CHOICE.faster, CHOICE.stand_ins
 
 
 def backends() -> dict[str, str | None]:

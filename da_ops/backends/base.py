@@ -77,9 +77,10 @@ class Backend:
     do.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
-    run on the devices that are there; it is asked once there is a tensor on one. A backend that may
-    fail as late as at run time has a ``forgiving`` variant for "auto", which then says so and
-    computes with plain PyTorch operations.
+    run on the devices that are there; it is asked once there is a tensor on one. ``for_auto`` is
+    what "auto" takes in its place: of a backend that may fail as late as at run time a forgiving
+    variant, which then says so and computes with plain PyTorch operations; of one that tuning found
+    slower than another for some calls a variant that leaves those to the other.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Backend:
     missing: Callable[[], str | None] = lambda: None
     unfit: Callable[[], str | None] = lambda: None
     explicit_only: str | None = None  # why "auto" does not take it
-    forgiving: Backend | None = None
+    for_auto: Backend | None = None
 
     def serves(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types

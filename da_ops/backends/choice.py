@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .base import Backend
+from .base import Backend, Call, Gradients
+from .tuned import ENVIRONMENT, OTHERS, PLANS
 
 logger = logging.getLogger("da_ops")
 
@@ -26,6 +30,7 @@ class Choice:
         self._chosen.clear()
         self._warned.clear()
         self._given_up.clear()
+        self.follow_plans()
 
     def unusable(self, name: str) -> str | None:
         """Why backend ``name`` is not usable on this machine; None if it is."""
@@ -79,17 +84,75 @@ class Choice:
         return asked
 
     def implementation(self, asked: str, device_type: str) -> Backend:
-        """The backend that :meth:`select` names, in its forgiving variant for "auto"."""
+        """The backend that :meth:`select` names, in its variant for "auto"."""
         if asked != "auto":
             return self.backends[self.select(asked, device_type)]
         name = self._chosen.get(device_type) or self.select(asked, device_type)  # most calls' way
         backend = self.backends[name]
-        return backend.forgiving or backend
+        return backend.for_auto or backend
+
+    def faster(self, name: str, call: Call, backward: bool, device: torch.device) -> str:
+        """The name of the backend that computes such a call where "auto" has chosen ``name``:
+        another one that can serve, where tuning found that faster."""
+        tuned = PLANS.of(name, call, backward, device) if name in ENVIRONMENT else None
+        return tuned.plan if tuned and tuned.plan in self.stand_ins(device.type) else name
+
+    def stand_ins(self, device_type: str) -> list[str]:
+        """The backends that "auto" may take in place of a compiled one, for calls that they are
+        faster at: none where DA_OPS_BACKEND has chosen."""
+        if _wish() != "auto":
+            return []
+        return [name for name in OTHERS if self.passed_over(name, device_type) is None]
+
+    def follow_plans(self) -> None:
+        """Have "auto" leave to other backends what tuning found them to be faster at. Where there
+        is no such call, it costs none a look."""
+        for name in ENVIRONMENT:
+            backend = self.backends[name]
+            by_call = self._by_call(name) if PLANS.by_others(name) else None
+            if by_call or backend.for_auto:
+                self.backends[name] = replace(backend, for_auto=by_call)
+
+    def _by_call(self, name: str) -> Backend:
+        first = replace(self.backends[name], for_auto=None)
+        known: dict[Any, Backend] = {}
+
+        def of(x: Tensor, order: str, gate: str, backward: bool) -> Backend:
+            if not all(type(size) is int for size in x.shape):
+                return first  # a graph for any sizes
+            kind = x.shape, x.dtype, x.is_contiguous(), x.device, order, gate, backward
+            found = known.get(kind)
+            if found is None:
+                call = Call(tuple(x.shape), x.dtype, not x.is_contiguous(), order, gate)
+                faster = self.faster(name, call, backward, x.device)
+                found = known[kind] = first if faster == name else self.backends[faster]
+            return found
+
+        def forward(
+            x: Tensor, parameters: Any, order: str, gate: str
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            other = of(x, order, gate, False)
+            # What plain PyTorch takes over has no maps for another's backward to read; a graph
+            # learns too late that it did.
+            if torch.compiler.is_compiling() and of(x, order, gate, True) is first:
+                other = first
+            results = (other.for_auto or other).forward(x, parameters, order, gate)
+            if self.gave_up(other.name):
+                return first.forward(x, parameters, order, gate)
+            return results
+
+        def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
+            *_, order, gate = arguments
+            other = of(x, order, gate, True)
+            return (other.for_auto or other).backward(dy, x, *arguments)
+
+        return replace(first, forward=forward, backward=backward)
 
     def give_up(self, name: str, reason: str) -> None:
         """Never choose backend ``name`` again, which turned out at run time not to work; warn."""
         self._given_up[name] = reason
         self._chosen.clear()
+        self.follow_plans()
         if reason not in self._warned:
             self._warned.add(reason)
             logger.warning(

@@ -22,7 +22,7 @@ def _plan(call: Call) -> Plan:
         # A cached image is read from memory once for all passes.
         again = 0 if default[f"{name}_cached"] else sum(p.reads for p in passes) - tensors
         directions.append(Direction(passes, tensors + again + sum(p.writes for p in passes)))
-        details.append(_planned(call, tuned.plan) if tuned else default)
+        details.append(_planned(call, tuned.launches) if tuned else default)
     other = details[1]
     told = {
         key: value if value == other[key] else f"{value} forward, {other[key]} backward"

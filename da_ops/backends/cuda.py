@@ -34,7 +34,7 @@ def _plan(call: Call) -> Plan:
 
     def direction(name: str) -> tuple[dict[str, Any], Direction]:
         tuned = PLANS.of("cuda", call, name == "backward") if here else None
-        details = plan(*of_call, tuned.plan if tuned else wish)
+        details = plan(*of_call, tuned.launches if tuned else wish)
         passes = []
         for step in details[name]:
             launch = Launch(step.pop("grid"), step.pop("threads"), step.pop("shared_bytes"))

@@ -1,8 +1,9 @@
 """Plans that were measured on this machine: the file that keeps them, and the libraries' tables.
 
-:func:`da_ops.tune` measures. The compiled operators look a call up in a table of their own, so
-that compiled graphs find its plan as eager code does. The file is read when a library is loaded;
-whatever is wrong with it is logged once, as a warning, and is never an error.
+:func:`da_ops.tune` measures, and so do first calls under ``torch.backends.cudnn.benchmark``. The
+compiled operators look a call up in a table of their own, so that compiled graphs find its plan as
+eager code does. The file is read when a library is loaded; whatever is wrong with it is logged
+once, as a warning, and is never an error.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ logger = logging.getLogger("da_ops")
 
 VERSION = 1  # of the file
 ENVIRONMENT = {"cpu": "DA_OPS_CPU_PLAN", "cuda": "DA_OPS_PLAN"}  # which win over what was measured
+OTHERS = ("triton",)  # backends that a plan may name, which then compute in the library's place
 _FOLDER = Path(__file__).resolve().parent.parent
 
 
@@ -36,7 +40,7 @@ class Key:
     backend: str
     device: str  # its name, a GPU's with the version of its driver
     threads: int  # of the CPU; 0 on a GPU
-    library: str  # digest of the compiled library
+    library: str  # digest of the compiled library; on a GPU, of Triton and its kernels too
     shape: tuple[int, ...]
     dtype: str
     channels_last: bool
@@ -56,21 +60,33 @@ class Key:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A plan that was measured: a text as the backend's environment variable takes it, or an empty
-    one where no plan was found faster than the default. Its time over the default plan's: median,
-    10th and 90th percentile of rounds."""
+    """A plan that was measured: a text as the backend's environment variable takes it, the name of
+    another backend, or an empty text where nothing was found faster than the default. Its time over
+    the default plan's: median, 10th and 90th percentile of rounds."""
 
     plan: str
     median: float = 1.0
     p10: float = 1.0
     p90: float = 1.0
+    at_first_call: bool = False  # by torch.backends.cudnn.benchmark, for this process alone
+
+    @property
+    def other(self) -> str | None:
+        """The backend that computes in the library's place, if one does."""
+        return self.plan if self.plan in OTHERS else None
+
+    @property
+    def launches(self) -> str:
+        """The library's own plan, for whoever asks for its backend by name."""
+        return "" if self.other else self.plan
 
     def __str__(self) -> str:
+        by = ", by torch.backends.cudnn.benchmark" if self.at_first_call else ""
         if not self.plan:
-            return "the default, nothing was faster"
+            return f"the default, nothing was faster{by}"
         return (
             f"{self.plan.replace(',', ' ')} ({self.median:.2f} of the default's time, "
-            f"{self.p10:.2f} to {self.p90:.2f})"
+            f"{self.p10:.2f} to {self.p90:.2f}{by})"
         )
 
 
@@ -119,8 +135,17 @@ def _device_name(backend: str, device: torch.device | None = None) -> str:
 
 @cache
 def _digest(backend: str) -> str:
-    library = _FOLDER / f"_{backend}.abi3.so"
-    return hashlib.blake2b(library.read_bytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b((_FOLDER / f"_{backend}.abi3.so").read_bytes(), digest_size=16)
+    if backend == "cuda":
+        for source in (*sorted((_FOLDER / "backends" / "triton").glob("*.py")), _triton()):
+            digest.update(source.read_bytes() if source else b"")
+    return digest.hexdigest()
+
+
+def _triton() -> Path | None:
+    """The file that says which version of Triton there is, which takes long to import."""
+    found = find_spec("triton")
+    return Path(found.origin) if found and found.origin else None
 
 
 class Plans:
@@ -130,6 +155,7 @@ class Plans:
         self._plans: dict[Key, Tuned] = {}
         self._refused: set[Key] = set()  # of the file's, by the library
         self._told: set[str] = set()
+        self.changed: Callable[[], object] = lambda: None  # called after plans come or go
 
     def recall(self, backend: str) -> None:
         """Put the file's plans for a library that was just loaded in force."""
@@ -153,8 +179,9 @@ class Plans:
         Raises:
             RuntimeError: the text is no plan of the backend.
         """
-        self.try_out(key, tuned.plan)
+        self.try_out(key, tuned.launches)
         self._plans[key] = tuned
+        self.changed()
 
     def try_out(self, key: Key, plan: str) -> None:
         """Have the library run calls of this kind by ``plan`` from now on, and say so nowhere."""
@@ -162,17 +189,27 @@ class Plans:
         call = (*key.shape, key.channels_last, key.dtype, key.order, key.gate, key.backward)
         operator(*call, key.place, plan)
 
-    def of(self, backend: str, call: Call, backward: bool) -> Tuned | None:
+    def of(
+        self, backend: str, call: Call, backward: bool, device: torch.device | None = None
+    ) -> Tuned | None:
         """The plan in force for a call; None where none was measured, or another was asked for."""
         if not self._plans or call.sm is not None or os.environ.get(ENVIRONMENT[backend]):
             return None
-        return self._plans.get(key(backend, call, backward))
+        return self._plans.get(key(backend, call, backward, device))
 
-    def words(self, backend: str, call: Call) -> dict[str, str]:
-        """Of a call's directions, those that were tuned, and by which plan they run: for people."""
+    def words(self, backend: str, call: Call, *, by_others: bool = False) -> dict[str, str]:
+        """Of a call's directions, those that were tuned, and by which plan they run: for people.
+        Those that another backend was found to be faster at, or those that none was."""
         tuned = (self.of(backend, call, backward) for backward in (False, True))
-        names = ("tuned forward", "tuned backward")
-        return {name: str(plan) for name, plan in zip(names, tuned, strict=True) if plan}
+        return {
+            name: str(plan)
+            for name, plan in zip(("tuned forward", "tuned backward"), tuned, strict=True)
+            if plan and (plan.other is not None) == by_others
+        }
+
+    def by_others(self, backend: str) -> bool:
+        """Whether another backend was found faster for any call of this one."""
+        return any(k.backend == backend and t.other for k, t in self._plans.items())
 
     def in_force(self) -> dict[Key, Tuned]:
         """All of them, those that found the default best among them."""
@@ -184,8 +221,8 @@ class Plans:
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             others = {k: tuned for k, tuned in self._read().items() if k not in self._refused}
-            plans = {**others, **self._plans}
-            records = [{**asdict(key), **asdict(tuned)} for key, tuned in plans.items()]
+            kept = {k: tuned for k, tuned in self._plans.items() if not tuned.at_first_call}
+            records = [_record(key, tuned) for key, tuned in {**others, **kept}.items()]
             text = json.dumps({"version": VERSION, "plans": records}, indent=1)
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_text(text + "\n")
@@ -207,6 +244,7 @@ class Plans:
         for key in self._plans:
             self.try_out(key, "")
         self._plans.clear()
+        self.changed()
         with suppress(FileNotFoundError, NotADirectoryError):
             file().unlink()
 
@@ -238,6 +276,12 @@ class Plans:
             logger.warning("da_ops: %s", what)
 
 
+def _record(key: Key, tuned: Tuned) -> dict[str, Any]:
+    record = {**asdict(key), **asdict(tuned)}
+    del record["at_first_call"]  # which is not kept
+    return record
+
+
 def _parsed(record: dict[str, Any]) -> tuple[Key, Tuned]:
     """A record of the file.
 
@@ -254,8 +298,8 @@ def _parsed(record: dict[str, Any]) -> tuple[Key, Tuned]:
             raise ValueError(f"expected {kind.__name__} in all of {values}")
     if len(shape) != 4 or record["backend"] not in ENVIRONMENT:
         raise ValueError(f"no call of a compiled backend: {record}")
-    times = (float(record[name]) for name in ("median", "p10", "p90"))
-    return Key(**{**of_key, "shape": shape}), Tuned(record["plan"], *times)
+    median, p10, p90 = (float(record[name]) for name in ("median", "p10", "p90"))
+    return Key(**{**of_key, "shape": shape}), Tuned(record["plan"], median, p10, p90)
 
 
 PLANS = Plans()  # the only ones

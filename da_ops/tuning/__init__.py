@@ -8,9 +8,8 @@ was found and has the compiled operators use it.
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,56 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..accuracy import PROMISED
-from ..backends import backends
+from ..backends import backends, select
 from ..backends.base import Call
-from ..backends.tuned import ENVIRONMENT, PLANS, Key, Tuned, file, key
+from ..backends.tuned import ENVIRONMENT, PLANS, file, key
 from ..checks import check_options, positive_int
-from . import supervise, verdict
-from .candidates import DEFAULT, possible_plans
+from . import supervise
+from .candidates import possible_plans
+from .found import Direction, decided
 from .trial import Job
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A plan and its time over the default plan's: median, 10th and 90th percentile."""
-
-    plan: str
-    median: float
-    p10: float
-    p90: float
-    final: bool  # from the rounds that decide, not from the first few
-
-
-@dataclass(frozen=True)
-class Direction:
-    """What was found for one direction of a call. The call then runs by ``winner``."""
-
-    key: Key
-    seconds: float  # the default plan's median
-    winner: Tuned
-    tried: tuple[Tried, ...]  # the fastest first
-    left_out: dict[str, str]  # why, by plan
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        k, best = self.key, self.winner.plan
-        layout = "channels_last" if k.channels_last else "contiguous"
-        threads = f", {k.threads} thread(s)" if k.threads else ""
-        shape = "x".join(map(str, k.shape))
-        lines = [
-            f"{k.direction} of {shape} {k.dtype} {layout}, {k.order}, {k.gate}; {k.backend}"
-            f"{threads}",
-            f"  1.00  the default, {1e3 * self.seconds:.3g} ms; below, times over its in the same "
-            "round: median, 10th to 90th percentile",
-        ]
-        for t in self.tried:
-            note = ", by the first rounds" if not t.final else ""
-            lines.append(f"  {t.median:.2f}  ({t.p10:.2f} to {t.p90:.2f})  {t.plan}{note}")
-        lines += [f"  left out: {plan}: {why}" for plan, why in self.left_out.items()]
-        lines.append(f"  from now on: {best or 'the default, nothing is faster beyond the noise'}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -102,7 +59,8 @@ def tune(
     save: bool = True,
     told: Callable[[Direction], object] | None = None,
 ) -> Tuning:
-    """Time every plan that the compiled kernels have for a call, here and now; keep the fastest.
+    """Time every plan that there is for a call of the compiled kernels, here and now; keep the
+    fastest.
 
     Args:
         what: a network or layer, which is run once on ``inputs``, in evaluation mode and without
@@ -115,18 +73,20 @@ def tune(
         save: keep what was found on disk; else it serves this process alone.
         told: is given each direction once it is done.
 
-    On a GPU the plans are those that ``DA_OPS_PLAN`` names, on the CPU slab sizes, streaming stores
-    and how rows are taken (``DA_OPS_CPU_PLAN``). They are tried on random numbers in a process of
-    its own, one that hangs for a minute or fails costs nothing but itself. First each plan's
-    results must be as near to the exact ones as :mod:`da_ops.accuracy` promises. Then all take
-    part in every round, over inputs that no cache holds. A plan takes the default's place where it
-    is faster by more than the noise: the 99% interval of its median ratio, from rounds that did not
-    choose it, must lie below 0.98.
+    On a GPU the plans are those that ``DA_OPS_PLAN`` names and Triton's kernels, on the CPU slab
+    sizes, streaming stores and how rows are taken (``DA_OPS_CPU_PLAN``). They are tried on random
+    numbers in a process of its own, one that hangs for a minute or fails costs nothing but itself.
+    First each plan's results must be as near to the exact ones as :mod:`da_ops.accuracy` promises.
+    Then all take part in every round, over inputs that no cache holds. A plan takes the default's
+    place where it is faster by more than the noise: the 99% interval of its median ratio, from
+    rounds that did not choose it, must lie below 0.98.
 
     What was found serves calls of exactly this kind (shape, dtype, layout, order, gate, direction;
     on the CPU also the number of threads) from now on, also in graphs that are compiled, and in
-    later processes, until device, driver or library change. ``DA_OPS_PLAN`` and ``DA_OPS_CPU_PLAN``
-    win over it. Another plan may add numbers in another order: the results are as accurate, and
+    later processes, until device, driver or library change. ``DA_OPS_PLAN``, ``DA_OPS_CPU_PLAN``
+    and ``DA_OPS_BACKEND`` win over it. Calls that Triton won go to it from backend "auto"; in a
+    graph that is compiled after that, those for one shape of which it won both directions, or
+    backward alone. Another plan may add numbers in another order: the results are as accurate, and
     bitwise equal from run to run, but not always those of the default plan to the last bit.
 
     Raises:
@@ -175,38 +135,8 @@ def _tune(call: Call, device: torch.device, backward: bool, seconds: float) -> D
             "unset it to use what is measured"
         )
     plans = possible_plans(backend, call, backward, device)
-    job = Job(
-        backend=backend,
-        shape=call.shape,  # type: ignore[arg-type]
-        dtype=str(call.dtype).removeprefix("torch."),
-        channels_last=call.channels_last,
-        order=call.order,
-        gate=call.gate,
-        backward=backward,
-        device=str(device),
-        threads=torch.get_num_threads(),
-        seconds=seconds,
-        unchecked=plans,
-        right=[],
-    )
-    outcome = supervise.supervise(job)
+    outcome = supervise.supervise(Job.of(call, device, backward, seconds, plans))
     return decided(key(backend, call, backward, device), outcome)
-
-
-def decided(key: Key, outcome: supervise.Outcome) -> Direction:
-    """The verdict over what was measured."""
-    final = verdict.ratios(outcome.final)
-    measured = {**verdict.ratios(outcome.first), **final}
-    tried = [
-        Tried(plan, *verdict.percentiles(values), plan in final)
-        for plan, values in measured.items()
-    ]
-    tried.sort(key=lambda t: (not t.final, t.median))
-    best = verdict.winner(outcome.final)
-    times = {t.plan: (t.median, t.p10, t.p90) for t in tried}
-    seconds = statistics.median(each[DEFAULT] for each in outcome.final)
-    winner = Tuned(best, *times.get(best, (1.0, 1.0, 1.0)))
-    return Direction(key, seconds, winner, tuple(tried), outcome.left_out)
 
 
 def _call(
@@ -233,7 +163,8 @@ def _described(x: Tensor, order: str, gate: str) -> Call:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down the calls of the compiled kernels, each kind once."""
+    """Writes down the calls of the compiled kernels, each kind once; also those that an earlier
+    tuning left to Triton."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,9 +173,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function is torch.ops.da_ops.forward.default and args[0].numel():
-            x, *_, order, gate = args
-            self.calls[_described(x, order, gate), x.device] = None
+        compiled, triton = (
+            getattr(torch.ops.da_ops, name).default for name in ("forward", "triton_forward")
+        )
+        if function in (compiled, triton):
+            x, *_, order, gate = args[:9]
+            if x.numel() and (function is compiled or select("auto", x.device.type) != "triton"):
+                self.calls[_described(x, order, gate), x.device] = None
         return function(*args, **(kwargs or {}))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..backends import native
+from ..backends import native, stand_ins
 from ..backends.base import Call
 
 DEFAULT = ""  # what the planner chooses
@@ -17,22 +17,24 @@ _ALWAYS, _NEVER = 0, 10**15 - 1  # limits that every size is above, and none
 _SLAB_ROWS = (8, 16, 32, 64, 128, 256, 512)
 _BLOCKS = (2, 4, 8, 16, 32, 64)  # that may share an image on a GPU
 _TEAMS = ("cluster", "counter")  # of blocks
+UNCONNECTED = (DEFAULT, "portable", "block")  # a GPU's, in which no block waits for another
 
 
 def possible_plans(
     backend: str, call: Call, backward: bool, device: torch.device | None = None
 ) -> list[str]:
     """The default plan, then all that are possible on ``device``, or the current one, and differ
-    from those before them.
+    from those before them; last the backends that may compute in this one's place.
 
     Raises:
         RuntimeError: there is no compiled planner to ask.
     """
     if backend == "cpu":
-        return _of_cpu(call, backward)
+        return [*_of_cpu(call, backward), *stand_ins(backend)]
     gpu = torch.cuda.get_device_properties(device or torch.cuda.current_device())
     sm = 10 * gpu.major + gpu.minor
-    return on_gpu(call, "backward" if backward else "forward", sm, gpu.multi_processor_count)
+    way = "backward" if backward else "forward"
+    return [*on_gpu(call, way, sm, gpu.multi_processor_count), *stand_ins(backend)]
 
 
 def _different(texts: Iterable[str], effect: Callable[[str], dict[str, Any] | None]) -> list[str]:
@@ -79,4 +81,4 @@ def on_gpu(call: Call, way: str, sm: int, multiprocessors: int) -> list[str]:
         return {"steps": plan[way]} if text in (DEFAULT, "portable") else None
 
     shared = (f"{team}:{blocks}" for team in _TEAMS for blocks in _BLOCKS)
-    return _different((DEFAULT, "portable", "block", *shared), effect)
+    return _different((*UNCONNECTED, *shared), effect)

@@ -1,4 +1,5 @@
-"""The process that tries plans out, watched: one that hangs or crashes costs its plan alone."""
+"""Trying plans out until all are tried or left out: in a process of its own, which is watched, so
+that a plan that hangs or crashes costs itself alone; or in this process, plans that are trusted."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from .candidates import DEFAULT
-from .trial import Job
+from .trial import Job, Subject, serve
 from .verdict import Round
 
 PROGRAM = (sys.executable, "-c", "from da_ops.tuning.trial import main; main()")
@@ -38,34 +39,75 @@ def supervise(job: Job, program: Sequence[str] = PROGRAM, limit: float = LIMIT) 
     Raises:
         RuntimeError: the default plan failed, or the process before it tried any.
     """
-    left_out: dict[str, str] = {}
-    while True:
-        outcome = Outcome(left_out=left_out)
-        right: list[str] = []
-        trying = failed = why = None
+
+    def attempt(job: Job, note: Callable[[dict[str, Any]], None]) -> str:
         with _Process(program, job.to_json(), limit) as process:
             for fact in process:
-                trying = fact.get("trying", trying)
-                if "right" in fact:
-                    right.append(fact["right"])
-                for stage, rounds in (("first", outcome.first), ("final", outcome.final)):
-                    if fact.get(stage):
-                        rounds.append(fact[stage])
-                if "left_out" in fact:
-                    failed, why = fact["left_out"], fact["why"]
+                note(fact)
                 if "done" in fact:
-                    return outcome
-        if failed is None:
-            failed, why = trying, process.why
+                    break
+        return process.why
+
+    return _tried(job, attempt)
+
+
+def in_this_process(job: Job, subject: Subject) -> Outcome:
+    """Have a job's plans tried here and now, where one that hangs or crashes is the end.
+
+    Raises:
+        RuntimeError: the default plan failed.
+    """
+
+    def attempt(job: Job, note: Callable[[dict[str, Any]], None]) -> str:
+        serve(subject, job, lambda **fact: note(fact))
+        return "ended early"
+
+    return _tried(job, attempt)
+
+
+def _tried(job: Job, attempt: Callable[[Job, Callable[[dict[str, Any]], None]], str]) -> Outcome:
+    """What comes of attempts, of which each ends with the first plan that fails: the next does
+    without. An attempt notes what it does and finds, and says why it ended."""
+    left_out: dict[str, str] = {}
+    while True:
+        notes = _Notes(Outcome(left_out=left_out))
+        why = attempt(job, notes.take)
+        if notes.done:
+            return notes.outcome
+        failed = notes.trying if notes.failed is None else notes.failed
+        why = notes.why or why
         if failed is None or failed == DEFAULT:
             what = "the process that tries plans" if failed is None else "the default plan"
             raise RuntimeError(f"da_ops.tune: {what} {why}")
-        left_out[failed] = str(why)
+        left_out[failed] = why
         job = replace(
             job,
-            right=[plan for plan in [*job.right, *right] if plan != failed],
-            unchecked=[plan for plan in job.unchecked if plan not in (*right, failed)],
+            right=[plan for plan in [*job.right, *notes.right] if plan != failed],
+            unchecked=[plan for plan in job.unchecked if plan not in (*notes.right, failed)],
         )
+
+
+@dataclass
+class _Notes:
+    """What an attempt says, fact by fact."""
+
+    outcome: Outcome
+    right: list[str] = field(default_factory=list)
+    trying: str | None = None
+    failed: str | None = None
+    why: str | None = None
+    done: bool = False
+
+    def take(self, fact: dict[str, Any]) -> None:
+        self.trying = fact.get("trying", self.trying)
+        if "right" in fact:
+            self.right.append(fact["right"])
+        for stage, rounds in (("first", self.outcome.first), ("final", self.outcome.final)):
+            if fact.get(stage):
+                rounds.append(fact[stage])
+        if "left_out" in fact:
+            self.failed, self.why = fact["left_out"], fact["why"]
+        self.done = self.done or "done" in fact
 
 
 class _Process:

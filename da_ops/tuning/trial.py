@@ -1,8 +1,8 @@
-"""What tries plans out, in a process of its own: first whether each is right, then how fast.
+"""What tries plans out: first whether each is right, then how fast.
 
-The process reads a :class:`Job` from its input and prints a line of JSON for each thing that it is
-about to do or has found, so that whoever reads knows which plan it hangs on. It ends with the first
-plan that fails, for nothing that a process does after that is to be believed.
+A process of its own reads a :class:`Job` from its input and prints a line of JSON for each thing
+that it is about to do or has found, so that whoever reads knows which plan it hangs on. It ends
+with the first plan that fails, for nothing that a process does after that is to be believed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import accuracy
-from ..backends import native
+from ..backends import BACKENDS, native
 from ..backends.base import Call
-from ..backends.tuned import PLANS, key
+from ..backends.tuned import OTHERS, PLANS, key
 from ..module import DAModule
 from ..parameters import Parameters
 from .candidates import DEFAULT
@@ -57,6 +57,25 @@ class Job:
     seconds: float  # of timing
     unchecked: list[str]  # plans
     right: list[str]  # plans that need no check any more
+
+    @classmethod
+    def of(
+        cls, call: Call, device: torch.device, backward: bool, seconds: float, plans: list[str]
+    ) -> Job:
+        return cls(
+            backend=device.type,
+            shape=call.shape,  # type: ignore[arg-type]
+            dtype=str(call.dtype).removeprefix("torch."),
+            channels_last=call.channels_last,
+            order=call.order,
+            gate=call.gate,
+            backward=backward,
+            device=str(device),
+            threads=torch.get_num_threads(),
+            seconds=seconds,
+            unchecked=plans,
+            right=[],
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -118,7 +137,10 @@ def _rounds(
 
 
 class Kernels:
-    """One direction of a compiled backend, over inputs that no cache holds all of."""
+    """One direction of a backend, over inputs that no cache holds all of.
+
+    It leaves the library with the plan that was tried last, and random numbers as they were.
+    """
 
     def __init__(self, job: Job) -> None:
         if job.backend == "cpu":
@@ -127,21 +149,26 @@ class Kernels:
             torch.cuda.set_device(job.device)
         self.job, call = job, job.call
         self.key = key(job.backend, call, job.backward)
-        torch.manual_seed(0)
-        with torch.device(job.device):
+        self.backend: Any = native  # or that of a plan
+        with torch.device("meta"):
             layer = DAModule(call.shape[1], order=call.order, gate=call.gate, bias=True)
-            _randomise(layer)
-            self.parameters = _parameters(layer.to(call.dtype))
-            self.inputs = _inputs(call, 2 if job.backward else 1, _cache_bytes(job.backend))
+        generator = torch.Generator(job.device).manual_seed(0)
+        layer = layer.to_empty(device=job.device)
+        _randomise(layer, generator)
+        self.parameters = _parameters(layer.to(call.dtype))
+        tensors = 2 if job.backward else 1
+        self.inputs = _inputs(call, tensors, _cache_bytes(job.backend), generator)
         self.maps = [self._forward(x)[1:] for x, *_ in self.inputs] if job.backward else []
         self.next = 0
         self.calls = 0  # of a sample; not yet known
         self.ready: set[str] = set()  # plans
-        self.exact = lru_cache(math.ceil(_KEPT / _CHUNK))(self._exact)
+        # Of no method, whose cache would keep this object and its tensors for a while.
+        exact = partial(_exact, job, self.parameters, self.inputs[0])
+        self.exact = lru_cache(math.ceil(_KEPT / _CHUNK))(exact)
         self.default: dict[str, Tensor] = {}
 
     def check(self, plan: str, beat: Callable[[], None]) -> str | None:
-        PLANS.try_out(self.key, plan)
+        self._try_out(plan)
         results = self._results(0)
         self._wait()
         if plan == DEFAULT:
@@ -152,8 +179,13 @@ class Kernels:
             return None
         return "; ".join(self._broken(results, beat)) or None
 
+    def _try_out(self, plan: str) -> None:
+        other = plan in OTHERS
+        PLANS.try_out(self.key, DEFAULT if other else plan)
+        self.backend = BACKENDS[plan] if other else native
+
     def sample(self, plan: str) -> float:
-        PLANS.try_out(self.key, plan)
+        self._try_out(plan)
         if plan not in self.ready:  # its first call plans, and loads kernels
             self._seconds(1)
             self.ready.add(plan)
@@ -189,10 +221,10 @@ class Kernels:
             return self._forward(*self.inputs[i])
         x, dy = self.inputs[i]
         options = self.job.order, self.job.gate
-        return native.backward(dy, x, self.parameters, *self.maps[i], *options)
+        return tuple(self.backend.backward(dy, x, self.parameters, *self.maps[i], *options))
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return native.forward(x, self.parameters, self.job.order, self.job.gate)
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.backend.forward(x, self.parameters, self.job.order, self.job.gate))
 
     def _results(self, i: int) -> dict[str, Tensor]:
         """By the names of :mod:`da_ops.accuracy`."""
@@ -208,9 +240,10 @@ class Kernels:
         of_images = {name: result for name, result in results.items() if name not in shared}
         draws = []
         sums: dict[str, accuracy.Exact] = {}
-        for begin in range(0, self.job.shape[0], self._images()):
+        step = _images(self.job)
+        for begin in range(0, self.job.shape[0], step):
             beat()
-            images = slice(begin, begin + self._images())
+            images = slice(begin, begin + step)
             exact = self.exact(begin)
             draws.append(accuracy.errors({k: v[images] for k, v in of_images.items()}, exact))
             for name in shared:
@@ -218,26 +251,30 @@ class Kernels:
                 sums[name] = one if before is None else _added(before, one)
         return accuracy.broken(draws) + accuracy.broken([accuracy.errors(shared, sums)])
 
-    def _images(self) -> int:
-        """How many are checked at a time."""
-        return max(1, _CHUNK // math.prod(self.job.shape[1:]))
 
-    def _exact(self, begin: int) -> dict[str, accuracy.Exact]:
-        images = slice(begin, begin + self._images())
-        x = self.inputs[0][0][images]
-        dy = self.inputs[0][1][images] if self.job.backward else torch.ones_like(x)
-        return accuracy.exact(dy, x, *self.parameters, order=self.job.order, gate=self.job.gate)
+def _images(job: Job) -> int:
+    """How many are checked at a time."""
+    return max(1, _CHUNK // math.prod(job.shape[1:]))
+
+
+def _exact(
+    job: Job, parameters: Parameters, inputs: tuple[Tensor, ...], begin: int
+) -> dict[str, accuracy.Exact]:
+    """What the results for a few images are measured by."""
+    x, *dy = (t[begin : begin + _images(job)] for t in inputs)
+    given = dy[0] if dy else torch.ones_like(x)
+    return accuracy.exact(given, x, *parameters, order=job.order, gate=job.gate)
 
 
 def _added(a: accuracy.Exact, b: accuracy.Exact) -> accuracy.Exact:
     return accuracy.Exact(a.value + b.value, a.terms + b.terms, a.is_sum)
 
 
-def _randomise(layer: DAModule) -> None:
+def _randomise(layer: DAModule, generator: torch.Generator) -> None:
     """Parameters with which both masks differ from place to place."""
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.normal_(0.2, 0.3)
+            parameter.normal_(0.2, 0.3, generator=generator)
 
 
 def _parameters(layer: DAModule) -> Parameters:
@@ -250,14 +287,18 @@ def _parameters(layer: DAModule) -> Parameters:
     return Parameters(conv, dilated, merge, bias, gate, gate_bias)
 
 
-def _inputs(call: Call, tensors: int, cache_bytes: int) -> list[tuple[Tensor, ...]]:
+def _inputs(
+    call: Call, tensors: int, cache_bytes: int, generator: torch.Generator
+) -> list[tuple[Tensor, ...]]:
     """Several times what x, or x and dy, are, side by side in memory: together more than a cache
     holds, or as many as may be."""
     layout = torch.channels_last if call.channels_last else torch.contiguous_format
     several = math.ceil(_COLD * cache_bytes / max(1, tensors * call.bytes))
     return [
         tuple(
-            torch.randn(call.shape, dtype=torch.float32)
+            torch.randn(
+                call.shape, generator=generator, device=generator.device, dtype=torch.float32
+            )
             .add_(0.5)
             .to(call.dtype)
             .contiguous(memory_format=layout)

@@ -170,4 +170,4 @@ BACKEND = Backend(
     explicit_only="interpreted by Python (TRITON_INTERPRET)" if INTERPRETED else None,
     **_calls(forgiving=False),
 )
-BACKEND = replace(BACKEND, forgiving=replace(BACKEND, **_calls(forgiving=True)))
+BACKEND = replace(BACKEND, for_auto=replace(BACKEND, **_calls(forgiving=True)))
