@@ -141,7 +141,7 @@ def test_info_says_how_many(capsys, store):
     assert f"tuned plans: 1 known, from {store}" in capsys.readouterr().out
     assert cli.main(["info", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["tuned"]
-    assert told == {"file": str(store), "plans": 1}
+    assert told == {"file": str(store), "plans": 1, "at_first_calls": 0}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cuda/first_call.h"
 #include "cuda/launch.h"
 #include "cuda/plan/choose.h"
 
@@ -84,25 +85,32 @@ const Plan& planned(const Problem& p, const Tensor& x, Way way, bool aligned) {
   constexpr size_t kMost = 1024;
   thread_local std::map<Key, Plan> plans;
   const char* const asked = std::getenv("DA_OPS_PLAN");
-  const std::string measured = asked && *asked ? "" : tuned_plan(p, x, way == Way::backward);
-  const char* const text = measured.empty() ? asked : measured.c_str();
-  const Key key{p.n,
-                p.c,
-                p.h,
-                p.w,
-                p.kernel_size,
-                p.dtype,
-                p.order,
-                p.gate,
-                p.channels_last,
-                way,
-                aligned,
-                x.get_device_index(),
-                text ? text : ""};
-  if (const auto found = plans.find(key); found != plans.end()) return found->second;
+  const bool free = !asked || !*asked;  // to run by what was measured
+  std::string measured = free ? tuned_plan(p, x, way == Way::backward) : "";
+  Key key{p.n,
+          p.c,
+          p.h,
+          p.w,
+          p.kernel_size,
+          p.dtype,
+          p.order,
+          p.gate,
+          p.channels_last,
+          way,
+          aligned,
+          x.get_device_index(),
+          free ? measured : asked};
+  auto found = plans.find(key);
+  if (found == plans.end() && free && measured.empty()) {
+    tell_of_first_call(p, x, way == Way::backward);
+    std::get<std::string>(key) = measured = tuned_plan(p, x, way == Way::backward);
+    found = plans.find(key);
+  }
+  if (found != plans.end()) return found->second;
 
   Wish wish;
-  STD_TORCH_CHECK(parse(std::get<std::string>(key), wish), kWishes, text);
+  const std::string& text = std::get<std::string>(key);
+  STD_TORCH_CHECK(parse(text, wish), kWishes, text);
   const Device& device = device_of(x);
   Plan plan = cuda::plan(p, device, aligned, wish.limits);
   const OnChip chip = choose(p, way, device, aligned, wish,
@@ -210,10 +218,14 @@ InputGradients backward_cuda(const Problem& p, const Tensor& dy, const Tensor& x
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(da_ops, m) { m.def("_cuda_tune" DA_TUNE_SCHEMA); }
+STABLE_TORCH_LIBRARY_FRAGMENT(da_ops, m) {
+  m.def("_cuda_tune" DA_TUNE_SCHEMA);
+  m.def("_cuda_first_call" DA_FIRST_CALL_SCHEMA);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CompositeExplicitAutograd, m) {
   m.impl("_cuda_tune", TORCH_BOX(&tune_operator<tune>));
+  m.impl("_cuda_first_call", TORCH_BOX(&no_first_call));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CUDA, m) {

@@ -25,6 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     record = build_record()
+    plans = tuned.PLANS.in_force().values()
     facts: dict[str, Any] = {
         "da_ops": __version__,
         "torch": torch.__version__,
@@ -35,7 +36,11 @@ def _info(args: argparse.Namespace) -> int:
         "driver": driver_version(),
         "backends": backends(),
         "auto_on_cpu": select("auto", "cpu"),
-        "tuned": {"file": str(tuned.file()), "plans": len(tuned.PLANS.in_force())},
+        "tuned": {
+            "file": str(tuned.file()),
+            "plans": len([plan for plan in plans if not plan.at_first_call]),
+            "at_first_calls": len([plan for plan in plans if plan.at_first_call]),
+        },
         "build": record or None,
     }
     if args.json:
@@ -49,6 +54,8 @@ def _info(args: argparse.Namespace) -> int:
         print(f"  {name:7s}{'usable' if reason is None else 'not usable: ' + reason}")
     print(f'"auto" takes {facts["auto_on_cpu"]!r} for tensors on the CPU')
     print(f"tuned plans: {facts['tuned']['plans']} known, from {facts['tuned']['file']}")
+    if here := facts["tuned"]["at_first_calls"]:
+        print(f"  and {here} of this process alone, by torch.backends.cudnn.benchmark")
     if not record:
         print("build: no record, the compiled parts were never built here")
         return 0

@@ -2,7 +2,8 @@
 
 :mod:`.candidates` says which plans are possible, :mod:`.trial` checks and times them in a process
 that :mod:`.supervise` watches, :mod:`.verdict` decides, and :mod:`da_ops.backends.tuned` keeps what
-was found and has the compiled operators use it.
+was found and has the compiled operators use it. :mod:`.first_call` does so with a few plans at a
+call's first time, for ``torch.backends.cudnn.benchmark``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from ..backends import backends, select
 from ..backends.base import Call
 from ..backends.tuned import ENVIRONMENT, PLANS, file, key
 from ..checks import check_options, positive_int
-from . import supervise
+from . import first_call, supervise
 from .candidates import possible_plans
 from .found import Direction, decided
 from .trial import Job
+
+first_call.listen()
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,9 @@ def tune(
     graph that is compiled after that, those for one shape of which it won both directions, or
     backward alone. Another plan may add numbers in another order: the results are as accurate, and
     bitwise equal from run to run, but not always those of the default plan to the last bit.
+
+    ``torch.backends.cudnn.benchmark`` has a GPU's calls tuned when they are first made, by a few
+    plans, for this process alone: see :mod:`.first_call`.
 
     Raises:
         ValueError: ``what`` is neither, options are unknown, or the network makes no call of the
