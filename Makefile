@@ -20,7 +20,7 @@ endif
 
 SOURCES := setup.py pyproject.toml da_ops/_version.py $(wildcard build_tools/*.py) \
   $(shell find csrc -type f)
-CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu*')
+CSRC := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu*')
 # For the GPUs of this machine, unless the environment asks for more.
 ARCHS = TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PY) -m build_tools.here)}"
 # The CUDA compiler, into the environment, where there is a GPU and no other one. A failure is told.

@@ -1,10 +1,15 @@
 """What the CUDA backend decides by size, with its kernels run on the CPU: several launches a step,
-folds, offsets beyond 32 bits."""
+folds, offsets beyond 32 bits, kernels for rows of whole vectors."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+
+from da_ops.backends.schedule import SCHEDULES
+from da_ops.reference import ORDERS
 
 from .cases import FEW_CASES, LAYOUTS, make
 from .plans import text
@@ -75,3 +80,38 @@ def test_on_chip_sanitizers_find_nothing(kernels, kept, layout, kind):
     limits = text(chip_lanes=4, chunks=2, fold_bytes=200)
     options = {"on_chip": OnChip(kept=kept), "SIMT_ORDER": "random"}
     check(calls, results(kernels(kind), calls, limits=limits, **options))
+
+
+# Kernels' template arguments, by their numbers: what is summed, whether rows begin within vectors.
+ADDS, FIT = ("rows", "cols", "any"), ("whole", "split")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fit"),
+    [
+        ((2, 16, 4, 4), torch.float16, "whole"),
+        ((2, 12, 6, 6), torch.float16, "split"),
+        ((2, 4, 2, 6), torch.float32, "whole"),
+        ((2, 6, 3, 6), torch.float32, "split"),
+    ],
+)
+def test_which_kernels_run(kernels, tmp_path, shape, dtype, fit, order, layout):
+    """No bit shows it: those for rows of whole vectors run where rows are that, and those that are
+    made for what a pass sums. A first pass for both sums has one kernel, for any rows."""
+    results(
+        kernels(),
+        [make(shape, order, dtype=dtype, layout=layout)],
+        SIMT_KERNELS=str(tmp_path / "k"),
+    )
+    passes = re.findall(r"::((?:sums|scale)<.*?>)\(", (tmp_path / "k").read_text())
+    assert len(passes) == sum(map(len, SCHEDULES[order]))
+    for kernel in passes:
+        of = {name: int(i) for name, i in re.findall(r"::(Sums|Adds|Fit)\)(\d)", kernel)}
+        both = order == "parallel" and of.get("Sums") == 0
+        assert FIT[of["Fit"]] == ("split" if both else fit), kernel
+        assert re.search(rf", {16 // dtype.itemsize}, ", kernel)  # elements at once
+        if "Sums" in of:
+            product = of["Sums"] == 1
+            assert (ADDS[of["Adds"]] == "any") == (both or product), kernel

@@ -3,9 +3,15 @@
 // - SIMT_ORDER: ascending (default), descending or random, the order in which lanes take turns
 // - SIMT_SEED: of the random order, 1 by default
 // - SIMT_LIVE: how many teams of blocks take turns at once; 1, one after another, by default
+// - SIMT_KERNELS: a file to which the names of launched kernels are added
 #pragma once
 
+#include <cxxabi.h>
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <new>
@@ -169,6 +175,21 @@ class Turns {
 };
 
 inline std::deque<Lane> lanes;  // of this launch or a larger one before: stacks and fibers are dear
+
+// Adds a kernel's name to the file SIMT_KERNELS, for which of several was launched may show in
+// nothing else.
+inline void note(const void* kernel) {
+  const char* const path = variable("SIMT_KERNELS");
+  if (path == nullptr) return;
+  Dl_info found;
+  if (dladdr(kernel, &found) == 0 || found.dli_sname == nullptr) fail("a kernel without a name");
+  char* const name = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, nullptr);
+  std::FILE* const file = std::fopen(path, "a");
+  if (file == nullptr || name == nullptr) fail("%s: no file for %s", path, found.dli_sname);
+  std::fprintf(file, "%s\n", name);
+  std::fclose(file);
+  std::free(name);
+}
 
 // Of a launch whose blocks these images share evenly, the blocks of the first few are left out:
 // what lies far into a tensor is reached without all that comes before it.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX") or "g++"
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++17", "-O1", "-g", "-rdynamic", "-Wall", "-Wextra", "-Werror"]
 FLAGS += [f"-I{ROOT / folder}" for folder in ("csrc", "tests/simt")]
 KINDS = {
     "plain": [],
@@ -40,7 +40,7 @@ def _run(command: list[str], stdin: bytes = b"", timeout: float = 300, **environ
 
 
 def _compile(source: Path, kind: str, executable: Path) -> Done:
-    return _run([CXX, *FLAGS, *KINDS[kind], str(source), "-o", str(executable)])
+    return _run([CXX, *FLAGS, *KINDS[kind], str(source), "-ldl", "-o", str(executable)])
 
 
 @functools.cache

@@ -247,6 +247,7 @@ inline const char* error_string(int) { return "no error"; }
 
 template <class... P, class... A>
 int launch(const Launch& launch, void (*kernel)(P...), const A&... arguments) {
+  host::note(reinterpret_cast<const void*>(kernel));
   const auto call = [&] { kernel(arguments...); };
   const auto body = [](const void* kernel) { (*static_cast<const decltype(call)*>(kernel))(); };
   host::run(launch, body, &call);
