@@ -95,7 +95,8 @@ DA_INLINE void sum_rows(const Source& source, int64_t r, const Tail<T>& tail, co
     }
     if (tail.n) {
       const auto read = [&](const T* row) DA_LAMBDA_INLINE { return tail.read(row); };
-      total[b] += tail.keep_fresh(source.at(r + b, tail.begin, read)) * load(col_weight + tail.begin);
+      total[b] +=
+          tail.keep_fresh(source.at(r + b, tail.begin, read)) * load(col_weight + tail.begin);
     }
   }
   sum_lanes<kBlock, A>(total, row_sums);
@@ -124,7 +125,7 @@ DA_INLINE void sum_block(const Source& source, int64_t r, const Tail<T>& tail, c
     const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
     for (; q < end; q += lanes) {
       const auto read = [&](const T* row) DA_LAMBDA_INLINE { return load(row + q); };
-      const auto all = [](vec<A> t) DA_LAMBDA_INLINE { return t; };
+      const auto all = [&](vec<A> t) DA_LAMBDA_INLINE { return t; };
       store(col_sums + q, load(col_sums + q) + columns(q, read, all));
     }
     for (int b = 0; kRows && b < kBlock; b++) total[b] += sum[b], sum[b] = vec<A>{};
@@ -216,8 +217,8 @@ DA_INLINE bool streams(const T* out, const Tail<T>& tail, Stores stores) {
          reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
 }
 
-// f(r) is row r's function of the column and of what is read there; together, four rows are taken at
-// a time.
+// f(r) is row r's function of the column and of what is read there; together, four rows are taken
+// at a time.
 template <class T, class F>
 DA_INLINE void map_rows(T* out, int64_t rows, int64_t cols, Stores stores, Rows how, F f) {
   const Tail<T> tail(cols);
@@ -316,10 +317,18 @@ void tap_sums(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, A*
   for (int t = 0; t < kSpatialSums; t++) sum_lanes<1, A>(total + t, sums + t);
 }
 
+#include "residual.inl"
+
 template <class T>
 const Kernels<T>* table() {
   using A = accumulate_t<T>;
-  static const Kernels<T> kernels = {reduce<T>,  scale<T>,   combine<T>,
-                                     stencil<A>, sigmoid<A>, tap_sums<A>};
+  static const Kernels<T> kernels = {
+      reduce<T>,
+      scale<T>,
+      combine<T>,
+      stencil<A>,
+      sigmoid<A>,
+      tap_sums<A>,
+      {moments<T>, reduce_deviations<T>, rectify<T>, gradients<T>, combine_residual<T>}};
   return &kernels;
 }
