@@ -16,6 +16,9 @@ from .reference import accumulation_dtype, channel_logit, channel_mean, pooled
 
 logger = logging.getLogger("da_ops")
 
+_P = Tensor | None
+_Spatial = tuple[_P, _P, _P, _P]  # the first four of Parameters
+
 
 class DAModule(nn.Module):
     """Attention over space and channels, ``[N, C, H, W] -> [N, C, H, W]``.
@@ -117,7 +120,7 @@ class DAModule(nn.Module):
 
     def fused_parameters(self) -> Unnamed | None:
         """The kernels' six parameters; None where the layer calls its convolutions."""
-        spatial: Unnamed = (None, None, None, None)
+        spatial: _Spatial = (None, None, None, None)
         if self.order != "channel":
             children = self._modules
             conv = _weights(children["conv"], _CONV)
@@ -130,7 +133,7 @@ class DAModule(nn.Module):
 
     def _attributes(self) -> Unnamed:
         """:meth:`fused_parameters`, each read as an attribute."""
-        spatial: Unnamed = (None, None, None, None)
+        spatial: _Spatial = (None, None, None, None)
         if self.conv is not None and self.dilated_conv is not None and self.merge is not None:
             conv, dilated, merge = self.conv, self.dilated_conv, self.merge
             bias = _folded_bias(conv.bias, dilated.bias, merge.weight, merge.bias)

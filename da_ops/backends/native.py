@@ -1,8 +1,8 @@
 """The compiled libraries: loads them, and tells PyTorch of their operators.
 
-Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``, that of the CPU also
-for the residual tail's; the dispatcher chooses among them by device. Shapes and FLOPs are the same
-for all, and are registered here.
+Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``, the CPU's also for
+those of the residual tail; the dispatcher chooses among them by device. Shapes and FLOPs are the
+same for all, and are registered here.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def backward(
 
 
 def residual_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.da_ops.residual_forward.default(*arguments)  # type: ignore[no-any-return]
+    return torch.ops.da_ops.residual_forward.default(*arguments)
 
 
 def residual_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.da_ops.residual_backward.default(*arguments)  # type: ignore[no-any-return]
+    return torch.ops.da_ops.residual_backward.default(*arguments)
 
 
 def fake_forward(
@@ -137,14 +137,13 @@ def fake_residual_forward(
     eps: float,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    *parameters, order, gate = args
-    if order == "none":
-        maps = tuple(u.new_empty(0, dtype=reference.accumulation_dtype(u.dtype)) for _ in range(2))
-    else:
-        _, *maps = fake_forward(u, *parameters, order, gate)
-    size = u.shape[1] if norm_mean is None else 0
-    mean, var = (u.new_empty(size, dtype=maps[0].dtype) for _ in range(2))
-    return torch.empty_like(u), mean, var, *maps
+    n, c, h, w = u.shape
+    order, acc = args[6], reference.accumulation_dtype(u.dtype)
+    size = c if norm_mean is None else 0
+    mean, var = (u.new_empty(size, dtype=acc) for _ in range(2))
+    channel_mean = u.new_empty((0,) if order in ("channel", "none") else (n, h, w), dtype=acc)
+    pooled = u.new_empty((0,) if order in ("spatial", "none") else (n, c), dtype=acc)
+    return torch.empty_like(u), mean, var, channel_mean, pooled
 
 
 def fake_residual_backward(

@@ -62,10 +62,9 @@ class ResidualFunction(torch.autograd.Function):
         order, gate, served, eps, batch = ctx.options
         u, out, weight, bias, mean, var, *parameters, channel_mean, pooled = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            statistics = (None, None) if batch else (mean, var)
-            norm = Norm(weight, bias, *statistics, eps)
-            given = None if order == "none" else Parameters(*parameters)
-            found = reference.backward(dout, out, u, norm, given, order, gate)
+            norm = Norm(weight, bias, None if batch else mean, None if batch else var, eps)
+            named = None if order == "none" else Parameters(*parameters)
+            found = reference.backward(dout, out, u, norm, named, order, gate)
         else:
             found = served.residual_backward(
                 like(dout, u), out, u, weight, bias, mean, var, batch, eps, *parameters,

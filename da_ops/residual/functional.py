@@ -70,7 +70,7 @@ def residual_attention(
     )
     if batch and norm.track_running_stats and running_mean is not None:
         _track(norm, mean, var, u.numel() // u.shape[1])
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 _NONE: Unnamed = (None,) * 6

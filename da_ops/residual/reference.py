@@ -20,9 +20,9 @@ Gradients = tuple[Tensor | None, ...]
 class Norm(NamedTuple):
     """A batch norm over C channels.
 
-    ``weight`` and ``bias``, ``[C]``, are None where it is not affine. ``mean`` and ``var``, ``[C]``,
-    are the statistics of a norm that is frozen or evaluated; both are None where those of the batch
-    are taken, as in training.
+    ``weight`` and ``bias``, ``[C]``, are None where it is not affine. ``mean`` and ``var``,
+    ``[C]``, are the statistics of a norm that is frozen or evaluated; both are None where those of
+    the batch are taken, as in training.
     """
 
     weight: Tensor | None
@@ -32,8 +32,11 @@ class Norm(NamedTuple):
     eps: float
 
     def to(self, dtype: torch.dtype) -> Norm:
-        converted = (None if t is None else t.to(dtype) for t in self[:4])
-        return Norm(*converted, self.eps)
+        weight, bias, mean, var = (
+            None if t is None else t.to(dtype)
+            for t in (self.weight, self.bias, self.mean, self.var)
+        )
+        return Norm(weight, bias, mean, var, self.eps)
 
 
 def forward(
@@ -97,6 +100,7 @@ def backward(
         x = x if bias is None else x + _by_channel(bias)
 
         # ReLU's own rule: where `out` is no number, the gradient passes.
+        dx: Any
         d_shortcut = dx = torch.where(out <= 0, 0, dout.to(acc))
         d_parameters: Sequence[Tensor | None] = (None,) * 6
         if parameters is not None:
