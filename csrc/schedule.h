@@ -75,8 +75,8 @@ constexpr Pass kCombine{"combine", kDy, kDx, Maps::masks, kNone, kNone};
 
 }  // namespace detail
 
-// An order is an index into the table.
-enum class Order { spatial_channel, channel_spatial, parallel, spatial, channel };
+// An order is an index into the table; `none` is that of the residual tail without attention.
+enum class Order { spatial_channel, channel_spatial, parallel, spatial, channel, none };
 
 constexpr Schedules kOrders[] = {
     {"spatial_channel",
@@ -96,8 +96,10 @@ constexpr Schedules kOrders[] = {
      {2, {detail::gradients(kChannels, kChannels), detail::kCombine}}},
 };
 
+constexpr Schedules kUnmasked{"none", {1, {detail::kScale}}, {1, {detail::kCombine}}};
+
 constexpr const Schedule& schedule(Order order, bool backward) {
-  const Schedules& both = kOrders[static_cast<int>(order)];
+  const Schedules& both = order == Order::none ? kUnmasked : kOrders[static_cast<int>(order)];
   return backward ? both.backward : both.forward;
 }
 
@@ -111,6 +113,7 @@ constexpr int sum_passes(const Schedule& schedule) { return schedule.size - 1; }
 // multiplied with: the last one that backward completes. Neither where both are completed at once.
 constexpr Axes outer(Order order) {
   const Schedule& backward = schedule(order, true);
+  if (sum_passes(backward) == 0) return kNone;
   const Axes last = backward.passes[sum_passes(backward) - 1].complete;
   return last.pixels && last.channels ? kNone : last;
 }

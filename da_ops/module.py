@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from .checks import check_options, odd_int, positive_int
 from .functional import attention
+from .parameters import Unnamed
 from .reference import accumulation_dtype, channel_logit, channel_mean, pooled
 
 logger = logging.getLogger("da_ops")
+
+_P = Tensor | None
+_Spatial = tuple[_P, _P, _P, _P]  # the first four of Parameters
 
 
 class DAModule(nn.Module):
@@ -106,24 +110,35 @@ class DAModule(nn.Module):
         if torch.jit.is_scripting():
             return self._through_children(x)
         else:  # TorchScript compiles code after a return, but not this branch
-            spatial: tuple[Any, Any, Any, Any] = (None, None, None, None)
-            if self.order != "channel":
-                children = self._modules
-                conv = _weights(children["conv"], _CONV)
-                dilated = _weights(children["dilated_conv"], _DILATED_CONV)
-                merge = _weights(children["merge"], _MERGE)
-                if conv is None or dilated is None or merge is None:
-                    self._tell()
-                    return self._through_children(x)
-                if not isinstance(x, Tensor):  # a Proxy of FX, whose tracer sees attributes alone
-                    assert self.conv and self.dilated_conv and self.merge
-                    conv, dilated, merge = (
-                        (child.weight, child.bias)
-                        for child in (self.conv, self.dilated_conv, self.merge)
-                    )
-                spatial = (conv[0], dilated[0], merge[0], _folded_bias(conv[1], dilated[1], *merge))
-            gate = _parameter(self, "gate_weight"), _parameter(self, "gate_bias")
-            return attention(x, *spatial, *gate, self.order, self.gate, self.backend)
+            parameters = self.fused_parameters()
+            if parameters is None:
+                self._tell()
+                return self._through_children(x)
+            if not isinstance(x, Tensor):  # a Proxy of FX, whose tracer sees attributes alone
+                parameters = self._attributes()
+            return attention(x, *parameters, self.order, self.gate, self.backend)
+
+    def fused_parameters(self) -> Unnamed | None:
+        """The kernels' six parameters; None where the layer calls its convolutions."""
+        spatial: _Spatial = (None, None, None, None)
+        if self.order != "channel":
+            children = self._modules
+            conv = _weights(children["conv"], _CONV)
+            dilated = _weights(children["dilated_conv"], _DILATED_CONV)
+            merge = _weights(children["merge"], _MERGE)
+            if conv is None or dilated is None or merge is None:
+                return None
+            spatial = (conv[0], dilated[0], merge[0], _folded_bias(conv[1], dilated[1], *merge))
+        return (*spatial, _parameter(self, "gate_weight"), _parameter(self, "gate_bias"))
+
+    def _attributes(self) -> Unnamed:
+        """:meth:`fused_parameters`, each read as an attribute."""
+        spatial: _Spatial = (None, None, None, None)
+        if self.conv is not None and self.dilated_conv is not None and self.merge is not None:
+            conv, dilated, merge = self.conv, self.dilated_conv, self.merge
+            bias = _folded_bias(conv.bias, dilated.bias, merge.weight, merge.bias)
+            spatial = (conv.weight, dilated.weight, merge.weight, bias)
+        return (*spatial, _parameter(self, "gate_weight"), _parameter(self, "gate_bias"))
 
     def unfused(self) -> str | None:
         """Why the layer calls its convolutions; None where the fused kernels take their place.

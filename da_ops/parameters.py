@@ -9,7 +9,8 @@ from torch import Tensor
 
 # The six parameters in the order of Parameters, without names. They travel so where every call
 # passes, since making a named tuple takes a percent of a small call.
-Unnamed = tuple[Tensor | None, ...]
+_P = Tensor | None
+Unnamed = tuple[_P, _P, _P, _P, _P, _P]
 
 
 class Parameters(NamedTuple):

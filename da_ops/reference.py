@@ -117,7 +117,7 @@ def da_attention(
 
 def forward(x: Tensor, parameters: Parameters, order: str, gate: str) -> Tensor:
     """:func:`da_attention` of the parameters as one value."""
-    with _autocast_off(x):
+    with autocast_off(x):
         return rounded_once(x, parameters, order, gate)
 
 
@@ -166,7 +166,7 @@ def da_attention_backward(
 def backward(dy: Tensor, x: Tensor, parameters: Parameters, order: str, gate: str) -> Gradients:
     """:func:`da_attention_backward` of the parameters as one value."""
     acc = accumulation_dtype(x.dtype)
-    with _autocast_off(x):
+    with autocast_off(x):
         wide, converted = x.to(acc), parameters.each(lambda p: p.to(acc))
         both = masks(wide, converted, order, gate)
         slopes = [mask * (1 - mask) for mask in both]
@@ -297,7 +297,7 @@ _AUTOCAST = frozenset(
 )
 
 
-def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
     kind = x.device.type
     has_it = kind in _AUTOCAST
     if not has_it and not torch.compiler.is_compiling():

@@ -33,6 +33,28 @@ void gate_gradients(const Problem& p, const A* dt, const A* pooled, double* d_we
 
 }  // namespace
 
+template <class A>
+void parameter_gradients(const Problem& problem, const Weights<A>& weights, const A* dt,
+                         const A* pooled, const double* tap_sums,
+                         const Parameters<double*>& gradients) {
+  if (problem.channel())
+    gate_gradients<A>(problem, dt, pooled, gradients.gate, gradients.gate_bias);
+  if (problem.spatial()) {
+    double sums[kSpatialSums] = {};
+    for (int64_t n = 0; n < problem.n; n++)
+      for (int t = 0; t < kSpatialSums; t++) sums[t] += tap_sums[n * kSpatialSums + t];
+    const SpatialWeights<double> d = spatial_gradients(weights.spatial, sums);
+    std::copy_n(d.conv, kTaps, gradients.conv);
+    std::copy_n(d.dilated, kTaps, gradients.dilated);
+    std::copy_n(d.merge, 2, gradients.merge);
+    *gradients.spatial_bias = d.bias;
+  }
+}
+template void parameter_gradients<float>(const Problem&, const Weights<float>&, const float*,
+                                         const float*, const double*, const Parameters<double*>&);
+template void parameter_gradients<double>(const Problem&, const Weights<double>&, const double*,
+                                          const double*, const double*, const Parameters<double*>&);
+
 template <class T>
 void backward(const Problem& problem, const Plan& plan, const Pool& pool,
               const Weights<accumulate_t<T>>& weights, const T* dy, const T* x,
@@ -90,18 +112,7 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
     }
   });
 
-  if (problem.channel())
-    gate_gradients<A>(problem, all_dt.data(), pooled, gradients.gate, gradients.gate_bias);
-  if (problem.spatial()) {
-    double sums[kSpatialSums] = {};
-    for (int64_t n = 0; n < problem.n; n++)
-      for (int t = 0; t < kSpatialSums; t++) sums[t] += all_sums[n * kSpatialSums + t];
-    const SpatialWeights<double> d = spatial_gradients(weights.spatial, sums);
-    std::copy_n(d.conv, kTaps, gradients.conv);
-    std::copy_n(d.dilated, kTaps, gradients.dilated);
-    std::copy_n(d.merge, 2, gradients.merge);
-    *gradients.spatial_bias = d.bias;
-  }
+  parameter_gradients(problem, weights, all_dt.data(), pooled, all_sums.data(), gradients);
 }
 
 #define DA_INSTANTIATE(T)                                                                  \

@@ -60,16 +60,18 @@ class Image {
  public:
   using A = accumulate_t<T>;
 
-  // Where `pool` is null, the calling thread does all the work.
-  Image(const Problem& problem, const Plan& plan, const Weights<A>& weights, const Pool* pool)
+  // Where `pool` is null, the calling thread does all the work. `columns` is how many arrays of
+  // sums by column are made from one read.
+  Image(const Problem& problem, const Plan& plan, const Weights<A>& weights, const Pool* pool,
+        int columns)
       : p_(problem),
         plan_(plan),
         weights_(weights),
         pool_(pool),
         stride_(padded(problem.cols())),
         bands_((problem.h + kBand - 1) / kBand),
-        scratch_(capacity(problem, plan, pool)),
-        partial_(scratch_.take((pool ? plan.slabs : 1) * stride_)),
+        scratch_(capacity(problem, plan, pool, columns)),
+        partial_(scratch_.take((pool ? plan.slabs : 1) * columns * stride_)),
         plane_(scratch_.take(plane_size(problem.h, problem.w))),
         second_plane_(scratch_.take(plane_size(problem.h, problem.w))),
         band_sums_(scratch_.take(bands_ * kSpatialSums)),
@@ -89,33 +91,21 @@ class Image {
   // Null sums are not made, and their weights not looked at.
   void reduce(const T* x, const T* dy, const A* by_channel, const A* by_pixel, A* sums_by_pixel,
               A* sums_by_channel) {
-    const Sides<const A> weights = sides(by_channel, by_pixel);
-    const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
-    const int64_t cols = p_.cols();
-    const auto slab = [&](int64_t i, A* partial) {
-      const int64_t r = i * plan_.slab_rows, n = std::min(plan_.slab_rows, p_.rows() - r);
-      kernels_.reduce(x + r * cols, dy ? dy + r * cols : nullptr, n, cols,
-                      sums.col ? weights.row + r : nullptr, weights.col,
-                      sums.row ? sums.row + r : nullptr, sums.col ? partial : nullptr, plan_.sums);
-    };
-    const auto add = [&](int64_t i, const A* partial, int64_t begin, int64_t end) {
-      for (int64_t q = begin; q < end; q++)
-        sums.col[q] = i == 0 ? partial[q] : sums.col[q] + partial[q];
-    };
-    if (!pool_) {
-      for (int64_t i = 0; i < plan_.slabs; i++) {
-        slab(i, partial_);
-        if (sums.col) add(i, partial_, 0, cols);
-      }
-      return;
-    }
-    each(plan_.slabs, p_.rows() * cols, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) slab(i, partial_ + i * stride_);
-    });
-    if (sums.col)
-      each(cols, plan_.slabs * cols, [&](int64_t begin, int64_t end) {
-        for (int64_t i = 0; i < plan_.slabs; i++) add(i, partial_ + i * stride_, begin, end);
-      });
+    reduce(by_channel, by_pixel, sums_by_pixel, sums_by_channel,
+           [&](int64_t r, int64_t n, auto... where) {
+             const int64_t at = r * p_.cols();
+             kernels_.reduce(x + at, dy ? dy + at : nullptr, n, p_.cols(), where..., plan_.sums);
+           });
+  }
+
+  // The same with t = u - centre[c].
+  void reduce_deviations(const T* u, const A* centre, const A* by_channel, const A* by_pixel,
+                         A* sums_by_pixel, A* sums_by_channel) {
+    reduce(by_channel, by_pixel, sums_by_pixel, sums_by_channel,
+           [&](int64_t r, int64_t n, auto... where) {
+             kernels_.residual.reduce(u + r * p_.cols(), of_channels(centre, r), n, p_.cols(),
+                                      p_.channels_last, where..., plan_.sums);
+           });
   }
 
   // y = x * channel_mask * spatial_mask
@@ -140,6 +130,48 @@ class Image {
       const Terms<A> terms{biases.row + r, outers.col, outers.row + r, biases.col};
       kernels_.combine(dy + at, dx + at, n, p_.cols(), scales.row + r, scales.col, terms,
                        plan_.stores, plan_.combines);
+    });
+  }
+
+  // out = relu(x spatial_mask + shortcut), x with the channel mask in it.
+  void rectify(const T* u, const T* shortcut, T* out, const Affine<A>& x, const A* spatial_mask) {
+    each_slab([&](int64_t r, int64_t n) {
+      const int64_t at = r * p_.cols();
+      kernels_.residual.rectify(u + at, shortcut + at, out + at, n, p_.cols(), p_.channels_last,
+                                from(x, r), of_pixels(spatial_mask, r), plan_.stores);
+    });
+  }
+
+  // Of the whole image; what depends on its size is set here.
+  void gradients(Gradients<T> all) {
+    const bool last = p_.channels_last;
+    A* const cols[] = {last ? all.sums : all.pixel_sums, last ? all.products : nullptr};
+    each_summed_slab(cols, [&](int64_t r, int64_t n, A* const* partial) {
+      Gradients<T> g = all;
+      const int64_t at = r * p_.cols();
+      g.dout += at, g.out += at, g.u += at, g.d += at;
+      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.stores = plan_.stores;
+      g.x = from(all.x, r), g.mask = of_pixels(all.mask, r);
+      if (last) {
+        g.sums = partial[0], g.products = partial[1];
+        if (g.pixel_sums) g.pixel_sums += r;
+      } else {
+        g.sums += r, g.products += r;
+        g.pixel_sums = g.pixel_sums ? partial[0] : nullptr;
+      }
+      kernels_.residual.gradients(g);
+    });
+  }
+
+  void combine_residual(const T* d, const T* u, T* du, const ResidualTerms<A>& t) {
+    each_slab([&](int64_t r, int64_t n) {
+      const int64_t at = r * p_.cols();
+      const auto c = [&](const A* values) { return of_channels(values, r); };
+      const auto p = [&](const A* values) { return of_pixels(values, r); };
+      kernels_.residual.combine(d + at, u + at, du + at, n, p_.cols(), p_.channels_last,
+                                {c(t.scale), c(t.bias), c(t.outer), c(t.centre), c(t.slope),
+                                 c(t.offset), p(t.mask), p(t.pixel_bias), p(t.pixel_outer)},
+                                plan_.stores);
     });
   }
 
@@ -184,10 +216,10 @@ class Image {
   static constexpr int64_t kBand = 8;  // rows of a map whose tap sums are one partial sum
   static constexpr int kMaps = 4, kVectors = 4;
 
-  static int64_t capacity(const Problem& p, const Plan& plan, const Pool* pool) {
-    return padded((pool ? plan.slabs : 1) * padded(p.cols())) + 2 * padded(plane_size(p.h, p.w)) +
-           padded((p.h + kBand - 1) / kBand * kSpatialSums) + padded(std::max(p.c, p.pixels())) +
-           kMaps * padded(p.pixels()) + kVectors * padded(p.c);
+  static int64_t capacity(const Problem& p, const Plan& plan, const Pool* pool, int columns) {
+    return padded((pool ? plan.slabs : 1) * columns * padded(p.cols())) +
+           2 * padded(plane_size(p.h, p.w)) + padded((p.h + kBand - 1) / kBand * kSpatialSums) +
+           padded(std::max(p.c, p.pixels())) + kMaps * padded(p.pixels()) + kVectors * padded(p.c);
   }
 
   // What belongs to the matrix's rows and to its columns.
@@ -198,6 +230,63 @@ class Image {
   template <class V>
   Sides<V> sides(V* of_channels, V* of_pixels) const {
     return p_.channels_last ? Sides<V>{of_pixels, of_channels} : Sides<V>{of_channels, of_pixels};
+  }
+
+  // An array by channel, or by pixel, from a slab's first row on.
+  const A* of_channels(const A* values, int64_t r) const {
+    return p_.channels_last ? values : values + r;
+  }
+  const A* of_pixels(const A* values, int64_t r) const {
+    return p_.channels_last ? values + r : values;
+  }
+  Affine<A> from(const Affine<A>& x, int64_t r) const {
+    return {of_channels(x.centre, r), of_channels(x.scale, r), of_channels(x.bias, r)};
+  }
+
+  // slab(r, n, partial) for each slab, of n rows from row r on. Its sums by column go to
+  // partial[i], and are added up in order into cols[i], where that is not null.
+  template <size_t kArrays, class F>
+  void each_summed_slab(A* const (&cols)[kArrays], F slab) {
+    const auto run = [&](int64_t i, A* at) {
+      A* partial[kArrays];
+      for (size_t k = 0; k < kArrays; k++) partial[k] = at + k * stride_;
+      const int64_t r = i * plan_.slab_rows;
+      slab(r, std::min(plan_.slab_rows, p_.rows() - r), partial);
+    };
+    const auto add = [&](int64_t i, const A* at, int64_t begin, int64_t end) {
+      for (size_t k = 0; k < kArrays; k++, at += stride_)
+        for (int64_t q = begin; cols[k] && q < end; q++)
+          cols[k][q] = i == 0 ? at[q] : cols[k][q] + at[q];
+    };
+    const bool any = std::any_of(cols, cols + kArrays, [](A* to) { return to != nullptr; });
+    if (!pool_) {
+      for (int64_t i = 0; i < plan_.slabs; i++) {
+        run(i, partial_);
+        add(i, partial_, 0, p_.cols());
+      }
+      return;
+    }
+    const int64_t step = kArrays * stride_;
+    each(plan_.slabs, p_.rows() * p_.cols(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) run(i, partial_ + i * step);
+    });
+    if (any)
+      each(p_.cols(), plan_.slabs * p_.cols(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = 0; i < plan_.slabs; i++) add(i, partial_ + i * step, begin, end);
+      });
+  }
+
+  // kernel(r, n, row_weight, col_weight, row_sums, col_sums) adds up a slab.
+  template <class F>
+  void reduce(const A* by_channel, const A* by_pixel, A* sums_by_pixel, A* sums_by_channel,
+              F kernel) {
+    const Sides<const A> weights = sides(by_channel, by_pixel);
+    const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
+    A* const cols[] = {sums.col};
+    each_summed_slab(cols, [&](int64_t r, int64_t n, A* const* partial) {
+      kernel(r, n, sums.col ? weights.row + r : nullptr, weights.col,
+             sums.row ? sums.row + r : nullptr, sums.col ? partial[0] : nullptr);
+    });
   }
 
   // f(begin, end) over [0, count), shared out where so much `work` is worth waking threads for.
@@ -234,15 +323,15 @@ class Image {
 // another on all threads.
 template <class T, class F>
 void for_images(const Problem& problem, const Plan& plan, const Pool& pool,
-                const Weights<accumulate_t<T>>& weights, F f) {
+                const Weights<accumulate_t<T>>& weights, F f, int columns = 1) {
   const auto serial = [&](int64_t begin, int64_t end) {
-    Image<T> image(problem, plan, weights, nullptr);
+    Image<T> image(problem, plan, weights, nullptr, columns);
     for (int64_t n = begin; n < end; n++) f(image, n);
   };
   if (plan.threads == 1) return serial(0, problem.n);
   pool.each(plan.whole_images, serial);
   if (plan.whole_images == problem.n) return;
-  Image<T> image(problem, plan, weights, &pool);
+  Image<T> image(problem, plan, weights, &pool, columns);
   for (int64_t n = plan.whole_images; n < problem.n; n++) f(image, n);
 }
 

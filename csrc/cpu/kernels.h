@@ -49,6 +49,61 @@ struct Terms {
   const A *row_bias, *col_outer, *row_outer, *col_bias;
 };
 
+// x of the residual tail by channel, (u - centre) scale + bias; a mask may have been multiplied in.
+template <class A>
+struct Affine {
+  const A *centre, *scale, *bias;
+};
+
+// Backward's first read of the residual tail, which writes d, the gradient at the ReLU's argument:
+//   sums[c] = sum_p mask[p] d    and    products[c] = sum_p mask[p] d (u - centre[c])
+//   pixel_sums[p] = sum_c d x    with the channel mask in x; null where it is not wanted
+template <class T>
+struct Gradients {
+  using A = accumulate_t<T>;
+  const T *dout, *out, *u;
+  T* d;
+  int64_t rows, cols;
+  bool channels_last;
+  Affine<A> x;
+  const A* mask;  // by pixel
+  A *sums, *products, *pixel_sums;
+  Stores stores;
+};
+
+// What du is made of:
+//   d scale[c] mask[p] + bias[c] pixel_outer[p] + outer[c] pixel_bias[p]
+//     + (u - centre[c]) slope[c] + offset[c]
+template <class A>
+struct ResidualTerms {
+  const A *scale, *bias, *outer, *centre, *slope, *offset;  // by channel
+  const A *mask, *pixel_bias, *pixel_outer;                 // by pixel
+};
+
+// The residual tail's primitives. Its rows are channels, or pixels where `channels_last`, and an
+// array along the rows begins at the slab's first.
+template <class T>
+struct ResidualKernels {
+  using A = accumulate_t<T>;
+
+  // Each channel's mean and sum of squared deviations over the slab.
+  void (*moments)(const T* u, int64_t rows, int64_t cols, bool channels_last, double* mean,
+                  double* squares);
+
+  // Kernels::reduce of u - centre.
+  void (*reduce)(const T* u, const A* centre, int64_t rows, int64_t cols, bool channels_last,
+                 const A* row_weight, const A* col_weight, A* row_sums, A* col_sums, Rows how);
+
+  // out = relu(x mask[p] + shortcut)
+  void (*rectify)(const T* u, const T* shortcut, T* out, int64_t rows, int64_t cols,
+                  bool channels_last, const Affine<A>& x, const A* mask, Stores stores);
+
+  void (*gradients)(const Gradients<T>& call);
+
+  void (*combine)(const T* d, const T* u, T* du, int64_t rows, int64_t cols, bool channels_last,
+                  const ResidualTerms<A>& terms, Stores stores);
+};
+
 template <class T>
 struct Kernels {
   using A = accumulate_t<T>;
@@ -77,6 +132,8 @@ struct Kernels {
   // sums[t] = sum_p dz[p] m[p + t] over both convolutions' taps, then sum_p dz[p]; bordered planes,
   // rows begin <= i < end.
   void (*tap_sums)(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, A* sums);
+
+  ResidualKernels<T> residual;
 };
 
 // A table for each storage type and instruction set; null where the compiler has no such target.

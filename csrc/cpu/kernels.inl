@@ -16,31 +16,75 @@ struct Tail {
 
   explicit DA_INLINE Tail(int64_t cols)
       : full(cols / lanes * lanes), n(cols - full), begin(full ? cols - lanes : 0), fresh{} {
-    for (int64_t i = 0; i < lanes; i++) fresh[i] = begin + i >= full ? -1 : 0;
+    for (int64_t i = 0; i < lanes; i++) fresh[i] = full <= begin + i && begin + i < cols ? -1 : 0;
   }
   DA_INLINE vec<A> read(const T* row) const { return full ? load(row + begin) : load_part(row, n); }
-  DA_INLINE vec<A> read_fresh(const T* row) const {
-    return bits<vec<A>>(bits<ivec<A>>(read(row)) & fresh);
-  }
   DA_INLINE void write(T* row, vec<A> v) const {
     full ? store(row + begin, v) : store_part(row, v, n);
   }
+  DA_INLINE vec<A> keep_fresh(vec<A> v) const { return bits<vec<A>>(bits<ivec<A>>(v) & fresh); }
 };
 
-// Row sums alone: one row after the other, so that memory is read in one stream.
-template <bool kProduct, int kBlock, class T, class A = accumulate_t<T>>
-DA_INLINE void sum_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t cols,
-                        const A* col_weight, A* row_sums) {
+// An array along one side of the matrix, at row r: the row's value, or those of the columns.
+template <bool kByRow, class A>
+struct Along {
+  vec<A> value;
+  DA_INLINE Along(const A* values, int64_t r) : value(splat(values[r])) {}
+  DA_INLINE vec<A> operator()(int64_t) const { return value; }
+};
+template <class A>
+struct Along<false, A> {
+  const A* values;
+  DA_INLINE Along(const A* values, int64_t) : values(values) {}
+  DA_INLINE vec<A> operator()(int64_t q) const { return load(values + q); }
+};
+
+// What is added up of a row r: read(row) loads the elements at column q.
+template <class T>
+struct Elements {
+  const T* x;
+  int64_t cols;
+  template <class Read>
+  DA_INLINE auto at(int64_t r, int64_t, Read read) const {
+    return read(x + r * cols);
+  }
+  DA_INLINE void prefetch(int64_t r, int64_t q) const { __builtin_prefetch(x + r * cols + q); }
+};
+template <class T>
+struct Products {
+  const T *x, *dy;
+  int64_t cols;
+  template <class Read>
+  DA_INLINE auto at(int64_t r, int64_t, Read read) const {
+    return read(x + r * cols) * read(dy + r * cols);
+  }
+  DA_INLINE void prefetch(int64_t r, int64_t q) const {
+    __builtin_prefetch(x + r * cols + q);
+    __builtin_prefetch(dy + r * cols + q);
+  }
+};
+template <bool kByRow, class T>
+struct Deviations {
+  const T* x;
+  const accumulate_t<T>* centre;  // of rows, or of columns
+  int64_t cols;
+  template <class Read>
+  DA_INLINE auto at(int64_t r, int64_t q, Read read) const {
+    return read(x + r * cols) - Along<kByRow, accumulate_t<T>>(centre, r)(q);
+  }
+  DA_INLINE void prefetch(int64_t r, int64_t q) const { __builtin_prefetch(x + r * cols + q); }
+};
+
+// Row sums alone, of rows from r on: one row after the other, so that memory is read in one stream.
+template <int kBlock, class T, class Source, class A = accumulate_t<T>>
+DA_INLINE void sum_rows(const Source& source, int64_t r, const Tail<T>& tail, const A* col_weight,
+                        A* row_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {};
-  for (int b = 0; b < kBlock; b++, x += cols, dy += kProduct ? cols : 0) {
-    const auto term = [&](int64_t q, auto read) DA_LAMBDA_INLINE {
-      vec<A> t = read(x);
-      if constexpr (kProduct) t *= read(dy);
-      return t * load(col_weight + q);
-    };
+  for (int b = 0; b < kBlock; b++) {
     const auto at = [&](int64_t q) DA_LAMBDA_INLINE {
-      return term(q, [=](const T* row) DA_LAMBDA_INLINE { return load(row + q); });
+      const auto read = [=](const T* row) DA_LAMBDA_INLINE { return load(row + q); };
+      return source.at(r + b, q, read) * load(col_weight + q);
     };
     for (int64_t q = 0; q < tail.full;) {
       const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
@@ -49,30 +93,29 @@ DA_INLINE void sum_rows(const T* x, const T* dy, const Tail<T>& tail, int64_t co
       if (q < end) even += at(q), q += lanes;
       total[b] += even + odd;
     }
-    if (tail.n)
+    if (tail.n) {
+      const auto read = [&](const T* row) DA_LAMBDA_INLINE { return tail.read(row); };
       total[b] +=
-          term(tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); });
+          tail.keep_fresh(source.at(r + b, tail.begin, read)) * load(col_weight + tail.begin);
+    }
   }
   sum_lanes<kBlock, A>(total, row_sums);
 }
 
 // Column sums, and row sums if asked for, of a few rows together. What is left over of the columns
 // goes to `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
-template <bool kProduct, bool kRows, int kBlock, class T, class A = accumulate_t<T>>
-DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t cols,
-                         const A* row_weight, const A* col_weight, A* row_sums, A* col_sums,
-                         vec<A>& tail_sums) {
+template <bool kRows, int kBlock, class T, class Source, class A = accumulate_t<T>>
+DA_INLINE void sum_block(const Source& source, int64_t r, const Tail<T>& tail, const A* row_weight,
+                         const A* col_weight, A* row_sums, A* col_sums, vec<A>& tail_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {}, sum[kBlock] = {};
   // The next block's rows are fetched while these are summed: many short rows are more streams than
   // the hardware follows.
-  const auto columns = [&](int64_t q, auto read) DA_LAMBDA_INLINE {
+  const auto columns = [&](int64_t q, auto read, auto keep) DA_LAMBDA_INLINE {
     vec<A> parts[2] = {};
     for (int b = 0; b < kBlock; b++) {
-      __builtin_prefetch(x + (b + kBlock) * cols + q);
-      if constexpr (kProduct) __builtin_prefetch(dy + (b + kBlock) * cols + q);
-      vec<A> t = read(x + b * cols);
-      if constexpr (kProduct) t *= read(dy + b * cols);
+      source.prefetch(r + b + kBlock, q);
+      const vec<A> t = keep(source.at(r + b, q, read));
       if constexpr (kRows) sum[b] += t * load(col_weight + q);
       parts[b % 2] += t * row_weight[b];
     }
@@ -82,22 +125,24 @@ DA_INLINE void sum_block(const T* x, const T* dy, const Tail<T>& tail, int64_t c
     const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
     for (; q < end; q += lanes) {
       const auto read = [&](const T* row) DA_LAMBDA_INLINE { return load(row + q); };
-      store(col_sums + q, load(col_sums + q) + columns(q, read));
+      const auto all = [&](vec<A> t) DA_LAMBDA_INLINE { return t; };
+      store(col_sums + q, load(col_sums + q) + columns(q, read, all));
     }
     for (int b = 0; kRows && b < kBlock; b++) total[b] += sum[b], sum[b] = vec<A>{};
   }
   if (tail.n)
-    tail_sums +=
-        columns(tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); });
+    tail_sums += columns(
+        tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read(row); },
+        [&](vec<A> t) DA_LAMBDA_INLINE { return tail.keep_fresh(t); });
   if constexpr (kRows) {
     for (int b = 0; b < kBlock; b++) total[b] += sum[b];
     sum_lanes<kBlock, A>(total, row_sums);
   }
 }
 
-template <bool kProduct, bool kRows, bool kCols, class T, class A = accumulate_t<T>>
-void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* row_weight,
-                 const A* col_weight, A* row_sums, A* col_sums, Rows how) {
+template <bool kRows, bool kCols, class T, class Source, class A = accumulate_t<T>>
+DA_INLINE void reduce_slab(const Source& source, int64_t rows, int64_t cols, const A* row_weight,
+                           const A* col_weight, A* row_sums, A* col_sums, Rows how) {
   constexpr int kBlock = kRows ? 4 : 8;
   const Tail<T> tail(cols);
   vec<A> tail_sums = {};
@@ -105,13 +150,12 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* r
   const auto block = [&](auto size) DA_LAMBDA_INLINE {
     constexpr int kSize = decltype(size)::value;
     for (; r + kSize <= rows; r += kSize) {
-      const T *xr = x + r * cols, *dyr = kProduct ? dy + r * cols : nullptr;
       A* sums = kRows ? row_sums + r : nullptr;
       if constexpr (kCols)
-        sum_block<kProduct, kRows, kSize>(xr, dyr, tail, cols, row_weight + r, col_weight, sums,
-                                          col_sums, tail_sums);
+        sum_block<kRows, kSize, T>(source, r, tail, row_weight + r, col_weight, sums, col_sums,
+                                   tail_sums);
       else
-        sum_rows<kProduct, kSize>(xr, dyr, tail, cols, col_weight, sums);
+        sum_rows<kSize, T>(source, r, tail, col_weight, sums);
     }
   };
   if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
@@ -120,73 +164,91 @@ void reduce_slab(const T* x, const T* dy, int64_t rows, int64_t cols, const A* r
   if (kCols && tail.n) store(col_sums + tail.begin, load(col_sums + tail.begin) + tail_sums);
 }
 
+template <class T, class Source, class A = accumulate_t<T>>
+void reduce_of(const Source& source, int64_t rows, int64_t cols, const A* row_weight,
+               const A* col_weight, A* row_sums, A* col_sums, Rows how) {
+  if (row_sums && col_sums)
+    reduce_slab<true, true, T>(source, rows, cols, row_weight, col_weight, row_sums, col_sums, how);
+  else if (row_sums)
+    reduce_slab<true, false, T>(source, rows, cols, row_weight, col_weight, row_sums, col_sums,
+                                how);
+  else
+    reduce_slab<false, true, T>(source, rows, cols, row_weight, col_weight, row_sums, col_sums,
+                                how);
+}
+
 template <class T, class A = accumulate_t<T>>
 void reduce(const T* x, const T* dy, int64_t rows, int64_t cols, const A* row_weight,
             const A* col_weight, A* row_sums, A* col_sums, Rows how) {
-  const auto slab = dy                     ? row_sums && col_sums ? reduce_slab<true, true, true, T>
-                                             : row_sums           ? reduce_slab<true, true, false, T>
-                                                                  : reduce_slab<true, false, true, T>
-                    : row_sums && col_sums ? reduce_slab<false, true, true, T>
-                    : row_sums             ? reduce_slab<false, true, false, T>
-                                           : reduce_slab<false, false, true, T>;
-  slab(x, dy, rows, cols, row_weight, col_weight, row_sums, col_sums, how);
+  if (dy)
+    reduce_of<T>(Products<T>{x, dy, cols}, rows, cols, row_weight, col_weight, row_sums, col_sums,
+                 how);
+  else
+    reduce_of<T>(Elements<T>{x, cols}, rows, cols, row_weight, col_weight, row_sums, col_sums, how);
 }
 
-// out = row(q, in) for a few rows at a time, which share what `row` reads of the columns.
+// A few rows of `out`, which share what they read of the columns: row(q, read) is a row's vector at
+// column q, and read(in) loads a row of its arguments there.
 template <bool kStream, class T, class... Rows>
-DA_INLINE void map_block(const T* in, T* out, int64_t cols, const Tail<T>& tail, Rows... row) {
+DA_INLINE void map_block(T* out, int64_t cols, const Tail<T>& tail, Rows... row) {
   using V = vec<accumulate_t<T>>;
   constexpr int64_t lanes = Vector<accumulate_t<T>>::lanes;
   for (int64_t q = 0; q < tail.full; q += lanes) {
-    int64_t b = 0, at = 0;
-    const V results[] = {row(q, load(in + b++ * cols + q))...};
+    const auto read = [=](const T* in) DA_LAMBDA_INLINE { return load(in + q); };
+    const V results[] = {row(q, read)...};
+    int64_t at = 0;
     for (const V& result : results) {
       T* p = out + at++ * cols + q;
       kStream ? stream(p, result) : store(p, result);
     }
   }
   if (tail.n) {
-    int64_t b = 0, at = 0;
-    const V results[] = {row(tail.begin, tail.read(in + b++ * cols))...};
+    const auto read = [&](const T* in) DA_LAMBDA_INLINE { return tail.read(in); };
+    const V results[] = {row(tail.begin, read)...};
+    int64_t at = 0;
     for (const V& result : results) tail.write(out + at++ * cols, result);
   }
 }
 
-// f(r) is row r's function of the column and the element; together, four rows are taken at a time.
+// Whether whole rows can be written past the caches.
+template <class T>
+DA_INLINE bool streams(const T* out, const Tail<T>& tail, Stores stores) {
+  return stores == Stores::streamed && !tail.n &&
+         reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
+}
+
+// f(r) is row r's function of the column and of what is read there; together, four rows are taken
+// at a time.
 template <class T, class F>
-DA_INLINE void map_rows(const T* in, T* out, int64_t rows, int64_t cols, Stores stores, Rows how,
-                        F f) {
+DA_INLINE void map_rows(T* out, int64_t rows, int64_t cols, Stores stores, Rows how, F f) {
   const Tail<T> tail(cols);
-  const bool streamed = stores == Stores::streamed && !tail.n &&
-                        reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
   const auto all = [&](auto stream) DA_LAMBDA_INLINE {
     constexpr bool kStream = decltype(stream)::value;
     int64_t r = 0;
     for (; how == Rows::together && r + 4 <= rows; r += 4)
-      map_block<kStream>(in + r * cols, out + r * cols, cols, tail, f(r), f(r + 1), f(r + 2),
-                         f(r + 3));
-    for (; r < rows; r++) map_block<kStream>(in + r * cols, out + r * cols, cols, tail, f(r));
+      map_block<kStream>(out + r * cols, cols, tail, f(r), f(r + 1), f(r + 2), f(r + 3));
+    for (; r < rows; r++) map_block<kStream>(out + r * cols, cols, tail, f(r));
     if constexpr (kStream) finish_streams();
   };
-  streamed ? all(std::true_type()) : all(std::false_type());
+  streams(out, tail, stores) ? all(std::true_type()) : all(std::false_type());
 }
 
 template <class T, class A = accumulate_t<T>>
 void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale, const A* col_scale,
            Stores stores) {
-  map_rows(x, y, rows, cols, stores, Rows::singly, [=](int64_t r) DA_LAMBDA_INLINE {
-    return [=, by_row = row_scale[r]](int64_t q, vec<A> t)
-               DA_LAMBDA_INLINE { return t * load(col_scale + q) * by_row; };
+  map_rows(y, rows, cols, stores, Rows::singly, [=](int64_t r) DA_LAMBDA_INLINE {
+    return [=, row = x + r * cols, by_row = row_scale[r]](int64_t q, auto read)
+               DA_LAMBDA_INLINE { return read(row) * load(col_scale + q) * by_row; };
   });
 }
 
 template <class T, class A = accumulate_t<T>>
 void combine(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale, const A* col_scale,
              const Terms<A>& terms, Stores stores, Rows how) {
-  map_rows(dy, dx, rows, cols, stores, how, [=](int64_t r) DA_LAMBDA_INLINE {
-    return [=, by_row = row_scale[r], row_bias = terms.row_bias[r], row_outer = terms.row_outer[r]](
-               int64_t q, vec<A> t) DA_LAMBDA_INLINE {
-      return t * (load(col_scale + q) * by_row) +
+  map_rows(dx, rows, cols, stores, how, [=](int64_t r) DA_LAMBDA_INLINE {
+    return [=, row = dy + r * cols, by_row = row_scale[r], row_bias = terms.row_bias[r],
+            row_outer = terms.row_outer[r]](int64_t q, auto read) DA_LAMBDA_INLINE {
+      return read(row) * (load(col_scale + q) * by_row) +
              (load(terms.col_outer + q) * row_bias + load(terms.col_bias + q) * row_outer);
     };
   });
@@ -255,10 +317,18 @@ void tap_sums(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, A*
   for (int t = 0; t < kSpatialSums; t++) sum_lanes<1, A>(total + t, sums + t);
 }
 
+#include "residual.inl"
+
 template <class T>
 const Kernels<T>* table() {
   using A = accumulate_t<T>;
-  static const Kernels<T> kernels = {reduce<T>,  scale<T>,   combine<T>,
-                                     stencil<A>, sigmoid<A>, tap_sums<A>};
+  static const Kernels<T> kernels = {
+      reduce<T>,
+      scale<T>,
+      combine<T>,
+      stencil<A>,
+      sigmoid<A>,
+      tap_sums<A>,
+      {moments<T>, reduce_deviations<T>, rectify<T>, gradients<T>, combine_residual<T>}};
   return &kernels;
 }

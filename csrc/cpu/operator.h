@@ -19,4 +19,12 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
               const accumulate_t<T>* channel_mean, const accumulate_t<T>* pooled, T* dx,
               const Parameters<double*>& gradients);
 
+// The parameters' gradients, as arrays of the sizes that formula.h says, from each image's
+// gradients of the gate's logits and pooled channels, [n, c], and the sums that spatial_gradients
+// takes.
+template <class A>
+void parameter_gradients(const Problem& problem, const Weights<A>& weights, const A* dt,
+                         const A* pooled, const double* tap_sums,
+                         const Parameters<double*>& gradients);
+
 }  // namespace da::cpu

@@ -74,7 +74,8 @@ class Backend:
     ``backward(dy, x, parameters, channel_mean, pooled, order, gate)`` the gradients of ``x`` and of
     the six parameters, which come in the order of ``Parameters``. Both get checked arguments, ``x``
     contiguous or channels_last and ``dy`` in the same layout. ``plan(call)`` says what they will
-    do.
+    do. ``residual_forward`` and ``residual_backward`` are those of the residual tail, the operators
+    of these names; None where the backend has none.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
     run on the devices that are there; it is asked once there is a tensor on one. ``for_auto`` is
@@ -93,6 +94,8 @@ class Backend:
     unfit: Callable[[], str | None] = lambda: None
     explicit_only: str | None = None  # why "auto" does not take it
     for_auto: Backend | None = None
+    residual_forward: Callable[..., tuple[Tensor, ...]] | None = None
+    residual_backward: Callable[..., tuple[Tensor, ...]] | None = None
 
     def serves(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types

@@ -40,5 +40,12 @@ def _planned(call: Call, limits: str) -> dict[str, Any]:
 
 
 BACKEND = Backend(
-    "cpu", ("cpu",), native.load("_cpu.abi3.so"), native.forward, native.backward, _plan
+    "cpu",
+    ("cpu",),
+    native.load("_cpu.abi3.so"),
+    native.forward,
+    native.backward,
+    _plan,
+    residual_forward=native.residual_forward,
+    residual_backward=native.residual_backward,
 )

@@ -1,7 +1,8 @@
 """The compiled libraries: loads them, and tells PyTorch of their operators.
 
-Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``; the dispatcher
-chooses among them by device. Shapes and FLOPs are the same for all, and are registered here.
+Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``, the CPU's also for
+those of the residual tail; the dispatcher chooses among them by device. Shapes and FLOPs are the
+same for all, and are registered here.
 """
 
 from __future__ import annotations
@@ -92,6 +93,14 @@ def backward(
     )
 
 
+def residual_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.da_ops.residual_forward.default(*arguments)
+
+
+def residual_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.da_ops.residual_backward.default(*arguments)
+
+
 def fake_forward(
     x: Tensor,
     conv_weight: Tensor | None,
@@ -115,6 +124,45 @@ def fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return (
         torch.empty_like(x),
         *(x.new_empty(0) if p is None else empty_gradient(p) for p in parameters),
+    )
+
+
+def fake_residual_forward(
+    u: Tensor,
+    shortcut: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
+    eps: float,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    n, c, h, w = u.shape
+    order, acc = args[6], reference.accumulation_dtype(u.dtype)
+    size = c if norm_mean is None else 0
+    mean, var = (u.new_empty(size, dtype=acc) for _ in range(2))
+    channel_mean = u.new_empty((0,) if order in ("channel", "none") else (n, h, w), dtype=acc)
+    pooled = u.new_empty((0,) if order in ("spatial", "none") else (n, c), dtype=acc)
+    return torch.empty_like(u), mean, var, channel_mean, pooled
+
+
+def fake_residual_backward(
+    dout: Tensor,
+    out: Tensor,
+    u: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    batch: bool,
+    eps: float,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    parameters = (norm_weight, norm_bias, *args[:6])
+    return (
+        torch.empty_like(u),
+        torch.empty_like(u),
+        *(u.new_empty(0) if p is None else empty_gradient(p) for p in parameters),
     )
 
 
@@ -163,6 +211,18 @@ def flops_backward(
     return 2 * _flops(x, conv_weight, gate_weight, gate)  # to the input and to the weight
 
 
+def flops_residual_forward(u: torch.Size, *args: Any, **kwargs: Any) -> int:
+    conv_weight, gate_weight, gate = args[6], args[10], args[13]
+    return _flops(u, conv_weight, gate_weight, gate)
+
+
+def flops_residual_backward(
+    dout: torch.Size, out: torch.Size, u: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    conv_weight, gate_weight, gate = args[6], args[10], args[15]
+    return 2 * _flops(u, conv_weight, gate_weight, gate)
+
+
 _described = False
 
 
@@ -175,5 +235,10 @@ def _describe() -> None:
 
     torch.library.register_fake("da_ops::forward", fake_forward)
     torch.library.register_fake("da_ops::backward", fake_backward)
-    register_flop_formula(torch.ops.da_ops.forward)(flops_forward)
-    register_flop_formula(torch.ops.da_ops.backward)(flops_backward)
+    torch.library.register_fake("da_ops::residual_forward", fake_residual_forward)
+    torch.library.register_fake("da_ops::residual_backward", fake_residual_backward)
+    ops = torch.ops.da_ops
+    register_flop_formula(ops.forward)(flops_forward)
+    register_flop_formula(ops.backward)(flops_backward)
+    register_flop_formula(ops.residual_forward)(flops_residual_forward)
+    register_flop_formula(ops.residual_backward)(flops_residual_backward)

@@ -1,0 +1,264 @@
+#include "residual.h"
+
+#include <numeric>
+
+#include "operator.h"
+
+namespace da::cpu {
+
+template <class T>
+void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u, double* mean,
+                double* variance) {
+  // A part is an image's slab: of channels, or of pixels, of which there is then one more set of
+  // moments for each.
+  const int64_t rows = p.rows(), parts_aimed_at = 16, block = 8;
+  const int64_t part_rows = (rows + parts_aimed_at * block - 1) / (parts_aimed_at * block) * block;
+  const int64_t parts = (rows + part_rows - 1) / part_rows;
+  const int64_t sets = p.channels_last ? parts : 1;  // of an image
+  std::vector<double> means(p.n * sets * p.c), squares(means.size());
+  const auto rows_of = [&](int64_t part) { return std::min(part_rows, rows - part * part_rows); };
+
+  const auto sum = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t n = i / parts, part = i % parts, r = part * part_rows;
+      const int64_t at = p.channels_last ? i * p.c : n * p.c + r;
+      kernels<T>().residual.moments(u + (n * rows + r) * p.cols(), rows_of(part), p.cols(),
+                                    p.channels_last, means.data() + at, squares.data() + at);
+    }
+  };
+  // The sets' moments, combined in order (Chan et al., 1979).
+  const auto combine = [&](int64_t begin, int64_t end) {
+    std::fill(mean + begin, mean + end, 0.);
+    std::fill(variance + begin, variance + end, 0.);
+    double before = 0;
+    for (int64_t i = 0; i < p.n * sets; i++) {
+      const double count = p.channels_last ? rows_of(i % parts) : p.pixels();
+      const double share = count / (before + count);
+      const double *more = means.data() + i * p.c, *more_squares = squares.data() + i * p.c;
+      for (int64_t c = begin; c < end; c++) {
+        const double delta = more[c] - mean[c];
+        mean[c] += delta * share;
+        variance[c] += more_squares[c] + delta * delta * (before * share);
+      }
+      before += count;
+    }
+    for (int64_t c = begin; c < end; c++) variance[c] /= before;
+  };
+  if (plan.threads == 1) return sum(0, p.n * parts), combine(0, p.c);
+  pool.each(p.n * parts, sum);
+  pool.each(p.c, combine);
+}
+
+namespace {
+
+// The sum of an image's map or vector.
+template <class A>
+double sum_of(const A* values, int64_t count) {
+  return std::accumulate(values, values + count, 0.);
+}
+
+}  // namespace
+
+template <class T>
+void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool,
+                      const Norm<accumulate_t<T>>& norm, const Weights<accumulate_t<T>>& weights,
+                      const T* u, const T* shortcut, T* out, accumulate_t<T>* channel_mean,
+                      accumulate_t<T>* pooled) {
+  using A = accumulate_t<T>;
+  const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
+  const A* centre = norm.mean.data();
+  for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
+    const T* un = u + n * size;
+    A *spatial_mask = image.map(0), *sums_by_pixel = image.map(1);
+    A *channel_mask = image.vector(0), *sums_by_channel = image.vector(1);
+    A *scale = image.vector(2), *bias = image.vector(3);  // the channel mask's x
+    const A* by_pixel = image.ones();
+    std::copy_n(norm.scale.data(), c, scale);
+    std::copy_n(norm.bias.data(), c, bias);
+
+    for (const Pass& pass : schedule(problem.order, false)) {
+      if (pass.sums.any())
+        image.reduce_deviations(un, centre, scale, by_pixel,
+                                pass.sums.pixels ? sums_by_pixel : nullptr,
+                                pass.sums.channels ? sums_by_channel : nullptr);
+      else
+        image.rectify(un, shortcut + n * size, out + n * size, {centre, scale, bias}, by_pixel);
+      const A weight = pass.sums.channels ? sum_of(by_pixel, pixels) / pixels : 0;
+      if (pass.complete.pixels) {
+        A* m = channel_mean + n * pixels;
+        const A constant = sum_of(bias, c);
+        for (int64_t i = 0; i < pixels; i++) m[i] = (sums_by_pixel[i] + constant) / c;
+        image.spatial_mask(m, spatial_mask);
+        by_pixel = spatial_mask;
+      }
+      if (pass.complete.channels) {
+        A *raw = pooled + n * c, *g = sums_by_channel;
+        for (int64_t i = 0; i < c; i++) {
+          raw[i] = sums_by_channel[i] / pixels;
+          g[i] = norm.scale[i] * raw[i] + norm.bias[i] * weight;
+        }
+        image.channel_mask(g, channel_mask);
+        for (int64_t i = 0; i < c; i++) scale[i] *= channel_mask[i], bias[i] *= channel_mask[i];
+      }
+    }
+  });
+}
+
+namespace {
+
+// What backward's second read needs of each image, [n][padded]: masks, ones where there are none,
+// and the terms that flow back through them.
+template <class A>
+struct Kept {
+  int64_t pixels, channels;  // padded
+  std::vector<A> spatial_mask, pixel_term, channel_mask, channel_term;
+
+  explicit Kept(const Problem& p)
+      : pixels(padded(p.pixels())),
+        channels(padded(p.c)),
+        spatial_mask(p.n * pixels, A(1)),
+        pixel_term(p.n * pixels),
+        channel_mask(p.n * channels, A(1)),
+        channel_term(p.n * channels) {}
+};
+
+}  // namespace
+
+template <class T>
+void residual_backward(const Problem& problem, const Plan& plan, const Pool& pool,
+                       const Norm<accumulate_t<T>>& norm, const Weights<accumulate_t<T>>& weights,
+                       const ResidualCall<T>& call, const ResidualGradients<T>& gradients) {
+  using A = accumulate_t<T>;
+  const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
+  const Axes outermost = outer(problem.order);
+  const A* centre = norm.mean.data();
+  Kept<A> kept(problem);
+  std::vector<A> all_dt(problem.n * c), all_pooled(problem.n * c);
+  std::vector<double> all_taps(problem.n * kSpatialSums);
+  // Each image's share of the sums of dx, and of dx (u - mean), over the batch.
+  std::vector<double> dx_sums(problem.n * c), dx_products(problem.n * c);
+
+  const auto first_read = [&](Image<T>& image, int64_t n) {
+    const T* un = call.u + n * size;
+    A *s = &kept.spatial_mask[n * kept.pixels], *dm = &kept.pixel_term[n * kept.pixels];
+    A *k = &kept.channel_mask[n * kept.channels], *dg = &kept.channel_term[n * kept.channels];
+    const A *m = call.channel_mean + n * pixels, *raw = call.pooled + n * c;
+    A *ds = image.map(0), *more_ds = image.map(1), *scale = image.vector(2),
+      *bias = image.vector(3);
+    A *sums = image.vector(0), *products = image.vector(1);
+
+    if (problem.spatial()) image.spatial_mask(m, s);
+    const A* pooled_with = outermost.pixels ? s : image.ones();
+    const double weight = sum_of(pooled_with, pixels);
+    A* g = &all_pooled[n * c];
+    if (problem.channel()) {
+      for (int64_t i = 0; i < c; i++)
+        g[i] = norm.scale[i] * raw[i] + norm.bias[i] * A(weight / pixels);
+      image.channel_mask(g, k);
+    }
+    for (int64_t i = 0; i < c; i++) scale[i] = norm.scale[i] * k[i], bias[i] = norm.bias[i] * k[i];
+
+    Gradients<T> first{};
+    first.dout = call.dout + n * size, first.out = call.out + n * size, first.u = un;
+    first.d = gradients.d_shortcut + n * size;
+    first.x = {centre, scale, bias}, first.mask = s;
+    first.sums = sums, first.products = products;
+    first.pixel_sums = problem.spatial() ? ds : nullptr;
+    image.gradients(first);
+
+    // Of d x: sums by channel of what is summed as d and d (u - mean), and then the terms'.
+    double dm_sum = 0;
+    A *dc = scale, *dm_products = bias;  // both are free
+    std::fill_n(dm_products, c, A(0));
+    for (int64_t i = 0; i < c; i++) dc[i] = norm.scale[i] * products[i] + norm.bias[i] * sums[i];
+    const auto through_channel_mask = [&] {
+      A* dt = &all_dt[n * c];
+      for (int64_t i = 0; i < c; i++) dt[i] = dc[i] * sigmoid_slope(k[i]);
+      for (int64_t i = 0; i < c; i++)
+        dg[i] =
+            gate_transposed<A>(problem.gate, weights.gate, problem.kernel_size, dt, c, i) / pixels;
+    };
+    const auto through_spatial_mask = [&] {
+      A* dz = ds;
+      for (int64_t i = 0; i < pixels; i++) dz[i] *= sigmoid_slope(s[i]);
+      image.tap_sums(dz, m, &all_taps[n * kSpatialSums]);
+      image.stencil(dz, weights.spatial.transposed_stencil(), dm);
+      for (int64_t i = 0; i < pixels; i++) dm[i] /= c;
+      dm_sum = sum_of(dm, pixels);
+      image.reduce_deviations(un, centre, nullptr, dm, nullptr, dm_products);
+    };
+    for (const Pass& pass : schedule(problem.order, true)) {
+      if (pass.weights == Maps::terms && pass.sums.channels) {
+        for (int64_t i = 0; i < c; i++)
+          dc[i] += norm.scale[i] * dm_products[i] + norm.bias[i] * A(dm_sum);
+      }
+      if (pass.weights == Maps::terms && pass.sums.pixels) {
+        A* by_channel = image.vector(2);
+        double constant = 0;
+        for (int64_t i = 0; i < c; i++) {
+          by_channel[i] = norm.scale[i] * dg[i];
+          constant += double(norm.bias[i]) * dg[i];
+        }
+        image.reduce_deviations(un, centre, by_channel, nullptr, more_ds, nullptr);
+        for (int64_t i = 0; i < pixels; i++) ds[i] += more_ds[i] + A(constant);
+      }
+      if (pass.complete.channels) through_channel_mask();
+      if (pass.complete.pixels) through_spatial_mask();
+    }
+
+    // dx = d k s + o_p dg + o_c dm, o the outer mask or one; raw is (sum_p o_p (u - mean)) / P.
+    for (int64_t i = 0; i < c; i++) {
+      const double outer = outermost.channels ? k[i] : A(1);
+      dx_sums[n * c + i] = double(k[i]) * sums[i] + dg[i] * weight + outer * dm_sum;
+      const double pooled = problem.channel() ? raw[i] * double(pixels) : 0;
+      dx_products[n * c + i] = double(k[i]) * products[i] + dg[i] * pooled + outer * dm_products[i];
+    }
+  };
+  for_images<T>(problem, plan, pool, weights, first_read, 2);
+
+  // du = scale (dx - mean(dx) - xhat mean(dx xhat)), the means over the batch where its statistics
+  // are the norm's.
+  std::vector<A> slope(padded(c)), offset(padded(c));
+  const double count = double(problem.n) * pixels;
+  for (int64_t i = 0; i < c; i++) {
+    double sum = 0, product = 0;
+    for (int64_t n = 0; n < problem.n; n++)
+      sum += dx_sums[n * c + i], product += dx_products[n * c + i];
+    gradients.norm_bias[i] = sum;
+    gradients.norm_weight[i] = product * norm.inverse[i];
+    if (!call.batch) continue;
+    slope[i] = -norm.scale[i] * norm.inverse[i] * (gradients.norm_weight[i] / count);
+    offset[i] = -norm.scale[i] * (sum / count);
+  }
+
+  for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
+    const A *s = &kept.spatial_mask[n * kept.pixels], *dm = &kept.pixel_term[n * kept.pixels];
+    const A *k = &kept.channel_mask[n * kept.channels], *dg = &kept.channel_term[n * kept.channels];
+    A *scale = image.vector(0), *bias = image.vector(1), *outer = image.vector(2);
+    for (int64_t i = 0; i < c; i++) {
+      scale[i] = norm.scale[i] * k[i];
+      bias[i] = norm.scale[i] * dg[i];
+      outer[i] = outermost.channels ? scale[i] : norm.scale[i];
+    }
+    image.combine_residual(gradients.d_shortcut + n * size, call.u + n * size,
+                           gradients.du + n * size,
+                           {scale, bias, outer, centre, slope.data(), offset.data(), s, dm,
+                            outermost.pixels ? s : image.ones()});
+  });
+
+  parameter_gradients(problem, weights, all_dt.data(), all_pooled.data(), all_taps.data(),
+                      gradients.parameters);
+}
+
+#define DA_INSTANTIATE(T)                                                                          \
+  template void statistics<T>(const Problem&, const Plan&, const Pool&, const T*, double*,         \
+                              double*);                                                            \
+  template void residual_forward<T>(const Problem&, const Plan&, const Pool&,                      \
+                                    const Norm<accumulate_t<T>>&, const Weights<accumulate_t<T>>&, \
+                                    const T*, const T*, T*, accumulate_t<T>*, accumulate_t<T>*);   \
+  template void residual_backward<T>(                                                              \
+      const Problem&, const Plan&, const Pool&, const Norm<accumulate_t<T>>&,                      \
+      const Weights<accumulate_t<T>>&, const ResidualCall<T>&, const ResidualGradients<T>&);
+DA_EACH_STORAGE(DA_INSTANTIATE)
+
+}  // namespace da::cpu

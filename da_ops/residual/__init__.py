@@ -1,0 +1,1 @@
+"""The residual tail: batch norm, attention, shortcut and ReLU as one operator."""

@@ -1,0 +1,89 @@
+"""The residual tail as an autograd function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.choice import CHOICE
+from ..layout import dense, like
+from ..parameters import Parameters
+from . import reference
+from .reference import Norm
+
+
+class ResidualFunction(torch.autograd.Function):
+    """``apply(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, eps, *parameters, order,
+    gate, backend) -> (out, mean, var)``, the residual tail with its hand-written backward.
+
+    ``mean`` and ``var`` (biased) are the batch's where ``norm_mean`` and ``norm_var`` are None, and
+    else empty. The six parameters are those of :class:`da_ops.DAFunction`, all None with the order
+    "none", which leaves attention out. Between forward and backward it keeps ``u``, ``out``, the
+    parameters and small maps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        shortcut: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_mean: Tensor | None,
+        norm_var: Tensor | None,
+        eps: float,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *parameters, order, gate, backend = rest
+        served = CHOICE.implementation(backend, u.device.type)
+        assert served.residual_forward is not None  # residual_attention asked
+        u = dense(u)
+        norm = (norm_weight, norm_bias, norm_mean, norm_var)
+        out, mean, var, channel_mean, pooled = served.residual_forward(
+            u, like(shortcut, u), *norm, eps, *parameters, order, gate
+        )
+        batch = norm_mean is None
+        ctx.options = order, gate, served, eps, batch
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, var)
+        statistics = (mean, var) if batch else (norm_mean, norm_var)
+        ctx.save_for_backward(
+            u, out, norm_weight, norm_bias, *statistics, *parameters, channel_mean, pooled
+        )
+        return out, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 3  # the order, the gate, the backend
+        if dout is None:
+            return (None,) * 13 + nothing
+        order, gate, served, eps, batch = ctx.options
+        u, out, weight, bias, mean, var, *parameters, channel_mean, pooled = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            norm = Norm(weight, bias, None if batch else mean, None if batch else var, eps)
+            named = None if order == "none" else Parameters(*parameters)
+            found = reference.backward(dout, out, u, norm, named, order, gate)
+        else:
+            found = served.residual_backward(
+                like(dout, u), out, u, weight, bias, mean, var, batch, eps, *parameters,
+                channel_mean, pooled, order, gate,
+            )  # fmt: skip
+            given = (u, u, weight, bias, *parameters)
+            found = tuple(None if t is None else g for g, t in zip(found, given))
+        du, d_shortcut, d_weight, d_bias, *d_parameters = found
+        return (du, d_shortcut, d_weight, d_bias, None, None, None, *d_parameters, *nothing)
+
+
+fused = ResidualFunction.apply
+
+# One node to Dynamo, as da_ops::attention is.
+_library = torch.library.Library("da_ops", "FRAGMENT")
+_library.define(
+    "residual(Tensor u, Tensor shortcut, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? norm_mean, Tensor? norm_var, float eps, Tensor? conv_weight, Tensor? dilated_weight, "
+    "Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, "
+    "str order, str gate, str backend) -> (Tensor out, Tensor mean, Tensor var)"
+)
+_library.impl("residual", fused, "CompositeImplicitAutograd")

@@ -1,0 +1,173 @@
+"""The residual tail over a norm and a layer that exist."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..backends.choice import CHOICE
+from ..checks import check_arguments
+from ..function import transformed
+from ..module import DAModule
+from ..parameters import Unnamed
+from .function import fused
+
+logger = logging.getLogger("da_ops")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_told: set[str] = set()  # reasons
+
+
+def residual_attention(
+    u: Tensor, shortcut: Tensor, norm: nn.Module, attention: DAModule | None
+) -> Tensor:
+    """``relu(attention(norm(u)) + shortcut)``, the tail of a residual branch, as one operator.
+
+    In training a fused call reads ``u`` twice, once for the statistics, and keeps ``u`` and its
+    result for backward; nothing of their size comes between. What cannot be fused calls the modules
+    one by one: other norms and layers, hooks on one of them, subclasses of tensors, tensors that
+    are traced, transformed (``torch.func``) or exported, a backend without such a kernel. Where
+    that can be helped, a warning of the logger ``da_ops`` says so once, with the reason; so does
+    :func:`unfused`.
+
+    Args:
+        u: ``[N, C, H, W]``, what the branch's last convolution gives.
+        shortcut: as ``u``.
+        norm: an ``nn.BatchNorm2d`` or torchvision's ``FrozenBatchNorm2d`` over C channels, in
+            training or in evaluation. Its running statistics are updated as it would do itself.
+        attention: the layer, or None for norm, addition and ReLU alone.
+
+    Returns:
+        ``[N, C, H, W]`` in the dtype and memory layout of ``u``.
+
+    Raises:
+        what the modules raise, such as ValueError for one value a channel in training.
+    """
+    parameters: Unnamed | None = None
+    if _fusible_now(u, shortcut, norm):
+        reason = unfused(norm, attention, u.device.type)
+        if reason is None:
+            parameters = _NONE if attention is None else attention.fused_parameters()
+        else:
+            _tell(reason)
+    if parameters is None:
+        x = norm(u)
+        return torch.relu((x if attention is None else attention(x)) + shortcut)
+    order, gate, backend = _options(attention)
+    if attention is not None:
+        check_arguments(u, parameters, order, gate)
+    weight, bias, running_mean, running_var = _norm_tensors(norm)
+    batch = type(norm) is nn.BatchNorm2d and (norm.training or running_mean is None)
+    statistics = (None, None) if batch else (running_mean, running_var)
+    call = torch.ops.da_ops.residual.default if torch.compiler.is_compiling() else fused
+    out, mean, var = call(
+        u, shortcut, weight, bias, *statistics, norm.eps, *parameters, order, gate, backend
+    )
+    if batch and norm.track_running_stats and running_mean is not None:
+        _track(norm, mean, var, u.numel() // u.shape[1])
+    return out
+
+
+_NONE: Unnamed = (None,) * 6
+
+
+def _options(attention: DAModule | None) -> tuple[str, str, str]:
+    if attention is None:
+        return "none", "sigmoid", "auto"
+    return attention.order, attention.gate, attention.backend
+
+
+def _norm_tensors(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+@torch.no_grad()
+def _track(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
+    """Update the running statistics as ``nn.BatchNorm2d`` does."""
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:  # a cumulative mean; as a tensor, so that nothing waits for a GPU
+            momentum = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+    kept = norm.running_mean.dtype
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(kept)
+    if momentum is None:
+        momentum = 0.0
+    norm.running_mean.lerp_(mean.to(kept), momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(kept), momentum)
+
+
+def unfused(norm: nn.Module, attention: nn.Module | None, device_type: str = "cpu") -> str | None:
+    """Why :func:`residual_attention` calls these modules one by one; None where it fuses them.
+
+    >>> unfused(nn.GroupNorm(1, 8), None)
+    'the norm is a GroupNorm, expected nn.BatchNorm2d'
+    """
+    if type(norm) is not nn.BatchNorm2d and not _is_frozen(norm):
+        return f"the norm is a {type(norm).__name__}, expected nn.BatchNorm2d"
+    if attention is not None and type(attention) is not DAModule:
+        return f"the attention is a {type(attention).__name__}, expected DAModule"
+    for name, module in (("norm", norm), ("attention", attention)):
+        if module is None:
+            continue
+        own = module.__dict__
+        if any(own[kind] for kind in _HOOKS):
+            return f"the {name} has hooks"
+        if "forward" in own:
+            return f"the {name} has a forward of its own"
+    if _has_any_global_hook():
+        return "there are hooks on all modules"
+    if attention is not None and attention.fused_parameters() is None:
+        return attention.unfused()
+    backend = _options(attention)[2]
+    if CHOICE.implementation(backend, device_type).residual_forward is None:
+        return f"backend {CHOICE.select(backend, device_type)!r} has no kernel of the residual tail"
+    return None
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    known = sys.modules.get("torchvision.ops.misc")  # never imported, none of its norms
+    return known is not None and type(norm) is known.FrozenBatchNorm2d
+
+
+def _fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
+    """Whether the tensors, and the way in which the call is made, let a kernel serve."""
+    if not isinstance(u, Tensor) or type(u) is not type(shortcut) or type(u) is not Tensor:
+        return False
+    if torch.jit.is_tracing() or transformed() or torch.compiler.is_exporting():
+        return False
+    if torch.onnx.is_in_onnx_export():
+        return False
+    same = u.shape == shortcut.shape and u.dtype is shortcut.dtype and u.device == shortcut.device
+    if not same or u.dim() != 4 or u.layout is not torch.strided or shortcut.layout is not u.layout:
+        return False
+    # A batch of nothing, and one value a channel, are the norm's to refuse or to take.
+    if u.numel() <= u.shape[1] or u.dtype not in _DTYPES:
+        return False
+    for t in _norm_tensors(norm) if hasattr(norm, "running_mean") else ():
+        if t is not None and (
+            t.shape != u.shape[1:2]
+            or t.device != u.device
+            or (t.dtype is not u.dtype and not (u.dtype in _HALF and t.dtype is torch.float32))
+        ):
+            return False
+    return True
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALF, torch.float32, torch.float64)
+
+
+def _tell(reason: str) -> None:
+    if torch.compiler.is_compiling() or reason in _told:  # nothing is said in a graph
+        return
+    _told.add(reason)
+    logger.warning(
+        "da_ops: the residual tail calls its modules one by one, not a fused kernel: %s", reason
+    )

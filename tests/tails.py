@@ -1,0 +1,145 @@
+"""Calls of the residual tail to test with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from da_ops.accuracy import PARAMETERS
+from da_ops.parameters import Parameters
+from da_ops.reference import da_attention, formula
+from da_ops.residual import reference
+from da_ops.residual.function import fused
+from da_ops.residual.reference import Norm
+
+from .cases import CASES, LAYOUTS, make
+
+# Every order and gate, and no attention.
+TAILS = [*CASES, ("none", "sigmoid")]
+
+
+@dataclass
+class Tail:
+    """The arguments of one call, and the gradient that comes back to it."""
+
+    u: Tensor
+    shortcut: Tensor
+    norm: Norm  # without statistics of its own where the batch's are taken
+    parameters: dict[str, Tensor]  # those that the order and gate take
+    dout: Tensor
+    order: str
+    gate: str
+
+    @property
+    def named(self) -> Parameters | None:
+        """The attention's parameters; None where there is no attention."""
+        return None if self.order == "none" else Parameters(*map(self.parameters.get, PARAMETERS))
+
+    def to(self, dtype: torch.dtype) -> Tail:
+        u, shortcut, dout = (t.to(dtype) for t in (self.u, self.shortcut, self.dout))
+        parameters = {name: p.to(dtype) for name, p in self.parameters.items()}
+        norm = self.norm.to(dtype)
+        return replace(self, u=u, shortcut=shortcut, dout=dout, norm=norm, parameters=parameters)
+
+    def results(self, function: Callable[[Tail], Tensor]) -> dict[str, Tensor]:
+        """`out` and every gradient, by name."""
+        leaf: Any = {
+            "u": self.u,
+            "shortcut": self.shortcut,
+            "norm_weight": self.norm.weight,
+            "norm_bias": self.norm.bias,
+            **self.parameters,
+        }
+        leaf = {k: t.detach().requires_grad_() for k, t in leaf.items() if t is not None}
+        call = replace(
+            self,
+            u=leaf["u"],
+            shortcut=leaf["shortcut"],
+            norm=self.norm._replace(weight=leaf.get("norm_weight"), bias=leaf.get("norm_bias")),
+            parameters={name: leaf[name] for name in self.parameters},
+        )
+        out = function(call)
+        gradients = torch.autograd.grad(out, list(leaf.values()), self.dout)
+        return {"out": out.detach(), **{f"d_{k}": g for k, g in zip(leaf, gradients)}}
+
+    def truth(self) -> dict[str, Tensor]:
+        return self.to(torch.float64).results(defined)
+
+
+def defined(tail: Tail) -> Tensor:
+    """The definition."""
+    return reference.forward(tail.u, tail.shortcut, tail.norm, tail.named, tail.order, tail.gate)
+
+
+def in_steps(tail: Tail) -> Tensor:
+    """The norm, the layer, the addition and the ReLU one after the other, in the dtype of `u`."""
+    weight, bias, mean, var, eps = tail.norm
+    x = F.batch_norm(tail.u, mean, var, weight, bias, mean is None, 0.0, eps)
+    if tail.named is not None:
+        same = all(p.dtype == x.dtype for p in tail.parameters.values())
+        x = (formula if same else da_attention)(
+            x, **dict.fromkeys(PARAMETERS[:3]) | tail.parameters, order=tail.order, gate=tail.gate
+        )
+    return torch.relu(x + tail.shortcut)
+
+
+def by_kernels(tail: Tail) -> Tensor:
+    """The fused operator of the CPU."""
+    weight, bias, mean, var, eps = tail.norm
+    parameters = map(tail.parameters.get, PARAMETERS)
+    norm = (weight, bias, mean, var, eps)
+    out, *_ = fused(tail.u, tail.shortcut, *norm, *parameters, tail.order, tail.gate, "cpu")
+    return out
+
+
+def make_tail(
+    shape: tuple[int, int, int, int] = (2, 5, 6, 7),
+    order: str = "spatial_channel",
+    gate: str = "affine",
+    *,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+    batch: bool = True,
+    affine: bool = True,
+    mean: float = 0.0,
+    seed: int = 0,
+) -> Tail:
+    """A call with random numbers; `mean` is put on top of every channel's own."""
+    kind = parameter_dtype or dtype
+    with_attention = order != "none"
+    call = make(
+        shape,
+        order if with_attention else "channel",
+        gate,
+        dtype=dtype,
+        parameter_dtype=kind,
+        layout=layout,
+        seed=seed,
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    channels = shape[1]
+    # A shortcut that is now larger and now smaller, so that ReLU does both.
+    shortcut = random(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    u = (call.x + random(1, channels, 1, 1).to(dtype) + mean).contiguous(
+        memory_format=LAYOUTS[layout]
+    )
+    weight, bias = (0.5 + random(channels)).to(kind), random(channels).to(kind)
+    norm = Norm(
+        weight if affine else None,
+        bias if affine else None,
+        None if batch else (random(channels) + mean).to(kind),
+        None if batch else (0.1 + random(channels).abs()).to(kind),
+        1e-5,
+    )
+    parameters = call.parameters if with_attention else {}
+    return Tail(u, shortcut, norm, parameters, call.dy, order, gate)

@@ -1,0 +1,326 @@
+"""The residual tail: its definition, and the kernels against it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import da_ops
+from da_ops.accuracy import PARAMETERS, PROMISED, rms
+from da_ops.residual import reference
+from da_ops.residual.function import fused
+
+from .cases import DTYPE_PAIRS, LAYOUTS, assert_close, assert_equal, distance
+from .plans import cpu_plan
+from .tails import TAILS, by_kernels, defined, in_steps, make_tail
+from .test_isolation import supported, under
+from .test_shapes import CHANNELS, EDGES
+
+KINDS = {"batch": True, "frozen": False}
+
+
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("order", "gate"), TAILS)
+def test_the_definition_is_the_modules(order, gate, batch):
+    tail = make_tail(order=order, gate=gate, dtype=torch.float64, batch=batch)
+    assert_close(tail.results(defined), tail.results(in_steps), 1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("order", "gate"), TAILS)
+def test_backward_is_the_derivative(order, gate, batch, affine):
+    tail = make_tail((3, 5, 8, 7), order, gate, dtype=torch.float64, batch=batch, affine=affine)
+    out = defined(tail)
+    du, d_shortcut, d_weight, d_bias, *rest = reference.backward(
+        tail.dout, out, tail.u, tail.norm, tail.named, order, gate
+    )
+    got = {"out": out, "d_u": du, "d_shortcut": d_shortcut}
+    if affine:
+        got |= {"d_norm_weight": d_weight, "d_norm_bias": d_bias}
+    assert affine or d_weight is d_bias is None
+    named = dict(zip(PARAMETERS, rest))
+    assert {name for name, g in named.items() if g is not None} == set(tail.parameters)
+    got |= {f"d_{name}": named[name] for name in tail.parameters}
+    assert_close(got, tail.truth(), 1e-12)
+
+
+def assert_as_good_as_steps(tails, *, times=2.0):
+    """The kernels' errors against those of the modules one after the other, in the same dtype."""
+    ours, steps = [], []
+    for tail in tails:
+        want = tail.truth()
+        for errors, function in ((ours, by_kernels), (steps, in_steps)):
+            got = tail.results(function)
+            errors.append({name: distance(got[name], want[name]) for name in want})
+    for name in ours[0]:
+        found, beside = (rms(draw[name] for draw in draws) for draws in (ours, steps))
+        allowed = max(times * beside, PROMISED[tails[0].results(by_kernels)[name].dtype])
+        assert found <= allowed, (name, found, beside)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype"),
+    DTYPE_PAIRS,
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("order", "gate"), TAILS)
+def test_accuracy(fused_cpu, order, gate, batch, dtype, parameter_dtype, layout):
+    tails = [
+        make_tail(
+            (2, 24, 9, 11),
+            order,
+            gate,
+            dtype=dtype,
+            parameter_dtype=parameter_dtype,
+            layout=layout,
+            batch=batch,
+            seed=seed,
+        )
+        for seed in range(4)
+    ]
+    for name, result in tails[0].results(by_kernels).items():
+        assert result.dtype == (
+            dtype if name in ("out", "d_u", "d_shortcut") else parameter_dtype
+        ), name
+    assert_as_good_as_steps(tails)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 64, 28, 28), (3, 1024, 14, 14), (5, 512, 7, 7)])
+def test_accuracy_at_real_sizes(fused_cpu, shape, layout):
+    assert_as_good_as_steps([make_tail(shape, layout=layout, seed=seed) for seed in range(2)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), [("spatial_channel", "affine"), ("none", "sigmoid")])
+def test_a_mean_of_a_thousand_deviations(fused_cpu, order, gate, layout):
+    """Where every sum of raw numbers would lose what counts."""
+    tails = [
+        make_tail((4, 32, 12, 13), order, gate, layout=layout, mean=1000.0, seed=seed)
+        for seed in range(4)
+    ]
+    assert_as_good_as_steps(tails)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_constant_channel_and_a_weight_of_zero(fused_cpu, layout):
+    """Branches that start at zero do: nothing divides by a weight, or by a variance."""
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        tail = make_tail((3, 6, 8, 9), dtype=dtype, layout=layout)
+        tail.u[:, 1] = 3.0
+        tail.norm.weight[2] = 0.0
+        got, want = tail.results(by_kernels), tail.truth()
+        assert all(result.isfinite().all() for result in got.values())
+        # The constant channel's gradient is multiplied by 1 / sqrt(eps).
+        assert_close(got, want, tolerance)
+
+
+@st.composite
+def tails(draw):
+    dtype, parameter_dtype = draw(st.sampled_from(DTYPE_PAIRS))
+    order, gate = draw(st.sampled_from(TAILS))
+    shape = (draw(st.integers(1, 5)), draw(CHANNELS), draw(EDGES), draw(EDGES))
+    if shape[0] * shape[2] * shape[3] < 4:
+        shape = (4, *shape[1:])  # a variance needs some values to be told from none
+    return make_tail(
+        shape,
+        order,
+        gate,
+        dtype=dtype,
+        parameter_dtype=parameter_dtype,
+        layout=draw(st.sampled_from(list(LAYOUTS))),
+        batch=draw(st.booleans()),
+        affine=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+PLANS = st.sampled_from(["", "shared=0", "shared=0,slab_rows=8", "cache=1,slabs=3", "slab_rows=16"])
+
+
+@given(tails(), PLANS, st.integers(1, 3))
+def test_any_size(fused_cpu_of_hypothesis, tail, limits, threads):
+    """Against the definition in float64, under any plan; what is not written is seen."""
+    with cpu_plan(limits, threads):
+        got = tail.results(by_kernels)
+    for name, want in tail.truth().items():
+        off, least = (got[name].double() - want).norm(), 1e-2 * want.numel() ** 0.5
+        assert off <= TOLERANCE[tail.u.dtype] * (want.norm() + least), name
+
+
+# Sums of few numbers may cancel: this is to see mistakes, test_accuracy sees errors.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
+
+
+@pytest.fixture(scope="module")
+def fused_cpu_of_hypothesis():
+    """`fused_cpu`, for tests whose examples share their fixtures."""
+    if da_ops.backends()["cpu"] is not None:
+        pytest.skip("the CPU kernels are not built")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 8, 5, 7), (3, 33, 20, 19), (1, 70, 33, 37), (2, 5, 96, 97)])
+@pytest.mark.parametrize(
+    ("order", "gate"),
+    [
+        ("spatial_channel", "affine"),
+        ("channel_spatial", "eca"),
+        ("parallel", "scalar"),
+        ("none", "sigmoid"),
+    ],
+)
+def test_threads_and_runs_do_not_show(fused_cpu, order, gate, shape, layout):
+    tail = make_tail(shape, order, gate, layout=layout)
+    want = tail.results(by_kernels)
+    for threads in (1, 2, 3):
+        with cpu_plan("shared=0", threads):
+            assert_equal(tail.results(by_kernels), want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), TAILS)
+def test_a_nan_stays_in_its_image_where_the_norm_is_frozen(fused_cpu, order, gate, layout):
+    tail = make_tail((4, 6, 9, 8), order, gate, layout=layout, batch=False)
+    want = tail.results(by_kernels)
+    tail.u[1, 2, 3, 4] = tail.dout[2, 2, 3, 4] = float("nan")
+    tail.shortcut[2, 2, 3, 4] = 100.0  # ReLU lets the gradient pass
+    got = tail.results(by_kernels)
+    for image in (0, 3):
+        for name in ("out", "d_u", "d_shortcut"):
+            assert torch.equal(got[name][image], want[name][image])
+    assert got["out"][1].isnan().any()
+    assert got["d_u"][2].isnan().any()
+    in_training = replace(tail, norm=tail.norm._replace(mean=None, var=None)).results(by_kernels)
+    assert in_training["out"][0].isnan().any()  # statistics join the images, as they must
+
+
+def test_strides_of_any_kind(fused_cpu):
+    tail = make_tail((2, 6, 8, 9))
+    want = tail.results(by_kernels)
+    other = replace(
+        tail,
+        u=tail.u.transpose(2, 3).contiguous().transpose(2, 3),
+        shortcut=tail.shortcut.contiguous(memory_format=torch.channels_last),
+        dout=tail.dout.sum((2, 3), keepdim=True).expand_as(tail.dout),
+    )
+    tail.dout = other.dout.contiguous()
+    want = tail.results(by_kernels)
+    got = other.results(by_kernels)
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+def test_gradcheck(fused_cpu, batch):
+    tail = make_tail((2, 3, 4, 5), dtype=torch.float64, batch=batch)
+    inputs = [
+        t.requires_grad_() for t in (tail.u, tail.shortcut, tail.norm.weight, tail.norm.bias)
+    ] + [p.requires_grad_() for p in tail.parameters.values()]
+
+    def function(u, shortcut, weight, bias, *parameters):
+        call = replace(
+            tail,
+            u=u,
+            shortcut=shortcut,
+            norm=tail.norm._replace(weight=weight, bias=bias),
+            parameters=dict(zip(tail.parameters, parameters)),
+        )
+        return by_kernels(call)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("order", "gate"), [("spatial_channel", "affine"), ("none", "sigmoid")])
+def test_opcheck(fused_cpu, order, gate, batch, layout):
+    tail = make_tail((2, 3, 4, 5), order, gate, layout=layout, batch=batch)
+    parameters = [tail.parameters.get(name) for name in PARAMETERS]
+    forward = (tail.u, tail.shortcut, *tail.norm, *parameters, order, gate)
+    ops = torch.ops.da_ops
+    torch.library.opcheck(ops.residual_forward.default, forward)
+    out, mean, var, *maps = ops.residual_forward(*forward)
+    if not batch:
+        mean, var = tail.norm.mean, tail.norm.var
+    weight, bias, *_, eps = tail.norm
+    norm = (weight, bias, mean, var, batch, eps)
+    backward = (tail.dout, out, tail.u, *norm, *parameters, *maps, order, gate)
+    torch.library.opcheck(ops.residual_backward.default, backward)
+
+
+def test_only_the_input_and_the_result_are_kept(fused_cpu):
+    tail = make_tail((2, 16, 12, 12))
+    tail.u.requires_grad_()
+    large = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: large.append(t.data_ptr()) if t.numel() >= tail.u.numel() else None,
+        lambda _: None,
+    ):
+        out = by_kernels(tail)
+    assert sorted(large) == sorted((tail.u.data_ptr(), out.data_ptr()))
+
+
+BITS = """
+import hashlib
+from tests.tails import by_kernels, make_tail
+for layout in ("contiguous", "channels_last"):
+    results = make_tail((2, 64, 20, 21), layout=layout).results(by_kernels)
+    print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in results.values())).hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
+def test_every_instruction_set_is_accurate(fused_cpu, instruction_set):
+    if not supported(instruction_set):
+        pytest.skip(f"this machine has no {instruction_set}")
+    kinds = "any_size or thousand or real_sizes or (test_accuracy and batch and contiguous)"
+    tests = ["-k", kinds, "-p", "no:cacheprovider"]
+    done = under(instruction_set, "-m", "pytest", "-q", "tests/test_residual.py", *tests)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bits = under(instruction_set, "-c", BITS)
+    assert bits.returncode == 0, bits.stderr
+    here = hashlib.sha256(
+        b"".join(
+            t.numpy().tobytes() for t in make_tail((2, 64, 20, 21)).results(by_kernels).values()
+        )
+    ).hexdigest()
+    assert bits.stdout.split()[0] != here, "the instruction set was not the one asked for"
+
+
+def test_the_operator_names_what_does_not_fit(fused_cpu):
+    tail = make_tail()
+    parameters = [tail.parameters.get(name) for name in PARAMETERS]
+    with pytest.raises(RuntimeError, match="shortcut must be like u"):
+        torch.ops.da_ops.residual_forward(
+            tail.u, tail.shortcut[:1], *tail.norm, *parameters, "spatial_channel", "affine"
+        )
+    with pytest.raises(RuntimeError, match="norm_mean and norm_var go together"):
+        torch.ops.da_ops.residual_forward(
+            tail.u,
+            tail.shortcut,
+            *tail.norm._replace(mean=torch.zeros(5)),
+            *parameters,
+            "spatial_channel",
+            "affine",
+        )
+    with pytest.raises(RuntimeError, match="wrong size"):
+        fused(
+            tail.u,
+            tail.shortcut,
+            *tail.norm._replace(weight=nn.Parameter(torch.ones(3))),
+            *parameters,
+            "spatial_channel",
+            "affine",
+            "cpu",
+        )

@@ -1,0 +1,322 @@
+"""The residual tail as a layer, and over modules that exist: it does what they do one by one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import da_ops
+from da_ops.residual import functional
+from da_ops.residual.functional import residual_attention, unfused
+
+from .cases import LAYOUTS
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}  # in float64
+
+
+@pytest.fixture(autouse=True)
+def _forget(fused_cpu):
+    functional._told.clear()
+
+
+def one_by_one(u, shortcut, norm, attention):
+    x = norm(u)
+    return torch.relu((x if attention is None else attention(x)) + shortcut)
+
+
+def tensors(shape=(3, 6, 7, 8), dtype=torch.float64, layout="contiguous", requires_grad=True):
+    u, shortcut, dout = (
+        torch.randn(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(3)
+    )
+    return u.requires_grad_(requires_grad), shortcut.requires_grad_(requires_grad), dout
+
+
+def norm_of(dtype=torch.float64, channels=6, **options):
+    norm = nn.BatchNorm2d(channels, dtype=dtype, **options)
+    for t in (norm.weight, norm.bias):
+        if t is not None:
+            nn.init.normal_(t)
+    if norm.running_mean is not None:
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return norm
+
+
+def layer_of(dtype=torch.float64, channels=6, **options):
+    layer = da_ops.DAModule(channels, dtype=dtype, **options)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.5)
+    return layer
+
+
+def is_fused(out):
+    return type(out.grad_fn).__name__ == "ResidualFunctionBackward"
+
+
+def assert_same(u, shortcut, dout, norm, attention, *, fused=True, steps=2):
+    """The tail over these modules and one by one over copies: results, gradients, buffers."""
+    others = copy.deepcopy((norm, attention))
+    for _ in range(steps):
+        found = []
+        for function, modules in ((residual_attention, (norm, attention)), (one_by_one, others)):
+            out = function(u, shortcut, *modules)
+            if function is residual_attention and out.requires_grad:
+                assert is_fused(out) == fused
+            parameters = [
+                p for m in modules if m is not None for p in m.parameters() if p.requires_grad
+            ]
+            inputs = [t for t in (u, shortcut, *parameters) if t.requires_grad]
+            gradients = torch.autograd.grad(out, inputs, dout) if inputs else ()
+            buffers = list(modules[0].buffers())
+            found.append([out, *gradients, *buffers])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": None},
+        {"momentum": 0.0},
+        {"track_running_stats": False},
+        {"affine": False},
+        {"eps": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("attention", [True, False])
+def test_norms(attention, options, training, layout):
+    norm = norm_of(**options).train(training)
+    assert_same(*tensors(layout=layout), norm, layer_of() if attention else None)
+
+
+def test_running_statistics_are_the_same_in_every_run():
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        u, shortcut, _ = tensors(dtype=torch.float32)
+        norm = norm_of(torch.float32)
+        for _ in range(3):
+            residual_attention(u, shortcut, norm, None)
+        runs.append([norm.running_mean, norm.running_var, norm.num_batches_tracked])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_a_norm_that_no_longer_tracks_keeps_its_statistics():
+    norm = norm_of()
+    norm.track_running_stats = False
+    assert_same(*tensors(), norm, layer_of())
+
+
+def test_an_old_norm_that_counts_no_batches():
+    norm = norm_of()
+    norm.num_batches_tracked = None
+    assert_same(*tensors(), norm, layer_of())
+    norm.momentum = None
+    assert_same(*tensors(), norm, layer_of())
+
+
+def test_a_frozen_norm_of_torchvision():
+    norm = FrozenBatchNorm2d(6).double()
+    nn.init.normal_(norm.weight)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    assert_same(*tensors(), norm, layer_of())
+
+
+@pytest.mark.parametrize("frozen", ["norm", "attention", "weight", "all"])
+def test_parameters_without_a_gradient(frozen):
+    norm, layer = norm_of(), layer_of()
+    if frozen == "weight":
+        norm.weight.requires_grad_(False)
+    else:
+        for name, module in (("norm", norm), ("attention", layer)):
+            if frozen in (name, "all"):
+                module.requires_grad_(False)
+    assert_same(*tensors(), norm, layer)
+    u, shortcut, dout = tensors(requires_grad=False)
+    assert_same(u, shortcut.requires_grad_(), dout, norm, layer)
+
+
+def test_without_any_gradient():
+    u, shortcut, _ = tensors(requires_grad=False)
+    norm, layer = norm_of().eval(), layer_of()
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            residual_attention(u, shortcut, norm, layer), one_by_one(u, shortcut, norm, layer)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_with_a_norm_in_float32(dtype):
+    u, shortcut, _ = tensors(dtype=dtype)
+    norm, layer = norm_of(torch.float32), layer_of(torch.float32)
+    out = residual_attention(u, shortcut, norm, layer)
+    assert is_fused(out)
+    assert out.dtype == dtype
+    wide = one_by_one(u.float(), shortcut.float(), norm, layer)
+    torch.testing.assert_close(out.float(), wide, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast():
+    u, shortcut, _ = tensors(dtype=torch.bfloat16)
+    tail = da_ops.DAResidual(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tail(u, shortcut)
+    assert is_fused(out)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert tail.norm.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: (nn.GroupNorm(2, 6).double(), layer_of()), "GroupNorm"),
+        (lambda: (nn.SyncBatchNorm(6).double().eval(), layer_of()), "SyncBatchNorm"),
+        (lambda: (norm_of(), nn.Identity()), "Identity"),
+        (lambda: (nn.utils.parametrizations.weight_norm(norm_of()), None), "Parametrized"),
+    ],
+)
+def test_what_cannot_be_fused_is_called_and_told_once(make, reason, caplog):
+    norm, attention = make()
+    u, shortcut, _ = tensors()
+    with caplog.at_level(logging.WARNING, "da_ops"):
+        for _ in range(2):
+            out = residual_attention(u, shortcut, norm, attention)
+    assert not is_fused(out)
+    assert len([r for r in caplog.records if "residual tail" in r.message]) == 1
+    assert reason in caplog.text
+    assert reason in unfused(norm, attention)
+
+
+@pytest.mark.parametrize("which", ["norm", "attention", "conv"])
+def test_hooks_are_called(which):
+    norm, layer = norm_of(), layer_of()
+    module = {"norm": norm, "attention": layer, "conv": layer.conv}[which]
+    seen = []
+    handle = module.register_forward_hook(lambda *_: seen.append(1))
+    assert "has hooks" in unfused(norm, layer)
+    assert_same(*tensors(), norm, layer, fused=False, steps=1)
+    assert seen
+    handle.remove()
+    assert unfused(norm, layer) is None
+
+
+def test_hooks_on_all_modules_are_called():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    try:
+        residual_attention(*tensors()[:2], norm_of(), layer_of())
+    finally:
+        handle.remove()
+    assert seen == [nn.BatchNorm2d, da_ops.DAModule]
+
+
+def test_a_backend_without_a_kernel_of_the_tail(caplog):
+    with caplog.at_level(logging.WARNING, "da_ops"):
+        assert_same(*tensors(), norm_of(), layer_of(backend="eager"), fused=False)
+    assert "backend 'eager' has no kernel of the residual tail" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda u, r: (u, r[:1]),  # broadcast
+        lambda u, r: (u[:0], r[:0]),
+        lambda u, r: (u, r.float()),
+    ],
+    ids=["broadcast", "no images", "another dtype"],
+)
+def test_shortcuts_that_no_kernel_takes(change):
+    u, shortcut = change(*tensors()[:2])
+    norm, layer = norm_of().eval(), layer_of()
+    out = residual_attention(u, shortcut, norm, layer)
+    torch.testing.assert_close(out, one_by_one(u, shortcut, norm, layer))
+
+
+def test_errors_are_those_of_the_modules():
+    norm, layer = norm_of(), layer_of()
+    u = torch.randn(1, 6, 1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        residual_attention(u, u, norm, layer)
+    with pytest.raises(ValueError, match="4D"):
+        residual_attention(u[0], u[0], norm, layer)
+    u = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="gate_weight must have shape"):
+        residual_attention(u, u, norm, layer_of(channels=5))
+    with pytest.raises(RuntimeError, match="running_mean should contain 6 elements"):
+        residual_attention(u, u, norm_of(channels=5), None)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_compile(training):
+    u, shortcut, dout = tensors()
+    plain = da_ops.DAResidual(6, dtype=torch.float64).train(training)
+    compiled = copy.deepcopy(plain)
+    function = torch.compile(compiled, fullgraph=True)
+    for _ in range(2):
+        found = []
+        for module, call in ((plain, plain), (compiled, function)):
+            out = call(u, shortcut)
+            gradients = torch.autograd.grad(out, [u, shortcut, *module.parameters()], dout)
+            found.append([out, *gradients, *(b.clone() for b in module.buffers())])
+        for ours, theirs in zip(*found):
+            torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_export_and_script_are_plain_operations():
+    u, shortcut, _ = tensors(dtype=torch.float32, requires_grad=False)
+    tail = da_ops.DAResidual(6).eval()
+    want = tail(u, shortcut)
+    exported = torch.export.export(tail, (u, shortcut))
+    assert not any("residual" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(u, shortcut), want)
+    torch.testing.assert_close(torch.jit.script(tail)(u, shortcut), want)
+    traced = torch.fx.symbolic_trace(tail)
+    torch.testing.assert_close(traced(u, shortcut), want)
+
+
+def test_functional_transforms():
+    u, shortcut, _ = tensors(requires_grad=False)
+    tail = da_ops.DAResidual(6, dtype=torch.float64).eval()
+
+    def loss(parameters, u, shortcut):
+        return torch.func.functional_call(tail, parameters, (u, shortcut)).square().sum()
+
+    parameters = {name: p.detach() for name, p in tail.named_parameters()}
+    gradients = torch.func.grad(loss)(parameters, u, shortcut)
+    want = torch.autograd.grad(tail(u, shortcut).square().sum(), list(tail.parameters()))
+    for found, expected in zip(gradients.values(), want, strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    each = torch.func.vmap(lambda u, r: tail(u[None], r[None])[0])(u, shortcut)
+    torch.testing.assert_close(each, tail(u, shortcut), **TOLERANCE)
+
+
+def test_the_layer_has_the_modules_state():
+    tail = da_ops.DAResidual(6, eps=1e-3, momentum=None, order="parallel", gate="scalar")
+    assert (tail.norm.eps, tail.norm.momentum) == (1e-3, None)
+    assert {key.partition(".")[0] for key in tail.state_dict()} == {"norm", "attention"}
+    assert tail.attention.order == "parallel"
+    other = copy.deepcopy(tail)
+    other.load_state_dict(tail.state_dict())
+    u, shortcut, _ = tensors(dtype=torch.float32)
+    assert torch.equal(other(u, shortcut), tail(u, shortcut))
+    with pytest.raises(ValueError, match="channels must be a positive int"):
+        da_ops.DAResidual(0)
+
+
+def test_a_norm_that_is_changed_between_forward_and_backward():
+    u, shortcut, dout = tensors()
+    norm = norm_of().eval()
+    out = residual_attention(u, shortcut, norm, None)
+    norm.running_mean.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(dout)
