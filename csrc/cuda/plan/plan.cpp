@@ -1,37 +1,10 @@
 #include "cuda/plan/plan.h"
 
 #include "cuda/plan/memory.h"
+#include "cuda/plan/tile.h"
 
 namespace da::cuda {
 namespace {
-
-Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits) {
-  Tiling t{};
-  set_matrix(t, p);
-  const int elements = 16 / p.element_size();
-  const bool vectors = aligned && holds_vectors(t, elements);
-  cut_rows(t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
-           [](int lanes) { return lanes; });
-
-  // One wave of blocks where the tiles get neither too small nor too large.
-  const int64_t blocks = device.multiprocessors * blocks_per_sm(p.element_size());
-  const int64_t reads = ceil_div(ceil_div(t.rows, t.at_once()) * t.col_tiles * p.n, blocks);
-  int64_t height = std::min(std::max(reads, limits.min_reads), limits.max_reads) * t.at_once();
-  height = std::max(height, round_up(ceil_div(t.rows, limits.terms), t.period));
-  const int64_t max_height = limits.height / (p.dtype == Dtype::float64 ? 8 : 4);
-  height = std::min(height, std::max<int64_t>(max_height / t.period, 1) * t.period);
-  t.row_tiles = ceil_div(t.rows, height);
-  t.height = round_up(ceil_div(t.rows, t.row_tiles), t.period);
-  t.row_tiles = ceil_div(t.rows, t.height);
-  return t;
-}
-
-Halo halo(const Problem& p, const Tiling& t) {
-  const int64_t margin = kReach * (p.w + 1), all = t.tile_pixels() + 2 * margin;
-  const int row = t.tile_pixels() + 2 * kReach;
-  if (all <= 5 * row) return {1, static_cast<int>(all), static_cast<int>(margin)};
-  return {5, row, kReach};
-}
 
 // Hands out places in the workspace.
 struct Allocator {
@@ -42,11 +15,6 @@ struct Allocator {
     return at;
   }
 };
-
-size_t shared_bytes(const Problem& p, const Plan& plan, Kernel kernel) {
-  return p.dtype == Dtype::float64 ? Memory<double>(nullptr, plan.tiling, plan.halo, kernel).bytes
-                                   : Memory<float>(nullptr, plan.tiling, plan.halo, kernel).bytes;
-}
 
 int64_t finish_jobs(const Problem& p) {
   const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p);
@@ -67,7 +35,7 @@ class Planner {
   void passes() {
     for (const Pass& pass : schedule_) {
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
-      add(kernel, pass, tiles(), shared_bytes(p_, plan_, kernel));
+      add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel));
       if (pass.sums.pixels && t_.channel_tiles() > limits_.terms) fold(pass, kPixels, p_.pixels());
       if (pass.sums.channels && t_.pixel_tiles() > limits_.terms) fold(pass, kChannels, p_.c);
       pending_ = pass.complete;
