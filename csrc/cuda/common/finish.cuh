@@ -12,6 +12,8 @@ namespace da::cuda {
 template <class A>
 SIMT_KERNEL(kThreads, 1)
 fold(SIMT_PARAM Args<A> args) {
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
   const Partial<A>& p = args.to_fold;
   A* sums = reinterpret_cast<A*>(SmallMemory(simt::shared()).sums);
   const int span = p.entries < simt::kWarp ? 1 : simt::kWarp, slices = kThreads / span;
@@ -47,6 +49,8 @@ SIMT_FN A block_sum(A value, A* warps) {
 template <class A>
 SIMT_KERNEL(kThreads, 1)
 gate_sums(SIMT_PARAM Args<A> args) {
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
   A* warps = reinterpret_cast<A*>(SmallMemory(simt::shared()).sums);
   const int64_t job = args.first_job + simt::block();
   const int64_t image = job / args.parts, part = job % args.parts;
@@ -144,6 +148,8 @@ SIMT_FN void finish_parts(const Args<accumulate_t<T>>& args, int64_t part, doubl
 template <class T>
 SIMT_KERNEL(kThreads, 1)
 finish(SIMT_PARAM Args<accumulate_t<T>> args) {
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
   double* sums = SmallMemory(simt::shared()).sums;
   const int64_t spatial = args.masks.pixels ? 1 : 0;
   const int64_t job = args.first_job + simt::block();

@@ -35,7 +35,7 @@ class Planner {
   void passes() {
     for (const Pass& pass : schedule_) {
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
-      add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel));
+      add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel), backwards(pass));
       if (pass.sums.pixels && t_.channel_tiles() > limits_.terms) fold(pass, kPixels, p_.pixels());
       if (pass.sums.channels && t_.pixel_tiles() > limits_.terms) fold(pass, kChannels, p_.c);
       pending_ = pass.complete;
@@ -83,9 +83,15 @@ class Planner {
   }
 
  private:
-  void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes) {
-    steps_.push_back({kernel, pass, pending_, jobs, grid(jobs), shared_bytes});
+  void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes,
+           bool backwards = false) {
+    steps_.push_back({kernel, pass, pending_, backwards, jobs, grid(jobs), shared_bytes});
   }
+  // Every other pass, the last among them: whoever reads y or dx next begins with the first image,
+  // which is then the last to have been written. Of three passes the first goes backwards too, and
+  // finds what the launch that wrote x or dy wrote last; x itself is long gone when backward
+  // begins.
+  bool backwards(const Pass& pass) const { return (schedule_.end() - &pass) % 2 == 1; }
   // Adds up one axis' partial sums of a pass.
   void fold(const Pass& pass, Axes axis, int64_t entries) {
     const int64_t jobs = p_.n * (entries < 32 ? entries : ceil_div(entries, 32));
@@ -114,6 +120,7 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
   if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
+  plan.early = device.early_launches;
   Planner forward(problem, plan, limits, Way::forward);
   Planner backward(problem, plan, limits, Way::backward);
   forward.passes();

@@ -56,10 +56,11 @@ enum class Kernel { sums, fold, scale, gate_sums, finish, on_chip };
 // One launch: a pass of the schedule, or what comes between passes and after them.
 struct Step {
   Kernel kernel;
-  Pass pass;      // `reads` and `writes` say what comes from and goes to global memory
-  Axes pending;   // the axes whose sums are complete and whose maps this launch makes of them
-  int64_t jobs;   // one for each block
-  unsigned grid;  // blocks that are launched at a time
+  Pass pass;       // `reads` and `writes` say what comes from and goes to global memory
+  Axes pending;    // the axes whose sums are complete and whose maps this launch makes of them
+  bool backwards;  // the blocks take the tiles from the last on
+  int64_t jobs;    // one for each block
+  unsigned grid;   // blocks that are launched at a time
   size_t shared_bytes;
 };
 
@@ -87,6 +88,7 @@ struct Direction {
 struct Plan {
   Tiling tiling;
   Halo halo;
+  bool early;  // launches after a call's first may begin before the one before has ended
   Direction forward, backward;
 
   const Direction& operator[](Way way) const { return way == Way::forward ? forward : backward; }

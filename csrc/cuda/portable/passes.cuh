@@ -21,7 +21,9 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   const Tiling& t = args.tiling;
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::sums);
 
-  const Tile tile(t, args.first_job + simt::block());
+  const Tile tile(t, args.first_tile + args.tile_step * simt::block());
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
   weights_of_sums<T, Kind>(args, tile, memory);
   const A* row_weight = t.channels_last ? memory.pixel_factor : memory.channel_factor;
   const A* col_weight = t.channels_last ? memory.channel_factor : memory.pixel_factor;
@@ -148,7 +150,9 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   const Tiling& t = args.tiling;
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::scale);
 
-  const Tile tile(t, args.first_job + simt::block());
+  const Tile tile(t, args.first_tile + args.tile_step * simt::block());
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
   if (Backward)
     factors_of_dx<T>(args, tile, memory);
   else
@@ -171,7 +175,7 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   scaling.template rows<kDepth, How>(
       lane, lane.super_row * t.period + lane.phase, lane.active ? tile.rows : 0, at_once,
       at_once * t.cols, static_cast<const T*>(Backward ? args.dy : args.x) + start,
-      static_cast<T*>(args.out) + start, [](const T* p) { return Access<T, E>::load_once(p); });
+      static_cast<T*>(args.out) + start, [](const T* p) { return Access<T, E>::load_last(p); });
 }
 
 }  // namespace da::cuda
