@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import native
-from .base import Backend, Call, Direction, Launch, Pass, Plan
+from .base import Backend, Call, Direction, Launch, Pass, Plan, Waves
 from .tuned import ENVIRONMENT, PLANS
 
 OLDEST = 75  # compute capability that kernels are built for
@@ -37,7 +37,8 @@ def _plan(call: Call) -> Plan:
         details = plan(*of_call, tuned.plan if tuned else wish)
         passes = []
         for step in details[name]:
-            launch = Launch(step.pop("grid"), step.pop("threads"), step.pop("shared_bytes"))
+            grid, threads, shared = map(step.pop, ("grid", "threads", "shared_bytes"))
+            launch = Launch(grid, threads, shared, Waves(**step.pop("waves")))
             passes.append(Pass(**step, launch=launch))
         return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
 

@@ -12,6 +12,7 @@
 #include "cuda/plan/choose.cpp"
 #include "cuda/plan/onchip.cpp"
 #include "cuda/plan/plan.cpp"
+#include "cuda/plan/tile.cpp"
 
 namespace da::cuda {
 DA_LAUNCHERS(template, Dtype::float16)

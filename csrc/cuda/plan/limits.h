@@ -13,8 +13,8 @@ struct Limits {
   int64_t lanes = 64;          // vectors that cover a tile's row
   int64_t scalar_lanes = 128;  // elements that do where there are no vectors
   int64_t height = 4096;       // bytes of a map's values at a tile's rows
-  int64_t min_reads = 4;   // vectors that a thread reads in a tile: enough to pay for the masks,
-  int64_t max_reads = 32;  // and few enough to fill the GPU
+  int64_t min_reads = 2;   // vectors that a thread reads in a tile: enough to pay for the masks,
+  int64_t max_reads = 32;  // and few enough for several waves
   // The launch that keeps an image on the chip:
   int64_t chip_lanes = 1 << 10;  // vectors that cover a tile's row
   int64_t chunks = 8;            // chunks of a slab

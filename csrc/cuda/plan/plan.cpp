@@ -1,30 +1,10 @@
 #include "cuda/plan/plan.h"
 
 #include "cuda/plan/memory.h"
+#include "cuda/plan/tile.h"
 
 namespace da::cuda {
 namespace {
-
-Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits) {
-  Tiling t{};
-  set_matrix(t, p);
-  const int elements = 16 / p.element_size();
-  const bool vectors = aligned && holds_vectors(t, elements);
-  cut_rows(t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
-           [](int lanes) { return lanes; });
-
-  // One wave of blocks where the tiles get neither too small nor too large.
-  const int64_t blocks = device.multiprocessors * blocks_per_sm(p.element_size());
-  const int64_t reads = ceil_div(ceil_div(t.rows, t.at_once()) * t.col_tiles * p.n, blocks);
-  int64_t height = std::min(std::max(reads, limits.min_reads), limits.max_reads) * t.at_once();
-  height = std::max(height, round_up(ceil_div(t.rows, limits.terms), t.period));
-  const int64_t max_height = limits.height / (p.dtype == Dtype::float64 ? 8 : 4);
-  height = std::min(height, std::max<int64_t>(max_height / t.period, 1) * t.period);
-  t.row_tiles = ceil_div(t.rows, height);
-  t.height = round_up(ceil_div(t.rows, t.row_tiles), t.period);
-  t.row_tiles = ceil_div(t.rows, t.height);
-  return t;
-}
 
 // Hands out places in the workspace.
 struct Allocator {
@@ -35,11 +15,6 @@ struct Allocator {
     return at;
   }
 };
-
-size_t shared_bytes(const Problem& p, const Plan& plan, Kernel kernel) {
-  return p.dtype == Dtype::float64 ? Memory<double>(nullptr, plan.tiling, plan.halo, kernel).bytes
-                                   : Memory<float>(nullptr, plan.tiling, plan.halo, kernel).bytes;
-}
 
 int64_t finish_jobs(const Problem& p) {
   const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p);
@@ -62,7 +37,7 @@ class Planner {
   void passes() {
     for (const Pass& pass : schedule_) {
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
-      add(kernel, pass, tiles(), shared_bytes(p_, plan_, kernel));
+      add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel));
       pending_ = pass.complete;
       weights_ = backward_ ? pass.complete : either(weights_, pass.complete);
     }
@@ -139,7 +114,7 @@ class Planner {
 Plan plan(const Problem& problem, const Device& device, bool aligned, const Limits& limits) {
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
-  if (problem.spatial()) plan.halo = halo(plan.tiling.tile_pixels(), problem.w);
+  if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
   Planner forward(problem, plan, limits, Way::forward);
   Planner backward(problem, plan, limits, Way::backward);
   forward.passes();

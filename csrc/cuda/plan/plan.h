@@ -14,7 +14,7 @@
 namespace da::cuda {
 
 constexpr int kThreads = 256;  // of a block of the portable passes
-// Blocks that a multiprocessor's registers hold, by the size of an element.
+// Blocks of a pass that a multiprocessor's registers hold, by the size of an element.
 constexpr int blocks_per_sm(int64_t element_size) { return element_size == 8 ? 2 : 3; }
 
 // How the portable passes cut an image up: a block works on a tile of its matrix.

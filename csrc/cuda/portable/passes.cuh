@@ -12,7 +12,7 @@ namespace da::cuda {
 // A thread keeps its columns' sums in registers over all rows. Its sum over a row's elements goes
 // to shared memory, kDepth rows at a time; then four threads add up the lanes of each row.
 template <class T, int E, Sums Kind, Adds What, Fit How>
-SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)) - (Kind == Sums::through && sizeof(T) == 4))
+SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
 sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
