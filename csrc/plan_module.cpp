@@ -91,7 +91,8 @@ py::list steps(const da::Problem& p, const da::cuda::Device& device, const da::c
         py::dict(py::arg("name") = pass.name, py::arg("reads") = da::count(pass.reads),
                  py::arg("writes") = da::count(pass.writes), py::arg("grid") = step.grid,
                  py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
-                 py::arg("shared_bytes") = step.shared_bytes,
+                 py::arg("shared_bytes") = step.shared_bytes, py::arg("once") = step.count.once,
+                 py::arg("again") = step.count.again,
                  py::arg("waves") = waves(da::cuda::waves(p, device, plan, direction, step))));
   }
   return list;

@@ -87,6 +87,8 @@ def _line(p: dict[str, Any]) -> str:
         line += f", {launch['grid']} blocks of {launch['threads']} threads"
         line += f" with {launch['shared_bytes'] / 1024:.1f} KiB shared memory"
         line += f", {_waves(launch['waves'])}"
+    if p["why"]:
+        line += f"; {p['why']}"
     return line
 
 

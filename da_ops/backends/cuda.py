@@ -39,7 +39,8 @@ def _plan(call: Call) -> Plan:
         for step in details[name]:
             grid, threads, shared = map(step.pop, ("grid", "threads", "shared_bytes"))
             launch = Launch(grid, threads, shared, Waves(**step.pop("waves")))
-            passes.append(Pass(**step, launch=launch))
+            why = _saved(step.pop("once"), step.pop("again"))
+            passes.append(Pass(**step, launch=launch, why=why))
         return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
 
     (details, forward), (others, backward) = direction("forward"), direction("backward")
@@ -50,6 +51,11 @@ def _plan(call: Call) -> Plan:
     if here:
         details.update(PLANS.words("cuda", call))
     return Plan(forward, backward, details)
+
+
+def _saved(once: int, again: int) -> str | None:
+    """By what count a launch makes maps, which the next pass's blocks would make again and again."""
+    return f"{once} instructions instead of {again} in the next launch" if again else None
 
 
 def _one_launch(chosen: dict[str, Any]) -> str:
