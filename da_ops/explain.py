@@ -91,6 +91,8 @@ def _line(p: dict[str, Any], size: int) -> str:
             line += "; from the last image on" * launch["backwards"]
             share = launch["in_l2"] / max(p["reads"] * size, 1)
             line += f"; {_mib(launch['in_l2'])} ({share:.0%}) of what it reads expected in L2"
+    if p["why"]:
+        line += f"; {p['why']}"
     return line
 
 

@@ -37,6 +37,7 @@ _CPU_SUMS = _texts(
 CUDA = _texts(
     grid=[2**20, 1, 3, 7],
     terms=[32, 1, 2, 5],
+    launch=[1500, 0],
     lanes=[64, 2, 3, 5],
     scalar_lanes=[128, 1, 3, 20],
     height=[4096, 16, 100],

@@ -284,8 +284,8 @@ def test_only_launches_that_may_be_early_have_to_wait():
     def waits(name, arch):
         return any("ACQBULK" in fault for fault in cuda_limits.faults(name, arch, only()))
 
-    assert waits("fold<float>", "sm_90") and waits("scale<float, 1, true, whole>", "sm_120")
-    assert not waits("fold<float>", "sm_89") and not waits("chip_forward<float>", "sm_90")
+    assert waits("finish<float>", "sm_90") and waits("scale<float, 1, true, whole>", "sm_120")
+    assert not waits("finish<float>", "sm_89") and not waits("chip_forward<float>", "sm_90")
 
 
 def test_the_slots_are_those_of_the_gpus():

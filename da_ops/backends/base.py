@@ -60,6 +60,7 @@ class Pass:
     reads: int
     writes: int
     launch: Launch | None = None
+    why: str | None = None  # it is made, where it reads and writes nothing of full size
 
 
 @dataclass(frozen=True)

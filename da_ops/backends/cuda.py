@@ -39,8 +39,9 @@ def _plan(call: Call) -> Plan:
         passes = []
         for step in details[name]:
             of_pass = {key: step.pop(key) for key in ("name", "reads", "writes")}
+            why = _saved(step.pop("once"), step.pop("again"))
             launch = Launch(**{**step, "waves": Waves(**step["waves"])})
-            passes.append(Pass(**of_pass, launch=launch))
+            passes.append(Pass(**of_pass, launch=launch, why=why))
         return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
 
     (details, forward), (others, backward) = direction("forward"), direction("backward")
@@ -51,6 +52,11 @@ def _plan(call: Call) -> Plan:
     if here:
         details.update(PLANS.words("cuda", call))
     return Plan(forward, backward, details)
+
+
+def _saved(once: int, again: int) -> str | None:
+    """By what count a launch makes maps, which the next pass's blocks would make again and again."""
+    return f"{once} instructions instead of {again} in the next launch" if again else None
 
 
 def _one_launch(chosen: dict[str, Any]) -> str:

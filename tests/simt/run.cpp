@@ -10,6 +10,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/plan/choose.cpp"
+#include "cuda/plan/maps.cpp"
 #include "cuda/plan/onchip.cpp"
 #include "cuda/plan/plan.cpp"
 #include "cuda/plan/tile.cpp"

@@ -9,7 +9,8 @@ namespace da::cuda {
 // Each is at most so many, but for min_reads.
 struct Limits {
   int64_t grid = 1 << 20;      // blocks of a launch; further launches take the rest
-  int64_t terms = 32;          // sums that a block adds by itself; more are folded before
+  int64_t terms = 32;          // sums that a block adds by itself; for more there is a launch
+  int64_t launch = 1500;       // instructions of a multiprocessor while a launch gets going
   int64_t lanes = 64;          // vectors that cover a tile's row
   int64_t scalar_lanes = 128;  // elements that do where there are no vectors
   int64_t height = 4096;       // bytes of a map's values at a tile's rows

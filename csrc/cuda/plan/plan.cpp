@@ -1,5 +1,6 @@
 #include "cuda/plan/plan.h"
 
+#include "cuda/plan/maps.h"
 #include "cuda/plan/memory.h"
 #include "cuda/plan/tile.h"
 
@@ -30,22 +31,25 @@ class Planner {
         t_(plan.tiling),
         limits_(limits),
         backward_(way == Way::backward),
-        schedule_(schedule(problem.order, backward_)) {}
+        schedule_(schedule(problem.order, backward_)) {
+    if (backward_) weights_ = pending_ = masks(problem.order);
+  }
 
-  void passes() {
+  void passes(const Device& device) {
     for (const Pass& pass : schedule_) {
+      make_maps(device);
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
       add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel), backwards(pass));
-      if (pass.sums.pixels && t_.channel_tiles() > limits_.terms) fold(pass, kPixels, p_.pixels());
-      if (pass.sums.channels && t_.pixel_tiles() > limits_.terms) fold(pass, kChannels, p_.c);
       pending_ = pass.complete;
+      weights_ = backward_ ? pass.complete : either(weights_, pass.complete);
     }
   }
 
   void finish() {
     const int64_t parts = p_.n * gate_parts(p_);
-    if (parts > 0) small("gate sums", Kernel::gate_sums, parts);
-    if (finish_jobs(p_) > 0) small("parameter gradients", Kernel::finish, finish_jobs(p_));
+    if (parts > 0) small("gate sums", Kernel::gate_sums, parts, small_bytes());
+    if (finish_jobs(p_) > 0)
+      small("parameter gradients", Kernel::finish, finish_jobs(p_), small_bytes());
   }
 
   void on_chip(const OnChip& chip) {
@@ -67,14 +71,13 @@ class Planner {
     w.spatial_mask = place(by_pixel);
     w.channel_mask = place(by_channel);
     if (backward_) {
-      Axes more = kNone;
-      for (const Step& step : steps_)
-        if (step.pass.weights == Maps::terms) more = step.pass.sums;
+      const Axes more = more_sums();
       w.more_pixel_sums = place(more.pixels ? by_pixel * t_.channel_tiles() : 0);
       w.more_channel_sums = place(more.channels ? by_channel * t_.pixel_tiles() : 0);
-      w.d_channel_mean = place(more.channels ? by_pixel : 0);
+      w.d_channel_mean = place(by_pixel);
       w.d_logit = place(by_channel);
-      w.spatial_blocks = p_.spatial() && tiles() > 0 ? grid(tiles()) : 0;
+      w.d_pooled = place(by_channel);
+      w.spatial_blocks = spatial_blocks();
       w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
       w.gate_parts = place(p_.n * gate_parts(p_));
     }
@@ -85,20 +88,53 @@ class Planner {
  private:
   void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes,
            bool backwards = false) {
-    steps_.push_back({kernel, pass, pending_, backwards, jobs, grid(jobs), shared_bytes});
+    steps_.push_back(
+        {kernel, pass, weights_, pending_, backwards, jobs, grid(jobs), shared_bytes, {}, {}});
   }
   // Every other pass, the last among them: whoever reads y or dx next begins with the first image,
   // which is then the last to have been written. Of three passes the first goes backwards too, and
   // finds what the launch that wrote x or dy wrote last; x itself is long gone when backward
   // begins.
   bool backwards(const Pass& pass) const { return (schedule_.end() - &pass) % 2 == 1; }
-  // Adds up one axis' partial sums of a pass.
-  void fold(const Pass& pass, Axes axis, int64_t entries) {
-    const int64_t jobs = p_.n * (entries < 32 ? entries : ceil_div(entries, 32));
-    add(Kernel::fold, {"fold", kNothing, kNothing, pass.weights, axis, kNone}, jobs, small_bytes());
+  // Makes those maps in a launch of their own of which the next pass would make too much.
+  void make_maps(const Device& device) {
+    const bool first = steps_.empty();
+    const Made kind = !backward_ ? Made::masks_of_sums : first ? Made::masks_again : Made::terms;
+    const bool more = !first && steps_.back().pass.weights == Maps::terms;
+    const Between made =
+        between(p_, device, plan_, pending_, kind, more ? more_sums() : kNone, limits_);
+    if (!made.axes.any()) return;
+    const Axes rest{pending_.pixels && !made.axes.pixels, pending_.channels && !made.axes.channels};
+    const Bands& b = plan_.bands;
+    const int64_t jobs = p_.n * ((made.axes.pixels ? b.of_pixels(p_.pixels()) : 0) +
+                                 (made.axes.channels ? b.of_channels(p_.c) : 0));
+    pending_ = made.axes;
+    small(kind == Made::terms ? "terms of dx" : "masks", Kernel::maps, jobs, maps_bytes(p_, b));
+    steps_.back().made = kind;
+    steps_.back().count = made.count;
+    pending_ = rest;
   }
-  void small(const char* name, Kernel kernel, int64_t jobs) {
-    add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, small_bytes());
+  // Blocks that make spatial sums: those of the step that makes the spatial term of dx.
+  int64_t spatial_blocks() const {
+    const Step* maker = nullptr;
+    bool masks_made = false;  // a first time, by the first pass or before it
+    for (const Step& step : steps_) {
+      if (!step.pending.pixels) continue;
+      if (masks_made) maker = &step;
+      masks_made = true;
+    }
+    if (!maker || maker->jobs == 0) return 0;
+    const int64_t bands = p_.n * plan_.bands.of_pixels(p_.pixels());
+    return maker->kernel == Kernel::maps ? std::min<int64_t>(maker->grid, bands) : maker->grid;
+  }
+  void small(const char* name, Kernel kernel, int64_t jobs, size_t shared_bytes) {
+    add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, shared_bytes);
+  }
+  // Backward's second sums, which come on top of its first.
+  Axes more_sums() const {
+    for (const Pass& pass : schedule_)
+      if (pass.weights == Maps::terms) return pass.sums;
+    return kNone;
   }
   int64_t tiles() const { return p_.n * t_.tiles(); }
   unsigned grid(int64_t jobs) const { return std::clamp<int64_t>(jobs, 1, limits_.grid); }
@@ -110,7 +146,7 @@ class Planner {
   const Limits& limits_;
   const bool backward_;
   const Schedule& schedule_;
-  Axes pending_ = kNone;
+  Axes weights_ = kNone, pending_ = kNone;
   std::vector<Step> steps_;
 };
 
@@ -120,11 +156,12 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
   if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
+  plan.bands = bands(problem, plan.tiling);
   plan.early = device.early_launches;
   Planner forward(problem, plan, limits, Way::forward);
   Planner backward(problem, plan, limits, Way::backward);
-  forward.passes();
-  backward.passes();
+  forward.passes(device);
+  backward.passes(device);
   backward.finish();
   plan.forward = forward.direction();
   plan.backward = backward.direction();

@@ -70,6 +70,8 @@ Waves waves(const Problem& p, const Device& device, const Plan& plan, const Dire
       const Waves images = alike(p.n, std::max(direction.chip.images_at_once, 1));
       return {step.jobs, step.jobs, images.waves, images.efficiency};
     }
+    case Kernel::maps:
+      return alike(step.jobs, int64_t(device.multiprocessors) * kMapsPerSm);
     default:  // small launches, of which a multiprocessor holds one block at least
       return alike(step.jobs, device.multiprocessors);
   }
@@ -122,12 +124,7 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
   return full.height > 0 && full_time <= kWorth * fastest_time ? full : fastest;
 }
 
-Halo halo(const Problem& p, const Tiling& t) {
-  const int64_t margin = kReach * (p.w + 1), all = t.tile_pixels() + 2 * margin;
-  const int row = t.tile_pixels() + 2 * kReach;
-  if (all <= 5 * row) return {1, static_cast<int>(all), static_cast<int>(margin)};
-  return {5, row, kReach};
-}
+Halo halo(const Problem& p, const Tiling& t) { return halo(t.tile_pixels(), p.w); }
 
 size_t shared_bytes(const Problem& p, const Tiling& t, const Halo& halo, Kernel kernel) {
   return p.dtype == Dtype::float64 ? Memory<double>(nullptr, t, halo, kernel).bytes
