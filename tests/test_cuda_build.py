@@ -118,8 +118,8 @@ def test_the_report_says_when_there_is_no_nvcc(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("mangled", "name"),
     [
-        ("_ZN2da4cuda4foldIdEEvNS0_4ArgsIT_EE", "fold<double>"),
-        ("_ZN2da4cuda9gate_sumsI13__nv_bfloat16EEvv", "gate_sums<bfloat16>"),
+        ("_ZN2da4cuda6finishIdEEvNS0_4ArgsIT_EE", "finish<double>"),
+        ("_ZN2da4cuda6finishI13__nv_bfloat16EEvv", "finish<bfloat16>"),
         ("_ZN2da4cuda5plainEv", "plain"),
         ("__internal_something", "__internal_something"),
     ],
