@@ -150,7 +150,7 @@ PLANTED = {
         ("SIMT_HD To bit_cast(From from) {", "SIMT_HD To bit_cast(const From& from) {"),
         {
             SUMS: [
-                "expected accesses of 2 bytes and more, got 128 of 1",
+                "expected accesses of 2 bytes and more, got 160 of 1",
                 "loops over 4+0+0 vectors (from global, from shared, stored): expected 1, got 0",
             ]
         },
