@@ -13,6 +13,8 @@ For float16, bfloat16 and float32, and for float64 as far as it has such kernels
   number of the type that sums are made in: the masks, the terms and the sums of rows
 - it has no more instructions a vector than the table says
 - one launch on the chip brings its image into shared memory by 16 bytes, or in bulk
+- from 9.0 on a kernel of the portable launches waits for the launch before, and until then does no
+  more with global memory than load vectors, or elements in a kernel for elements
 - a kernel for elements, of tensors that are not aligned, and the small launches, which read no
   full-size tensor: the first two rules, and a limit on all their instructions
 """
@@ -97,6 +99,8 @@ WITHIN = 180
 ROUNDING = 20
 # All instructions of kernels without a loop over vectors; those for elements mostly make masks.
 WHOLE = {"sums": 5100, "scale": 6300, "maps": 5000, "finish": 2750}
+# Until the launch before has ended, from sm_90 on: griddepcontrol.wait.
+WAIT = "ACQBULK"
 # Full-size tensors that go through memory where a launch keeps the image.
 MOVED = {"chip_forward": 2, "chip_backward": 3}
 
@@ -175,6 +179,8 @@ def faults(name: str, arch: str, function: Function) -> Iterator[str]:
     if local := [i.opcode for i in code if i.access and i.access.space == "local"]:
         yield f"expected no local memory, got {len(local)} accesses ({local[0]})"
     least = 2 if size == 2 else 4
+    if base.partition(",")[0] in WHOLE and number(arch) >= 90:
+        yield from early_faults(code, vectors)
     widths = narrow(code, "global") + narrow(code, "shared")
     if too_narrow := [width for width in widths if width < least]:
         got = f"{len(too_narrow)} of {min(too_narrow)}"
@@ -203,6 +209,20 @@ def faults(name: str, arch: str, function: Function) -> Iterator[str]:
         any(map(copies, function.loops)) or any(i.opcode.startswith("UBLKCP") for i in code)
     ):
         yield "expected copies into shared memory of 16 bytes or in bulk, got none"
+
+
+def early_faults(code: tuple[Instruction, ...], vectors: bool) -> Iterator[str]:
+    """Of a kernel that may begin before the one before it has ended: it must wait for that."""
+    waits = [i.address for i in code if i.opcode == WAIT]
+    if not waits:
+        yield f"expected a wait for the launch before ({WAIT}), got none"
+        return
+    before = [i for i in code if i.access and i.address < waits[0]]
+    for i in before:
+        of_x = i.access.load and (i.access.width == VECTOR or not vectors)
+        if i.access.space == "global" and not of_x:
+            yield f"expected no more than loads of x and dy before {WAIT}, got {i.opcode}"
+            return
 
 
 def shape(vectors: tuple[int, int, int]) -> str:

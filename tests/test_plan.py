@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from itertools import product
+from collections import OrderedDict
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from da_ops.reference import ORDERS
 
 from .cases import LAYOUTS
 
-plan = pytest.importorskip("da_ops._plan").cuda
+planners = pytest.importorskip("da_ops._plan")
+plan, schedules = planners.cuda, planners.schedules
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 STAGES = [(64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (256, 75, 75)]
@@ -154,6 +156,53 @@ def test_what_is_less_than_a_wave_takes_the_smallest_tiles():
     assert launches((0, 64, 56, 56))["forward"][0]["waves"]["efficiency"] == 0
 
 
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_passes_walk_the_batch_to_and_fro(order, way):
+    """The last one from the end, so that the next layer finds first what was written last."""
+    walk = [
+        step["backwards"] for step in launches((64, 256, 56, 56), order=order)[way] if step["reads"]
+    ]
+    assert walk[-1]
+    assert all(one != next for one, next in pairwise(walk))
+
+
+def simulated(passes, backwards, lines, room):
+    """Lines of an L2 that forgets the least recently used, of `lines` a tensor, found in a pass."""
+    cache, found = OrderedDict(), []
+    for tensors, back in zip(passes, backwards, strict=True):
+        found.append(0)
+        for line in reversed(range(lines)) if back else range(lines):
+            for tensor in tensors:
+                found[-1] += (tensor, line) in cache
+                cache[tensor, line] = True
+                cache.move_to_end((tensor, line))
+                if len(cache) > room:
+                    cache.popitem(last=False)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1, 1.5, 1.9, 2.3, 2.7, 3.5, 5])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_expected_in_l2_is_what_a_cache_has(order, share):
+    """`share`: tensors that there is room for."""
+    shape, lines = (16, 256, 32, 32), 1000
+    size = math.prod(shape) * 2
+    p = plan(shape, False, "float16", order, "affine", 90, 0, "", int(share * size / 0.7))
+    for way, passes in schedules()[order].items():
+        steps = [step for step in p[way] if step["reads"]]
+        tensors = [step["reads"] + step["writes"] for step in passes]
+        walk = [step["backwards"] for step in steps]
+        want = simulated(tensors, walk, lines, int(share * lines))
+        got = [step["in_l2"] / size for step in steps]
+        assert got == pytest.approx([n / lines for n in want], abs=0.01)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_launches_begin_early_from_hopper_on(sm):
+    assert launches((8, 64, 7, 7), sm=sm)["early_launches"] == (sm >= 90)
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_masks_are_made_by_a_launch_only_where_that_saves_time(sm):
     """By instructions of a multiprocessor, of which a launch takes so many to get going."""
@@ -206,6 +255,7 @@ def test_explain_prints_any_architecture(capsys):
     assert f"; {step['once']} instructions instead of {step['again']} in the next launch" in text
     assert "50% of the floor" in text and "60% of the floor" in text
     assert re.search(r"396 at once: \d+ waves, 9\d% full", text)
+    assert re.search(r"pooling .* 35.0 MiB \(36%\) of what it reads expected in L2", text)
     assert re.search(r"132 at once: less than a wave, \d+% of it in use", text)
 
     assert main([*command.split(), "--json"]) == 0

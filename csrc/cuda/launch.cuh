@@ -99,10 +99,11 @@ int launch_maps(const Step& step, const simt::Launch& launch, Args<accumulate_t<
 }
 
 template <class T>
-int launch_finish(const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
+int launch_finish(simt::Launch launch, const Args<accumulate_t<T>>& args) {
   if (args.shares > 1 && args.first_job == 0) {
     const size_t bytes = (args.gate == Gate::eca ? args.kernel_size : 2) * sizeof(unsigned);
     if (const int error = simt::clear(args.parts_done, bytes, launch.stream)) return error;
+    launch.early = false;
   }
   return simt::launch(launch, finish<T>, args);
 }
@@ -153,14 +154,26 @@ int launch_on_chip(const Direction& direction, const Args<float>& call, float* w
 }
 
 // Runs the steps in turn.
+//
+// With `early`, a launch may begin when the blocks of the one before have all begun: it then waits,
+// in every thread, until that one has ended, before it reads or writes any memory but x, dy and the
+// parameters, which no launch of the call writes. As no launch ends before it has waited for the
+// one before it, all earlier ones have ended as well by then. The first launch of a call is not
+// early: whatever the stream had to do before, whose memory the call reads or was given to write,
+// is done when it begins, and so before any launch of the call does. And whatever the stream does
+// next begins when the last launch has ended, and so after all of the call: the workspace can be
+// another's then. After clear() launches are not early either: that they wait for it is not
+// promised.
 template <class T>
 int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate_t<T>* workspace,
-              void* stream) {
+              bool early, void* stream) {
+  bool first = true;
   for (const Step& step : direction.steps) {
     if constexpr (!std::is_same_v<T, double>) {
       if (step.kernel == Kernel::on_chip) {
         const int error = step.jobs > 0 ? launch_on_chip<T>(direction, args, workspace, stream) : 0;
         if (error != 0) return error;
+        first = step.jobs == 0;
         continue;
       }
     }
@@ -173,9 +186,18 @@ int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate
     if (!sums.pixels) args.new_pixel_sums = nullptr;
     if (!sums.channels) args.new_channel_sums = nullptr;
 
+    args.tile_step = step.backwards ? -1 : 1;
     for (args.first_job = 0; args.first_job < step.jobs; args.first_job += step.grid) {
-      const unsigned grid = std::min<int64_t>(step.grid, step.jobs - args.first_job);
-      const int error = launch_step<T>(step, {grid, kThreads, step.shared_bytes, stream}, args);
+      args.first_tile = step.backwards ? step.jobs - 1 - args.first_job : args.first_job;
+      simt::Launch launch{};
+      launch.grid = std::min<int64_t>(step.grid, step.jobs - args.first_job);
+      launch.block = kThreads;
+      launch.shared_bytes = step.shared_bytes;
+      launch.stream = stream;
+      launch.early = early && !first;
+      launch.backwards = step.backwards;
+      first = false;
+      const int error = launch_step<T>(step, launch, args);
       if (error != 0) return error;
     }
   }
@@ -194,7 +216,12 @@ template <Dtype D>
 int run_as(const Problem& problem, const Plan& plan, Way way, const Pointers& at) {
   using A = accumulate_t<storage_t<D>>;
   return detail::run_steps<storage_t<D>>(plan[way], detail::arguments<A>(problem, plan, way, at),
-                                         static_cast<A*>(at.workspace), at.stream);
+                                         static_cast<A*>(at.workspace), plan.early, at.stream);
+}
+
+template <Dtype D>
+int early_launches_as(bool& possible) {
+  return simt::early_launches(finish<storage_t<D>>, possible);
 }
 
 template <Dtype D>

@@ -48,6 +48,8 @@ class Launch:
     threads: int  # of a block
     shared_bytes: int  # of a block
     waves: Waves
+    backwards: bool  # over the batch, from the last image to the first
+    in_l2: int  # bytes of what it reads that the launches before it should have left in L2
 
 
 @dataclass(frozen=True)

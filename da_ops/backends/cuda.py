@@ -29,18 +29,19 @@ def _plan(call: Call) -> Plan:
         call.sm or (10 * properties.major + properties.minor if properties else 90),
         properties.multi_processor_count if properties else 0,
     )
+    l2_bytes = properties.L2_cache_size if properties else 0
     wish = os.environ.get(ENVIRONMENT["cuda"], "")
     here = properties is not None
 
     def direction(name: str) -> tuple[dict[str, Any], Direction]:
         tuned = PLANS.of("cuda", call, name == "backward") if here else None
-        details = plan(*of_call, tuned.plan if tuned else wish)
+        details = plan(*of_call, tuned.plan if tuned else wish, l2_bytes)
         passes = []
         for step in details[name]:
-            grid, threads, shared = map(step.pop, ("grid", "threads", "shared_bytes"))
-            launch = Launch(grid, threads, shared, Waves(**step.pop("waves")))
+            of_pass = {key: step.pop(key) for key in ("name", "reads", "writes")}
             why = _saved(step.pop("once"), step.pop("again"))
-            passes.append(Pass(**step, launch=launch, why=why))
+            launch = Launch(**{**step, "waves": Waves(**step["waves"])})
+            passes.append(Pass(**of_pass, launch=launch, why=why))
         return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
 
     (details, forward), (others, backward) = direction("forward"), direction("backward")

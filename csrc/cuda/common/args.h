@@ -30,7 +30,8 @@ struct Partial {
 
 template <class A>
 struct Args {
-  int64_t first_job;  // of the launch's first block: a tile, or another piece of work
+  int64_t first_job;              // of the launch's first block: a tile, or another piece of work
+  int64_t first_tile, tile_step;  // the first block's tile, and from it to the next one's
   int64_t images, channels, pixels;
   int64_t height, width;  // of an image, in pixels
   Axes masks;             // those that the order has

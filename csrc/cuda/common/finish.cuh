@@ -127,6 +127,8 @@ SIMT_FN void finish_part(const Args<accumulate_t<T>>& args, int64_t job, double*
 template <class T>
 SIMT_KERNEL(kThreads, 1)
 finish(SIMT_PARAM Args<accumulate_t<T>> args) {
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
   double* sums = SmallMemory(simt::shared()).sums;
   const int64_t spatial = args.masks.pixels ? kSpatialGradients : 0;
   const int64_t job = args.first_job + simt::block();

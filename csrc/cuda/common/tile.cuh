@@ -161,6 +161,7 @@ struct Access {
   static SIMT_FN Raw zero() { return Raw{}; }
   static SIMT_FN Raw load(const T* p) { return simt::load16(p); }
   static SIMT_FN Raw load_once(const T* p) { return simt::load16_once(p); }
+  static SIMT_FN Raw load_last(const T* p) { return simt::load16_last(p); }
   static SIMT_FN void unpack(const Raw& raw, A* out) { simt::unpack<T>(raw, out); }
 
   // The bits of elements [begin, end).
@@ -201,6 +202,7 @@ struct Access<T, 1> {
   static SIMT_FN Raw zero() { return simt::to<T>(A(0)); }
   static SIMT_FN Raw load(const T* p) { return *p; }
   static SIMT_FN Raw load_once(const T* p) { return simt::load_once(p); }
+  static SIMT_FN Raw load_last(const T* p) { return simt::load_last(p); }
   static SIMT_FN void unpack(const Raw& raw, A* out) { out[0] = simt::to<A>(raw); }
   static SIMT_FN Raw mask(int, int) { return zero(); }
   static SIMT_FN Raw keep(Raw raw, const Raw&) { return raw; }

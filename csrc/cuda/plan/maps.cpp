@@ -76,7 +76,7 @@ Between between(const Problem& p, const Device& device, const Plan& plan, Axes n
   const auto each = [&](int64_t instructions, int64_t blocks) {
     return instructions / std::clamp<int64_t>(blocks, 1, device.multiprocessors);
   };
-  const int64_t price = overlaps_launches(device.sm) ? limits.launch / 3 : limits.launch;
+  const int64_t price = device.early_launches ? limits.launch / 3 : limits.launch;
   const bool pays = each(result.count.again, tiles) > each(result.count.once, all_jobs) + price;
   return must || pays ? result : Between{kNone, {0, 0}};
 }

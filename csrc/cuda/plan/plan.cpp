@@ -56,7 +56,7 @@ class Planner {
     for (const Pass& pass : schedule_) {
       make_maps(device);
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
-      add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel));
+      add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel), backwards(pass));
       pending_ = pass.complete;
       weights_ = backward_ ? pass.complete : either(weights_, pass.complete);
     }
@@ -100,9 +100,16 @@ class Planner {
   }
 
  private:
-  void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes) {
-    steps_.push_back({kernel, pass, weights_, pending_, jobs, grid(jobs), shared_bytes, {}, {}});
+  void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes,
+           bool backwards = false) {
+    steps_.push_back(
+        {kernel, pass, weights_, pending_, backwards, jobs, grid(jobs), shared_bytes, {}, {}});
   }
+  // Every other pass, the last among them: whoever reads y or dx next begins with the first image,
+  // which is then the last to have been written. Of three passes the first goes backwards too, and
+  // finds what the launch that wrote x or dy wrote last; x itself is long gone when backward
+  // begins.
+  bool backwards(const Pass& pass) const { return (schedule_.end() - &pass) % 2 == 1; }
   // Makes those maps in a launch of their own of which the next pass would make too much.
   void make_maps(const Device& device) {
     const bool first = steps_.empty();
@@ -164,6 +171,7 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
   plan.tiling = tile(problem, device, aligned, limits);
   if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
   plan.bands = bands(problem, plan.tiling);
+  plan.early = device.early_launches;
   Planner forward(problem, plan, limits, Way::forward);
   Planner backward(problem, plan, limits, Way::backward);
   forward.passes(device);

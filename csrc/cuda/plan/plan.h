@@ -59,11 +59,12 @@ struct Count {
 // One launch: a pass of the schedule, or what comes between passes and after them.
 struct Step {
   Kernel kernel;
-  Pass pass;      // `reads` and `writes` say what comes from and goes to global memory
-  Axes weights;   // the axes whose maps weigh its sums
-  Axes pending;   // the axes whose maps it makes: of sums, or backward the masks once more
-  int64_t jobs;   // one for each block
-  unsigned grid;  // blocks that are launched at a time
+  Pass pass;       // `reads` and `writes` say what comes from and goes to global memory
+  Axes weights;    // the axes whose maps weigh its sums
+  Axes pending;    // the axes whose maps it makes: of sums, or backward the masks once more
+  bool backwards;  // the blocks take the tiles from the last on
+  int64_t jobs;    // one for each block
+  unsigned grid;   // blocks that are launched at a time
   size_t shared_bytes;
   Made made;  // of Kernel::maps, with the count for it
   Count count;
@@ -95,6 +96,7 @@ struct Plan {
   Tiling tiling;
   Halo halo;  // of a tile
   Bands bands;
+  bool early;  // launches after a call's first may begin before the one before has ended
   Direction forward, backward;
 
   const Direction& operator[](Way way) const { return way == Way::forward ? forward : backward; }

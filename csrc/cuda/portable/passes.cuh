@@ -21,7 +21,8 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   const Tiling& t = args.tiling;
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::sums);
 
-  const Tile tile(t, args.first_job + simt::block());
+  const Tile tile(t, args.first_tile + args.tile_step * simt::block());
+  simt::let_next_launch_begin();
   A* const new_row_sums = t.channels_last ? args.new_pixel_sums : args.new_channel_sums;
   A* const new_col_sums = t.channels_last ? args.new_channel_sums : args.new_pixel_sums;
   const bool adds_rows = What == Adds::rows || (What == Adds::any && new_row_sums);
@@ -54,6 +55,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
     }
   };
   load();
+  simt::wait_for_launch_before();
 
   // Sums of both kinds, forward, are those of an order's first pass.
   constexpr bool weighted = Kind != Sums::forward || What != Adds::any || !kSpecialised<T, E>;
@@ -175,7 +177,8 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   const Tiling& t = args.tiling;
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::scale);
 
-  const Tile tile(t, args.first_job + simt::block());
+  const Tile tile(t, args.first_tile + args.tile_step * simt::block());
+  simt::let_next_launch_begin();
   const bool by_super_row = How == Fit::split && t.width == t.cols && t.period > 1;
   const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.super_rows)
                                  : Lane::of_row<E>(t, tile.col(), tile.cols);
@@ -184,12 +187,13 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
   const int first_row = lane.super_row * t.period + lane.phase, rows = lane.active ? tile.rows : 0;
-  const auto load = [](const T* p) { return Access<T, E>::load_once(p); };
+  const auto load = [](const T* p) { return Access<T, E>::load_last(p); };
   // The first vectors are on their way while the factors are made, if registers suffice for both.
   constexpr bool ahead = !Backward || (How == Fit::whole && simt::kIsHalf<T>);
   Vectors<T, E, kDepth> vectors(static_cast<const T*>(Backward ? args.dy : args.x) + start,
                                 rows - first_row, at_once, stride);
   if (ahead) vectors.ask(load, std::false_type());
+  simt::wait_for_launch_before();
 
   pixel_factors<T, Backward>(args, tile, memory);
   channel_factors<T, Backward>(args, tile, memory);
