@@ -284,7 +284,7 @@ def test_only_launches_that_may_be_early_have_to_wait():
     def waits(name, arch):
         return any("ACQBULK" in fault for fault in cuda_limits.faults(name, arch, only()))
 
-    assert waits("fold<float>", "sm_90") and waits("scale<float, 1, true, whole>", "sm_120")
+    assert waits("maps<float, terms>", "sm_90") and waits("scale<float, 1, true, whole>", "sm_120")
     assert not waits("fold<float>", "sm_89") and not waits("chip_forward<float>", "sm_90")
 
 
