@@ -38,6 +38,7 @@ CUDA = _texts(
     grid=[2**20, 1, 3, 7],
     terms=[32, 1, 2, 5],
     launch=[1500, 0],
+    share=[8192, 1],
     lanes=[64, 2, 3, 5],
     scalar_lanes=[128, 1, 3, 20],
     height=[4096, 16, 100],

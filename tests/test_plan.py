@@ -29,6 +29,11 @@ def launches(shape, layout="contiguous", dtype="float16", order="spatial_channel
     return plan(shape, layout == "channels_last", dtype, order, "affine", sm, 0, wish)
 
 
+def passes(steps):
+    """Without the launches that only make maps between them."""
+    return [step for step in steps if not step["again"]]
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", BYTES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -36,7 +41,7 @@ def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
     for stage in STAGES:
         for n in (1, 32, 256):
             p = launches((n, *stage), layout, dtype, sm=sm)
-            assert len(p["forward"]) == 3 and len(p["backward"]) == 4
+            assert len(passes(p["forward"])) == 3 and len(passes(p["backward"])) == 4
             assert p["vector_bytes"] == 16
             for step in p["forward"] + p["backward"]:
                 assert step["shared_bytes"] <= (64 if dtype == "float64" else 48) * 1024
@@ -84,7 +89,7 @@ def test_small_limits_make_a_small_tensor_a_large_one(layout):
     limited = launches(shape, layout, wish="portable,terms=2,lanes=2,height=32")
     assert limited["tiles_an_image"] > 4 * by_itself["tiles_an_image"]
     names = [step["name"] for step in limited["forward"]]
-    assert names == ["channel mean", "pooling", "scale"]
+    assert names == ["channel mean", "masks", "pooling", "masks", "scale"]
 
 
 # Of which waves are to be full: the stages, and the maps of SSD300.
@@ -199,6 +204,39 @@ def test_launches_begin_early_from_hopper_on(sm):
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_masks_are_made_by_a_launch_only_where_that_saves_time(sm):
+    """By instructions of a multiprocessor, of which a launch takes so many to get going."""
+    price, made = 1500 // (3 if sm >= 90 else 1), set()
+    for stage in STAGES:
+        for n in (1, 8, 32, 64, 256):
+            p = launches((n, *stage), sm=sm)
+            tiles = p["forward"][0]["grid"]
+            for step in p["forward"] + p["backward"]:
+                if not step["again"]:
+                    continue
+                once = step["once"] // min(step["grid"], p["multiprocessors"])
+                again = step["again"] // min(tiles, p["multiprocessors"])
+                assert again > once + price
+                made.add((n, *stage))
+    assert (256, 256, 56, 56) in made and not made & {(1, 64, 56, 56), (1, 2048, 7, 7)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_made_by_every_block_need_no_launch(layout):
+    for stage in STAGES:
+        for n in (1, 64):
+            p = launches((n, *stage), layout, wish=f"portable,launch={10**9}")
+            assert len(p["forward"]) == 3 and len(p["backward"]) == 4
+
+
+def test_sums_of_many_tiles_are_folded_by_a_launch():
+    p = launches((1, 16, 300, 300))
+    assert p["tiles_an_image"] > 32
+    names = [step["name"] for step in p["forward"]]
+    assert names[-2:] == ["masks", "scale"]
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_the_gpu_is_filled(sm):
     for stage in STAGES:
         p = launches((64, *stage), sm=sm)
@@ -213,6 +251,8 @@ def test_explain_prints_any_architecture(capsys):
     for line in ("channel mean", "pooling", "scale", "combine", "parameter gradients"):
         assert line in text
     assert "blocks of 256 threads" in text and "KiB shared memory" in text
+    step = next(s for s in launches((64, 256, 56, 56), "channels_last")["backward"] if s["again"])
+    assert f"; {step['once']} instructions instead of {step['again']} in the next launch" in text
     assert "50% of the floor" in text and "60% of the floor" in text
     assert re.search(r"396 at once: \d+ waves, 9\d% full", text)
     assert re.search(r"pooling .* 35.0 MiB \(36%\) of what it reads expected in L2", text)

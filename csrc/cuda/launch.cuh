@@ -45,7 +45,8 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   args.d_channel_mean = work + w.d_channel_mean;
   args.d_logit = work + w.d_logit, args.d_pooled = work + w.d_pooled;
   args.spatial_parts = work + w.spatial_parts, args.spatial_blocks = w.spatial_blocks;
-  args.gate_parts = work + w.gate_parts, args.parts = gate_parts(p);
+  args.gate_parts = work + w.gate_parts, args.shares = w.shares;
+  args.parts_done = reinterpret_cast<unsigned*>(work + w.parts_done);
   return args;
 }
 
@@ -98,15 +99,22 @@ int launch_maps(const Step& step, const simt::Launch& launch, Args<accumulate_t<
 }
 
 template <class T>
+int launch_finish(simt::Launch launch, const Args<accumulate_t<T>>& args) {
+  if (args.shares > 1 && args.first_job == 0) {
+    const size_t bytes = (args.gate == Gate::eca ? args.kernel_size : 2) * sizeof(unsigned);
+    if (const int error = simt::clear(args.parts_done, bytes, launch.stream)) return error;
+    launch.early = false;
+  }
+  return simt::launch(launch, finish<T>, args);
+}
+
+template <class T>
 int launch_step(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
-  using A = accumulate_t<T>;
   switch (step.kernel) {
     case Kernel::maps:
       return launch_maps<T>(step, launch, args);
-    case Kernel::gate_sums:
-      return simt::launch(launch, gate_sums<A>, args);
     case Kernel::finish:
-      return simt::launch(launch, finish<T>, args);
+      return launch_finish<T>(launch, args);
     default:
       return launch_pass<T>(step.pass, launch, args);
   }
@@ -213,7 +221,7 @@ int run_as(const Problem& problem, const Plan& plan, Way way, const Pointers& at
 
 template <Dtype D>
 int early_launches_as(bool& possible) {
-  return simt::early_launches(gate_sums<accumulate_t<storage_t<D>>>, possible);
+  return simt::early_launches(finish<storage_t<D>>, possible);
 }
 
 template <Dtype D>

@@ -58,8 +58,10 @@ struct Args {
   A *pooled, *channel_mask, *d_logit, *d_pooled;    // [image][channel]
   A* spatial_parts;                                 // [spatial_blocks][kSpatialSums]
   int64_t spatial_blocks;
-  A* gate_parts;  // [image][parts]
-  int64_t parts;
+  // A scalar or eca gate's gradients come in parts, one for each number, of several shares each.
+  A* gate_parts;         // [part][shares]
+  unsigned* parts_done;  // [part], shares that are
+  int shares;
 };
 
 // The arguments of the kernels that keep an image on the chip. Blocks of a team exchange small maps

@@ -17,9 +17,26 @@ struct Allocator {
   }
 };
 
-int64_t finish_jobs(const Problem& p) {
-  const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p);
-  return (p.spatial() ? 1 : 0) + (p.channel() ? gate : 0);
+// Blocks that add up a part of a scalar or eca gate's gradients, each some of the images.
+int shares(const Problem& p, const Limits& limits) {
+  constexpr int64_t kMost = 64;
+  return std::clamp<int64_t>(p.n * p.c / limits.share, 1, std::clamp<int64_t>(p.n, 1, kMost));
+}
+
+int64_t finish_jobs(const Problem& p, const Limits& limits) {
+  const int64_t gate =
+      p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p) * shares(p, limits);
+  return (p.spatial() ? kSpatialGradients : 0) + (p.channel() ? gate : 0);
+}
+
+// Places for what backward's last launch reads.
+template <class Place>
+void place_parts(const Problem& p, const Limits& limits, Place& place, Workspace& w) {
+  w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
+  w.shares = shares(p, limits);
+  const int64_t parts = w.shares > 1 ? gate_parts(p) : 0;  // one share needs no place
+  w.gate_parts = place(parts * w.shares);
+  w.parts_done = place(parts);
 }
 
 // Collects the launches of one direction.
@@ -46,10 +63,8 @@ class Planner {
   }
 
   void finish() {
-    const int64_t parts = p_.n * gate_parts(p_);
-    if (parts > 0) small("gate sums", Kernel::gate_sums, parts, small_bytes());
-    if (finish_jobs(p_) > 0)
-      small("parameter gradients", Kernel::finish, finish_jobs(p_), small_bytes());
+    const int64_t jobs = finish_jobs(p_, limits_);
+    if (jobs > 0) small("parameter gradients", Kernel::finish, jobs, small_bytes());
   }
 
   void on_chip(const OnChip& chip) {
@@ -78,8 +93,7 @@ class Planner {
       w.d_logit = place(by_channel);
       w.d_pooled = place(by_channel);
       w.spatial_blocks = spatial_blocks();
-      w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
-      w.gate_parts = place(p_.n * gate_parts(p_));
+      place_parts(p_, limits_, place, w);
     }
     w.elements = place.used;
     return {steps_, w, {}};
@@ -188,8 +202,7 @@ Direction on_chip_direction(const Problem& p, const OnChip& chip, const Limits& 
     w.row_gradients = place(chip.channels_last && p.spatial() ? rows : 0);
     w.d_logit = place(p.channel() ? p.n * p.c : 0);
     w.spatial_blocks = p.spatial() ? p.n * chip.blocks : 0;
-    w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
-    w.gate_parts = place(p.n * gate_parts(p));
+    place_parts(p, limits, place, w);
   }
   w.counters = place(counting_teams * kCounterStride);
   w.counter_bytes = counting_teams * kCounterStride * sizeof(unsigned);

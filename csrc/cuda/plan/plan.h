@@ -45,7 +45,7 @@ struct Bands {
   DA_HD int64_t of_channels(int64_t all) const { return (all + channels - 1) / channels; }
 };
 
-enum class Kernel { maps, sums, scale, gate_sums, finish, on_chip };
+enum class Kernel { maps, sums, scale, finish, on_chip };
 
 // What a launch between passes makes: masks of forward's sums, or once more of what forward kept;
 // or the terms of dx.
@@ -79,7 +79,8 @@ struct Workspace {
   int64_t spatial_mask, d_channel_mean;     // [n][pixels]
   int64_t channel_mask, d_logit, d_pooled;  // [n][channels]
   int64_t spatial_parts, spatial_blocks;    // [spatial_blocks][kSpatialSums]
-  int64_t gate_parts;                       // [n][gate_parts()]
+  int64_t gate_parts, parts_done;           // [gate_parts()][shares], [gate_parts()]
+  int shares;
   // The arrays of a launch on the chip, see ChipArgs.
   int64_t partials, col_masks, col_terms, row_gradients;
   int64_t counters, counter_bytes;
@@ -109,7 +110,8 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
 // parameters' gradients.
 Direction on_chip_direction(const Problem& problem, const OnChip& chip, const Limits& limits);
 
-// Sums over a batch that the gradients of a scalar or eca gate are made of.
+// Numbers in the gradients of the spatial parameters, and of a scalar or eca gate.
+constexpr int kSpatialGradients = 2 * kTaps + 3;
 int64_t gate_parts(const Problem& problem);
 
 }  // namespace da::cuda
