@@ -169,9 +169,16 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   }
 }
 
+// Blocks of a multiprocessor: one less where a GPU has no bfloat16, and registers round instead.
+template <class T, bool Backward, Fit How>
+constexpr int scale_blocks() {
+  const bool rounds = std::is_same_v<T, simt::bfloat16> && simt::kArch == 75;
+  return blocks_per_sm(sizeof(T)) - (rounds && Backward && How == Fit::split);
+}
+
 // y or dx over a tile.
 template <class T, int E, bool Backward, Fit How>
-SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
+SIMT_KERNEL(kThreads, (scale_blocks<T, Backward, How>()))
 scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   const Tiling& t = args.tiling;
