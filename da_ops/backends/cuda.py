@@ -55,7 +55,7 @@ def _plan(call: Call) -> Plan:
 
 
 def _saved(once: int, again: int) -> str | None:
-    """By what count a launch makes maps that all blocks of the next pass would make again."""
+    """By what count a launch makes maps that the blocks of the next pass would make each."""
     return f"{once} instructions instead of {again} in the next launch" if again else None
 
 

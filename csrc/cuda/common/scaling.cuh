@@ -11,30 +11,26 @@
 
 namespace da::cuda {
 
-// A thread's next vectors of every at_once-th row, `left` rows before the end.
+// A thread's next vectors.
 template <class T, int E, int Depth>
 struct Vectors {
   using V = Access<T, E>;
   typename V::Raw raw[Depth];  // a vector that is not there stays as it was
   const T* next;
-  int left, at_once;
-  int64_t stride;
 
-  SIMT_FN Vectors(const T* first, int left, int at_once, int64_t stride)
-      : next(first), left(left), at_once(at_once), stride(stride) {
+  SIMT_FN explicit Vectors(const T* first) : next(first) {
     SIMT_UNROLL
     for (int d = 0; d < Depth; d++) raw[d] = V::zero();
   }
 
-  // Asks for the next ones; `full`: all of them are there.
-  template <class Load, class Full>
-  SIMT_FN void ask(Load load, Full full) {
+  // Asks for those that come, of rows that are `stride` apart: the d-th if there(d).
+  template <class Load, class There>
+  SIMT_FN void ask(int64_t stride, Load load, There there) {
     SIMT_UNROLL
     for (int d = 0; d < Depth; d++) {
-      if (full || d * at_once < left) raw[d] = load(next);
+      if (there(d)) raw[d] = load(next);
       next += stride;
     }
-    left -= Depth * at_once;
   }
 };
 
@@ -57,7 +53,7 @@ struct Scaling {
   template <int Depth, Fit How, class Load>
   SIMT_FN void rows(const Lane& lane, int first_row, int rows, int at_once, int64_t stride,
                     const T* in, T* out, Load load) const {
-    Vectors<T, E, Depth> vectors(in, rows - first_row, at_once, stride);
+    Vectors<T, E, Depth> vectors(in);
     by_outer<Depth, How, Ahead::no>(lane, first_row, rows, at_once, stride, vectors, out, load);
   }
 
@@ -92,7 +88,8 @@ struct Scaling {
     const A *factors = row_factors + first_row, *terms = row_terms + first_row;
     // The next Depth rows; `full`: all of them are there.
     const auto round = [&](auto full) {
-      if (Asked == Ahead::no) in.ask(load, full);
+      if (Asked == Ahead::no)
+        in.ask(stride, load, [&](int d) { return full || row0 + d * at_once < rows; });
       SIMT_UNROLL
       for (int d = 0; d < Depth; d++) {
         if (full || row0 + d * at_once < rows) {
@@ -121,7 +118,8 @@ struct Scaling {
         out += stride;
       }
       row0 += Depth * at_once, factors += Depth * at_once, terms += Depth * at_once;
-      if (Asked == Ahead::yes && full) in.ask(load, std::false_type());
+      if (Asked == Ahead::yes && full)
+        in.ask(stride, load, [&](int d) { return row0 + d * at_once < rows; });
     };
     SIMT_ROLLED
     while (row0 + (Depth - 1) * at_once < rows) round(std::true_type());

@@ -33,7 +33,7 @@ int64_t finish_jobs(const Problem& p, const Limits& limits) {
 template <class Place>
 void place_parts(const Problem& p, const Limits& limits, Place& place, Workspace& w) {
   w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
-  w.shares = shares(p, limits);
+  w.shares = gate_parts(p) > 0 ? shares(p, limits) : 1;
   const int64_t parts = w.shares > 1 ? gate_parts(p) : 0;  // one share needs no place
   w.gate_parts = place(parts * w.shares);
   w.parts_done = place(parts);

@@ -169,9 +169,16 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   }
 }
 
+// Blocks of a multiprocessor: one less where a GPU has no bfloat16, and registers round instead.
+template <class T, bool Backward, Fit How>
+constexpr int scale_blocks() {
+  const bool rounds = std::is_same_v<T, simt::bfloat16> && simt::kArch == 75;
+  return blocks_per_sm(sizeof(T)) - (rounds && Backward && How == Fit::split);
+}
+
 // y or dx over a tile.
 template <class T, int E, bool Backward, Fit How>
-SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
+SIMT_KERNEL(kThreads, (scale_blocks<T, Backward, How>()))
 scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   const Tiling& t = args.tiling;
@@ -188,17 +195,16 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
   const int first_row = lane.super_row * t.period + lane.phase, rows = lane.active ? tile.rows : 0;
   const auto load = [](const T* p) { return Access<T, E>::load_last(p); };
+  const T* const in = static_cast<const T*>(Backward ? args.dy : args.x);
   // The first vectors are on their way while the factors are made, if registers suffice for both.
-  constexpr bool ahead = !Backward || (How == Fit::whole && simt::kIsHalf<T>);
-  Vectors<T, E, kDepth> vectors(static_cast<const T*>(Backward ? args.dy : args.x) + start,
-                                rows - first_row, at_once, stride);
-  if (ahead) vectors.ask(load, std::false_type());
+  constexpr bool ahead = !Backward || (How == Fit::whole && simt::kIsHalf<T> && simt::kArch != 75);
+  Vectors<T, E, kDepth> vectors(in + start);
+  if (ahead) vectors.ask(stride, load, [&](int d) { return first_row + d * at_once < rows; });
   simt::wait_for_launch_before();
 
   pixel_factors<T, Backward>(args, tile, memory);
   channel_factors<T, Backward>(args, tile, memory);
   simt::sync();
-  if (!ahead) vectors.ask(load, std::false_type());
   const bool rows_are_pixels = t.channels_last;
   const Scaling<T, E, Backward> scaling(
       cuda::outer(args.outer, rows_are_pixels), lane,
@@ -206,8 +212,16 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
       rows_are_pixels ? memory.channel_term : memory.pixel_term,
       rows_are_pixels ? memory.pixel_factor : memory.channel_factor,
       rows_are_pixels ? memory.pixel_term : memory.channel_term);
-  scaling.template rows_from<kDepth, How>(vectors, lane, first_row, rows, at_once, stride,
-                                          static_cast<T*>(args.out) + start, load);
+  T* const out = static_cast<T*>(args.out);
+  if constexpr (ahead) {
+    // What can be computed anew need not be kept in registers while the factors are made.
+    const int64_t first = vectors.next - in - kDepth * stride;
+    scaling.template rows_from<kDepth, How>(vectors, lane, first_row, rows, at_once, stride,
+                                            out + first, load);
+  } else {
+    scaling.template rows<kDepth, How>(lane, first_row, rows, at_once, stride, in + start,
+                                       out + start, load);
+  }
 }
 
 }  // namespace da::cuda

@@ -25,6 +25,13 @@ namespace simt {
 
 constexpr int kWarp = 32;
 
+// The compute capability that a kernel is compiled for, 90 for 9.0; 0 on a CPU.
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArch = 0;
+#endif
+
 // A launch is one-dimensional. `team` consecutive blocks, of which the grid is a multiple, may wait
 // for each other: as a thread block cluster, or else all blocks of a cooperative launch at once.
 struct Launch {
