@@ -61,6 +61,7 @@ ENUMERATORS = {
     "Sums": ("forward", "backward", "through"),
     "Adds": ("rows", "cols", "any"),
     "Fit": ("whole", "split"),
+    "Made": ("masks_of_sums", "masks_again", "terms"),
 }
 ARGUMENT = "|".join([*WORDS, r"Li\d+E", r"LN\w+?E\d+E"])  # types, numbers, enumerators
 

@@ -2,8 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/plan.h"
+#include "cuda/plan/cache.h"
 #include "cuda/plan/choose.h"
-#include "cuda/plan/plan.h"
+#include "cuda/plan/tile.h"
 
 namespace py = pybind11;
 
@@ -76,15 +77,25 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   return d;
 }
 
-py::list steps(const da::cuda::Direction& direction) {
+py::dict waves(const da::cuda::Waves& w) {
+  return py::dict(py::arg("blocks") = w.blocks, py::arg("slots") = w.slots,
+                  py::arg("waves") = w.waves, py::arg("efficiency") = w.efficiency);
+}
+
+py::list steps(const da::Problem& p, const da::cuda::Device& device, const da::cuda::Plan& plan,
+               const da::cuda::Direction& direction) {
   py::list list;
   for (const auto& step : direction.steps) {
     const bool on_chip = step.kernel == da::cuda::Kernel::on_chip;
     const da::Pass& pass = step.pass;
-    list.append(py::dict(py::arg("name") = pass.name, py::arg("reads") = da::count(pass.reads),
-                         py::arg("writes") = da::count(pass.writes), py::arg("grid") = step.grid,
-                         py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
-                         py::arg("shared_bytes") = step.shared_bytes));
+    list.append(
+        py::dict(py::arg("name") = pass.name, py::arg("reads") = da::count(pass.reads),
+                 py::arg("writes") = da::count(pass.writes), py::arg("grid") = step.grid,
+                 py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
+                 py::arg("shared_bytes") = step.shared_bytes, py::arg("backwards") = step.backwards,
+                 py::arg("once") = step.count.once, py::arg("again") = step.count.again,
+                 py::arg("waves") = waves(da::cuda::waves(p, device, plan, direction, step)),
+                 py::arg("in_l2") = da::cuda::expected_in_l2(p, device, direction, step)));
   }
   return list;
 }
@@ -107,12 +118,13 @@ py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p) {
 
 py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dtype,
               const std::string& order, const std::string& gate, int sm, int multiprocessors,
-              const std::string& wish) {
+              const std::string& wish, int64_t l2_bytes) {
   da::Problem p = problem(shape, channels_last, dtype, order);
   if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
   if (p.gate == da::Gate::eca) p.kernel_size = 3;  // larger ones are planned alike
   da::cuda::Device device = da::cuda::typical_device(sm);
   if (multiprocessors > 0) device.multiprocessors = multiprocessors;
+  if (l2_bytes > 0) device.l2_bytes = l2_bytes;
   da::cuda::Wish wished;
   if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
   constexpr bool aligned = true;  // as PyTorch allocates tensors
@@ -128,13 +140,15 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   const da::cuda::Tiling& t = plan.tiling;
   py::dict d;
   d["multiprocessors"] = device.multiprocessors;
+  d["l2_mib"] = double(device.l2_bytes) / (1 << 20);
+  d["early_launches"] = plan.early;
   d["vector_bytes"] = t.vector * p.element_size();
   d["rows_a_super_row"] = t.period;
   d["tile"] = py::str(std::to_string(t.tile_channels()) + " channels x " +
                       std::to_string(t.tile_pixels()) + " pixels");
   d["tiles_an_image"] = t.tiles();
-  d["forward"] = steps(plan.forward);
-  d["backward"] = steps(plan.backward);
+  d["forward"] = steps(p, device, plan, plan.forward);
+  d["backward"] = steps(p, device, plan, plan.backward);
   d["one_launch_forward"] = forward;
   d["one_launch_backward"] = backward;
   return d;
@@ -150,9 +164,9 @@ PYBIND11_MODULE(_plan, m) {
         "limits that DA_OPS_CPU_PLAN would set to this text.");
   m.def("cuda", &cuda, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
         py::arg("order"), py::arg("gate"), py::arg("sm"), py::arg("multiprocessors"),
-        py::arg("wish") = "",
+        py::arg("wish") = "", py::arg("l2_bytes") = 0,
         "The CUDA backend's launches on a GPU of this compute capability, with so many "
-        "multiprocessors (0: as many as a typical one).");
+        "multiprocessors and bytes of L2 (0: as many as a typical one).");
   m.def(
       "schedules",
       [] {

@@ -76,18 +76,33 @@ class Explanation:
                 f"{name}: {_mib(way['bytes_moved'])} moved, floor {_mib(way['floor_bytes'])} "
                 f"({way['percent_of_floor']:.0f}% of the floor's speed if memory-bound)"
             )
-            lines += map(_line, way["passes"])
+            lines += (_line(p, self.call.bytes) for p in way["passes"])
         if d["details"]:
             lines.append("plan: " + ", ".join(f"{k} {v}" for k, v in d["details"].items()))
         return "\n".join(lines)
 
 
-def _line(p: dict[str, Any]) -> str:
+def _line(p: dict[str, Any], size: int) -> str:
     line = f"  {p['name']:24s} reads {p['reads']}, writes {p['writes']}"
     if launch := p["launch"]:
         line += f", {launch['grid']} blocks of {launch['threads']} threads"
         line += f" with {launch['shared_bytes'] / 1024:.1f} KiB shared memory"
+        line += f", {_waves(launch['waves'])}"
+        if p["reads"]:
+            line += "; from the last image on" * launch["backwards"]
+            share = launch["in_l2"] / max(p["reads"] * size, 1)
+            line += f"; {_mib(launch['in_l2'])} ({share:.0%}) of what it reads expected in L2"
+    if p["why"]:
+        line += f"; {p['why']}"
     return line
+
+
+def _waves(w: dict[str, Any]) -> str:
+    """Work is what the slots do until the last block is done; in less than a wave, some idle."""
+    slots, share = f"{w['slots']} at once", f"{w['efficiency']:.0%}"
+    if w["blocks"] < w["slots"]:
+        return f"{slots}: less than a wave, {share} of it in use"
+    return f"{slots}: {w['waves']} wave{'s' * (w['waves'] != 1)}, {share} full"
 
 
 def explain(
@@ -112,7 +127,10 @@ def explain(
 
     A backend asked for by name is explained wherever its plan can be made, also where it could not
     run. Nothing is computed. "Bytes moved" are bytes read from and written to memory: a pass over
-    data that is still in cache moves none.
+    data that is still in cache moves none. For the CUDA launches they count every pass in full, and
+    what a pass should find in L2 is told beside it: what the launches before it left there, of the
+    GPU's L2 seven tenths; nothing for the first of a direction, for what was there before is not
+    known.
     """
     if not isinstance(x, Tensor) or x.dim() != 4:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__

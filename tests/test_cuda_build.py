@@ -118,8 +118,8 @@ def test_the_report_says_when_there_is_no_nvcc(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("mangled", "name"),
     [
-        ("_ZN2da4cuda4foldIdEEvNS0_4ArgsIT_EE", "fold<double>"),
-        ("_ZN2da4cuda9gate_sumsI13__nv_bfloat16EEvv", "gate_sums<bfloat16>"),
+        ("_ZN2da4cuda6finishIdEEvNS0_4ArgsIT_EE", "finish<double>"),
+        ("_ZN2da4cuda6finishI13__nv_bfloat16EEvv", "finish<bfloat16>"),
         ("_ZN2da4cuda5plainEv", "plain"),
         ("__internal_something", "__internal_something"),
     ],
@@ -150,7 +150,7 @@ PLANTED = {
         ("SIMT_HD To bit_cast(From from) {", "SIMT_HD To bit_cast(const From& from) {"),
         {
             SUMS: [
-                "expected accesses of 2 bytes and more, got 128 of 1",
+                "expected accesses of 2 bytes and more, got 160 of 1",
                 "loops over 4+0+0 vectors (from global, from shared, stored): expected 1, got 0",
             ]
         },

@@ -72,6 +72,22 @@ def test_unaligned_tensors(kernels, layout):
     check(calls, results(kernels(), calls, aligned=False))
 
 
+# Maps made by launches of their own, of sums from many tiles; a gate's gradients in many shares.
+MANY_LAUNCHES = "terms=1,lanes=2,height=64,share=1"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), CASES)
+def test_maps_made_between_passes(kernels, order, gate, layout):
+    grid = 5 if layout == "contiguous" else 2**20  # several launches of a step, or one
+    calls = [
+        make(shape, order, gate, dtype=dtype, layout=layout)
+        for shape in [(3, 20, 7, 9), (2, 5, 30, 17), (1, 70, 1, 33)]
+        for dtype in (torch.float16, torch.float64)
+    ]
+    check(calls, results(kernels(), calls, limits=f"{MANY_LAUNCHES},grid={grid}"))
+
+
 @pytest.mark.parametrize("order", ["spatial_channel", "channel_spatial", "parallel"])
 def test_no_images(kernels, order):
     call = make((0, 8, 4, 4), order)
@@ -103,10 +119,12 @@ def test_nan_stays_in_its_image_and_its_channel(kernels, layout):
 def test_any_order_of_lanes_gives_the_same_bits(kernels, order):
     calls = [make((2, 16, 7, 7), dtype=dtype) for dtype in DTYPES]
     calls.append(make((1, 3, 60, 60), "channel_spatial", layout="channels_last"))
-    once = results(kernels(), calls)
-    again = results(kernels(), calls, SIMT_ORDER=order)
-    for one, other in zip(once, again, strict=True):
-        assert_equal(one, other)
+    calls += [make((3, 20, 7, 9), "parallel", gate) for gate in ("scalar", "eca")]
+    for limits in ("", MANY_LAUNCHES):
+        once = results(kernels(), calls, limits=limits)
+        again = results(kernels(), calls, limits=limits, SIMT_ORDER=order)
+        for one, other in zip(once, again, strict=True):
+            assert_equal(one, other)
 
 
 @pytest.mark.parametrize("kind", ["address", "thread"])
@@ -122,6 +140,9 @@ def test_sanitizers_find_nothing(kernels, layout, kind):
     calls.append(make((1, 4, 5, 5), "channel_spatial", dtype=torch.float64, layout=layout))
     calls.append(make((1, 2, 6000, 1), "parallel", "scalar", layout=layout))
     check(calls, results(kernels(kind), calls, SIMT_ORDER="random", SIMT_LIVE="4"))
+    calls = [make((2, 9, 7, 7), order, gate, layout=layout) for order, gate in FEW_CASES]
+    options = {"limits": MANY_LAUNCHES, "SIMT_ORDER": "random", "SIMT_LIVE": "4"}
+    check(calls, results(kernels(kind), calls, **options))
 
 
 MANY = settings(

@@ -249,11 +249,43 @@ def test_a_kernel_without_limits_is_a_fault():
 
 
 def test_a_small_kernel_has_a_limit_on_all_its_instructions(monkeypatch):
-    monkeypatch.setitem(cuda_limits.WHOLE, "fold", 61)
-    assert not list(cuda_limits.faults("fold<float>", "sm_90", only()))
-    monkeypatch.setitem(cuda_limits.WHOLE, "fold", 60)
-    (told,) = cuda_limits.faults("fold<float>", "sm_90", only())
+    monkeypatch.setitem(cuda_limits.WHOLE, "maps", 61)
+    assert not list(cuda_limits.faults("maps<float>", "sm_80", only()))
+    monkeypatch.setitem(cuda_limits.WHOLE, "maps", 60)
+    (told,) = cuda_limits.faults("maps<float>", "sm_80", only())
     assert told == "expected at most 60 instructions, got 61"
+
+
+WAIT = "        /*%04x*/   ACQBULK ;\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "vectors", "told"),
+    [
+        (0x0070, True, []),  # before anything
+        (0x0200, True, []),  # after loads of vectors, and of shared memory
+        (0x02E0, False, ["expected no more than loads of x and dy before ACQBULK, got STG.E"]),
+        (None, True, ["expected a wait for the launch before (ACQBULK), got none"]),
+    ],
+)
+def test_an_early_launch_waits_before_it_touches_what_others_wrote(before, vectors, told):
+    code = LISTING
+    if before is not None:
+        at = LISTING.index(f"        /*{before:04x}*/")
+        code = LISTING[:at] + WAIT % (before - 8) + LISTING[at:]
+    assert list(cuda_limits.early_faults(only(code).instructions, vectors)) == told
+    narrow = code.replace("LDG.E.128 R4", "LDG.E R4")
+    if not told and before > 0xB0:
+        assert list(cuda_limits.early_faults(only(narrow).instructions, True))
+        assert not list(cuda_limits.early_faults(only(narrow).instructions, False))
+
+
+def test_only_launches_that_may_be_early_have_to_wait():
+    def waits(name, arch):
+        return any("ACQBULK" in fault for fault in cuda_limits.faults(name, arch, only()))
+
+    assert waits("maps<float, terms>", "sm_90") and waits("scale<float, 1, true, whole>", "sm_120")
+    assert not waits("fold<float>", "sm_89") and not waits("chip_forward<float>", "sm_90")
 
 
 def test_the_slots_are_those_of_the_gpus():
@@ -280,7 +312,7 @@ def test_the_report_has_a_line_for_each_loop(monkeypatch):
         ("scale<bfloat16, 8, true, split>", ("scale, backward, split", 2, True)),
         ("chip_forward<half>", ("chip_forward", 2, True)),
         ("chip_backward<float>", ("chip_backward", 4, True)),
-        ("fold<double>", ("fold", 8, False)),
+        ("maps<double, terms>", ("maps", 8, False)),
     ],
 )
 def test_a_name_says_which_rules_hold(name, kernel):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import OrderedDict
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from da_ops.reference import ORDERS
 
 from .cases import LAYOUTS
 
-plan = pytest.importorskip("da_ops._plan").cuda
+planners = pytest.importorskip("da_ops._plan")
+plan, schedules = planners.cuda, planners.schedules
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 STAGES = [(64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (256, 75, 75)]
@@ -25,6 +29,11 @@ def launches(shape, layout="contiguous", dtype="float16", order="spatial_channel
     return plan(shape, layout == "channels_last", dtype, order, "affine", sm, 0, wish)
 
 
+def passes(steps):
+    """Without the launches that only make maps between them."""
+    return [step for step in steps if not step["again"]]
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", BYTES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -32,9 +41,7 @@ def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
     for stage in STAGES:
         for n in (1, 32, 256):
             p = launches((n, *stage), layout, dtype, sm=sm)
-            folds = [step for step in p["forward"] + p["backward"] if step["name"] == "fold"]
-            if (stage[1:], dtype) != ((75, 75), "float64"):  # too many tiles to add up by the way
-                assert len(p["forward"]) == 3 and len(p["backward"]) == 4 and not folds
+            assert len(passes(p["forward"])) == 3 and len(passes(p["backward"])) == 4
             assert p["vector_bytes"] == 16
             for step in p["forward"] + p["backward"]:
                 assert step["shared_bytes"] <= (64 if dtype == "float64" else 48) * 1024
@@ -82,7 +89,151 @@ def test_small_limits_make_a_small_tensor_a_large_one(layout):
     limited = launches(shape, layout, wish="portable,terms=2,lanes=2,height=32")
     assert limited["tiles_an_image"] > 4 * by_itself["tiles_an_image"]
     names = [step["name"] for step in limited["forward"]]
-    assert names == ["channel mean", "fold", "pooling", "fold", "scale"]
+    assert names == ["channel mean", "masks", "pooling", "masks", "scale"]
+
+
+# Of which waves are to be full: the stages, and the maps of SSD300.
+TABLE = [*STAGES, (1024, 38, 38), (512, 19, 19), (512, 10, 10), (256, 5, 5), (256, 3, 3)]
+# Their images are few tiles of the least size or, of 75 x 75 pixels, as many as a block adds up the
+# sums of; no whole number of these comes near the slots for some batch sizes, or only tiles so
+# small that what each block does first would double the time.
+UNEVEN = {(64, 56, 56), (2048, 7, 7), (256, 75, 75), *TABLE[7:]}
+BATCHES = sorted({*range(1, 17), *range(17, 257, 13), 32, 64, 100, 128, 256})
+ROUND = 4 * 256 * 16  # bytes that a block's threads have in flight
+
+
+def work(p):
+    """Of a direction's launches, those that read or write full-size tensors."""
+    return [step for way in ("forward", "backward") for step in p[way] if step["reads"]]
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_waves_are_full(sm):
+    """Wherever there is a round for each block of a whole wave; less fills no GPU."""
+    cases = uneven = 0
+    for stage, layout, dtype in product(TABLE, LAYOUTS, ("float16", "float32")):
+        for n in BATCHES:
+            steps = work(launches((n, *stage), layout, dtype, sm=sm))
+            slots = max(step["waves"]["slots"] for step in steps)
+            if n * math.prod(stage) * BYTES[dtype] < slots * ROUND:
+                continue
+            cases += 1
+            full = min(step["waves"]["efficiency"] for step in steps)
+            uneven += full < 0.9
+            assert full >= (0.6 if stage in UNEVEN else 0.9), (n, stage, layout, dtype)
+    assert uneven < 0.03 * cases
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_waves_are_counted_honestly(layout, dtype, sm):
+    """Work over what the slots could do while the waves last; slots that the memory allows."""
+    for n, stage in product((1, 3, 64), STAGES):
+        p = launches((n, *stage), layout, dtype, sm=sm)
+        tile = math.prod(map(int, re.findall(r"\d+", p["tile"])))
+        for step in work(p):
+            w = step["waves"]
+            assert w["blocks"] == n * p["tiles_an_image"]
+            assert w["waves"] == -(-w["blocks"] // w["slots"])
+            could = w["waves"] * w["slots"] * tile
+            assert w["efficiency"] == pytest.approx(n * math.prod(stage) / could)
+            blocks, rest = divmod(w["slots"], p["multiprocessors"])
+            assert not rest and 1 <= blocks <= (2 if dtype == "float64" else 3)
+            room = shared_kib(sm) * 1024
+            assert blocks * (step["shared_bytes"] + 1024 * (sm >= 80)) <= room
+
+
+def shared_kib(sm):
+    """Of a multiprocessor."""
+    return {75: 64, 80: 164, 90: 228, 100: 228}.get(sm, 100)
+
+
+def test_what_is_less_than_a_wave_takes_the_smallest_tiles():
+    few, many = (launches((n, 64, 56, 56)) for n in (1, 64))
+    assert few["tiles_an_image"] > many["tiles_an_image"]
+    assert all(step["waves"]["blocks"] < step["waves"]["slots"] for step in work(few))
+    assert launches((0, 64, 56, 56))["forward"][0]["waves"]["efficiency"] == 0
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_passes_walk_the_batch_to_and_fro(order, way):
+    """The last one from the end, so that the next layer finds first what was written last."""
+    walk = [
+        step["backwards"] for step in launches((64, 256, 56, 56), order=order)[way] if step["reads"]
+    ]
+    assert walk[-1]
+    assert all(one != next for one, next in pairwise(walk))
+
+
+def simulated(passes, backwards, lines, room):
+    """Lines of an L2 that forgets the least recently used, of `lines` a tensor, found in a pass."""
+    cache, found = OrderedDict(), []
+    for tensors, back in zip(passes, backwards, strict=True):
+        found.append(0)
+        for line in reversed(range(lines)) if back else range(lines):
+            for tensor in tensors:
+                found[-1] += (tensor, line) in cache
+                cache[tensor, line] = True
+                cache.move_to_end((tensor, line))
+                if len(cache) > room:
+                    cache.popitem(last=False)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1, 1.5, 1.9, 2.3, 2.7, 3.5, 5])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_expected_in_l2_is_what_a_cache_has(order, share):
+    """`share`: tensors that there is room for."""
+    shape, lines = (16, 256, 32, 32), 1000
+    size = math.prod(shape) * 2
+    p = plan(shape, False, "float16", order, "affine", 90, 0, "", int(share * size / 0.7))
+    for way, passes in schedules()[order].items():
+        steps = [step for step in p[way] if step["reads"]]
+        tensors = [step["reads"] + step["writes"] for step in passes]
+        walk = [step["backwards"] for step in steps]
+        want = simulated(tensors, walk, lines, int(share * lines))
+        got = [step["in_l2"] / size for step in steps]
+        assert got == pytest.approx([n / lines for n in want], abs=0.01)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_launches_begin_early_from_hopper_on(sm):
+    assert launches((8, 64, 7, 7), sm=sm)["early_launches"] == (sm >= 90)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_masks_are_made_by_a_launch_only_where_that_saves_time(sm):
+    """By instructions of a multiprocessor, of which a launch takes so many to get going."""
+    price, made = 1500 // (3 if sm >= 90 else 1), set()
+    for stage in STAGES:
+        for n in (1, 8, 32, 64, 256):
+            p = launches((n, *stage), sm=sm)
+            tiles = p["forward"][0]["grid"]
+            for step in p["forward"] + p["backward"]:
+                if not step["again"]:
+                    continue
+                once = step["once"] // min(step["grid"], p["multiprocessors"])
+                again = step["again"] // min(tiles, p["multiprocessors"])
+                assert again > once + price
+                made.add((n, *stage))
+    assert (256, 256, 56, 56) in made and not made & {(1, 64, 56, 56), (1, 2048, 7, 7)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_made_by_every_block_need_no_launch(layout):
+    for stage in STAGES:
+        for n in (1, 64):
+            p = launches((n, *stage), layout, wish=f"portable,launch={10**9}")
+            assert len(p["forward"]) == 3 and len(p["backward"]) == 4
+
+
+def test_sums_of_many_tiles_are_folded_by_a_launch():
+    p = launches((1, 16, 300, 300))
+    assert p["tiles_an_image"] > 32
+    names = [step["name"] for step in p["forward"]]
+    assert names[-2:] == ["masks", "scale"]
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
@@ -100,13 +251,19 @@ def test_explain_prints_any_architecture(capsys):
     for line in ("channel mean", "pooling", "scale", "combine", "parameter gradients"):
         assert line in text
     assert "blocks of 256 threads" in text and "KiB shared memory" in text
+    step = next(s for s in launches((64, 256, 56, 56), "channels_last")["backward"] if s["again"])
+    assert f"; {step['once']} instructions instead of {step['again']} in the next launch" in text
     assert "50% of the floor" in text and "60% of the floor" in text
+    assert re.search(r"396 at once: \d+ waves, 9\d% full", text)
+    assert re.search(r"pooling .* 35.0 MiB \(36%\) of what it reads expected in L2", text)
+    assert re.search(r"132 at once: less than a wave, \d+% of it in use", text)
 
     assert main([*command.split(), "--json"]) == 0
     d = json.loads(capsys.readouterr().out)
     moved = math.prod((64, 256, 56, 56)) * 2
     assert d["forward"]["bytes_moved"] == 4 * moved and d["backward"]["bytes_moved"] == 5 * moved
-    assert d["forward"]["passes"][0]["launch"]["threads"] == 256
+    launch = d["forward"]["passes"][0]["launch"]
+    assert launch["threads"] == 256 and launch["waves"]["slots"] == 396
 
 
 @pytest.mark.parametrize("device", ["sm_70", "sm90", "sm_x", "cuda"])

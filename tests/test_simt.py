@@ -20,6 +20,7 @@ ORDERS = {
 RACE = "WARNING: ThreadSanitizer: data race"
 POISONED = "ERROR: AddressSanitizer: use-after-poison"
 DEADLOCK = "simt: deadlock: a barrier that not all of its threads reach"
+NO_WAIT = "simt: an early launch that did not wait for the one before it"
 FOUND = {
     ("past_array", "address"): POISONED,
     ("past_shared", "address"): "ERROR: AddressSanitizer: heap-buffer-overflow",
@@ -37,6 +38,10 @@ FOUND = {
     ("no_barrier_before_load", "thread"): RACE,
     ("no_cluster_barrier", "thread"): RACE,
     ("no_team_barrier", "thread"): RACE,
+    ("late_wait_for_launch", "thread"): RACE,
+    ("late_wait_for_launch", "plain"): "wrong result",  # NaN: what is to be read is not there yet
+    ("no_wait_for_launch", "plain"): NO_WAIT,
+    ("some_wait_for_launch", "plain"): NO_WAIT,
 }
 
 

@@ -6,6 +6,7 @@
 #include "cuda/common/finish.cuh"
 #include "cuda/launch.h"
 #include "cuda/onchip/kernels.cuh"
+#include "cuda/portable/maps.cuh"
 #include "cuda/portable/passes.cuh"
 #include "cuda/simt/launch.cuh"
 
@@ -22,12 +23,11 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   args.height = p.h, args.width = p.w;
   args.masks = masks(p.order), args.outer = outer(p.order);
   args.gate = p.gate, args.kernel_size = p.kernel_size;
-  args.tiling = t, args.halo = plan.halo;
+  args.tiling = t, args.halo = plan.halo, args.bands = plan.bands, args.padded = Padded(p.w);
   args.x = at.x, args.dy = at.dy, args.out = at.out;
   args.parameters = at.parameters, args.wide = at.wide, args.gradients = at.gradients;
-  const int channel_tiles = t.channel_tiles(), pixel_tiles = t.pixel_tiles();
-  args.pixel_sums = {work + w.pixel_sums, channel_tiles, args.pixels, channel_tiles};
-  args.channel_sums = {work + w.channel_sums, pixel_tiles, args.channels, pixel_tiles};
+  args.pixel_sums = {work + w.pixel_sums, t.channel_tiles(), args.pixels};
+  args.channel_sums = {work + w.channel_sums, t.pixel_tiles(), args.channels};
   for (const Pass& pass : schedule(p.order, way == Way::backward)) {
     if (pass.weights != Maps::terms) continue;
     if (pass.sums.pixels) {
@@ -42,17 +42,13 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   args.channel_mean = static_cast<A*>(at.channel_mean);
   args.pooled = static_cast<A*>(at.pooled);
   args.spatial_mask = work + w.spatial_mask, args.channel_mask = work + w.channel_mask;
-  args.d_channel_mean = work + w.d_channel_mean, args.d_logit = work + w.d_logit;
+  args.d_channel_mean = work + w.d_channel_mean;
+  args.d_logit = work + w.d_logit, args.d_pooled = work + w.d_pooled;
   args.spatial_parts = work + w.spatial_parts, args.spatial_blocks = w.spatial_blocks;
-  args.gate_parts = work + w.gate_parts, args.parts = gate_parts(p);
+  args.gate_parts = work + w.gate_parts, args.shares = w.shares;
+  args.parts_done = reinterpret_cast<unsigned*>(work + w.parts_done);
   return args;
 }
-
-// Whether there are kernels of their own for what is summed and for rows of whole vectors. float64,
-// and tensors that are read by elements, do without: every kernel is compiled for all
-// architectures.
-template <class T, int E>
-constexpr bool kSpecialised = E > 1 && sizeof(T) < 8;
 
 template <class T, int E, Sums Kind, Fit How>
 auto sums_kernel(Lines wanted) {
@@ -90,15 +86,35 @@ int launch_pass(const Pass& pass, const simt::Launch& launch, const Args<accumul
 }
 
 template <class T>
+int launch_maps(const Step& step, const simt::Launch& launch, Args<accumulate_t<T>> args) {
+  args.halo = args.bands.halo;
+  switch (step.made) {
+    case Made::masks_of_sums:
+      return simt::launch(launch, maps<T, Made::masks_of_sums>, args);
+    case Made::masks_again:
+      return simt::launch(launch, maps<T, Made::masks_again>, args);
+    default:
+      return simt::launch(launch, maps<T, Made::terms>, args);
+  }
+}
+
+template <class T>
+int launch_finish(simt::Launch launch, const Args<accumulate_t<T>>& args) {
+  if (args.shares > 1 && args.first_job == 0) {
+    const size_t bytes = (args.gate == Gate::eca ? args.kernel_size : 2) * sizeof(unsigned);
+    if (const int error = simt::clear(args.parts_done, bytes, launch.stream)) return error;
+    launch.early = false;
+  }
+  return simt::launch(launch, finish<T>, args);
+}
+
+template <class T>
 int launch_step(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
-  using A = accumulate_t<T>;
   switch (step.kernel) {
-    case Kernel::fold:
-      return simt::launch(launch, fold<A>, args);
-    case Kernel::gate_sums:
-      return simt::launch(launch, gate_sums<A>, args);
+    case Kernel::maps:
+      return launch_maps<T>(step, launch, args);
     case Kernel::finish:
-      return simt::launch(launch, finish<T>, args);
+      return launch_finish<T>(launch, args);
     default:
       return launch_pass<T>(step.pass, launch, args);
   }
@@ -137,35 +153,53 @@ int launch_on_chip(const Direction& direction, const Args<float>& call, float* w
   return error ? error : simt::launch(chip_launch(chip, stream), chip_kernel<T>(chip), args);
 }
 
-// Runs the steps in turn. What a step leaves for those after it is noted in `args`.
+// Runs the steps in turn.
+//
+// With `early`, a launch may begin when the blocks of the one before have all begun: it then waits,
+// in every thread, until that one has ended, before it reads or writes any memory but x, dy and the
+// parameters, which no launch of the call writes. As no launch ends before it has waited for the
+// one before it, all earlier ones have ended as well by then. The first launch of a call is not
+// early: whatever the stream had to do before, whose memory the call reads or was given to write,
+// is done when it begins, and so before any launch of the call does. And whatever the stream does
+// next begins when the last launch has ended, and so after all of the call: the workspace can be
+// another's then. After clear() launches are not early either: that they wait for it is not
+// promised.
 template <class T>
 int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate_t<T>* workspace,
-              void* stream) {
-  using A = accumulate_t<T>;
+              bool early, void* stream) {
+  bool first = true;
   for (const Step& step : direction.steps) {
     if constexpr (!std::is_same_v<T, double>) {
       if (step.kernel == Kernel::on_chip) {
         const int error = step.jobs > 0 ? launch_on_chip<T>(direction, args, workspace, stream) : 0;
         if (error != 0) return error;
+        first = step.jobs == 0;
         continue;
       }
     }
     // Backward's second sums come on top of its first.
     const bool more = step.pass.weights == Maps::terms;
-    Partial<A>& pixel_sums = more ? args.more_pixel_sums : args.pixel_sums;
-    Partial<A>& channel_sums = more ? args.more_channel_sums : args.channel_sums;
     const Axes sums = step.pass.sums;
-    args.pending = step.pending;
-    args.new_pixel_sums = sums.pixels ? pixel_sums.data : nullptr;
-    args.new_channel_sums = sums.channels ? channel_sums.data : nullptr;
-    args.to_fold = sums.pixels ? pixel_sums : channel_sums;
+    args.weights = step.weights, args.pending = step.pending;
+    args.new_pixel_sums = (more ? args.more_pixel_sums : args.pixel_sums).data;
+    args.new_channel_sums = (more ? args.more_channel_sums : args.channel_sums).data;
+    if (!sums.pixels) args.new_pixel_sums = nullptr;
+    if (!sums.channels) args.new_channel_sums = nullptr;
 
+    args.tile_step = step.backwards ? -1 : 1;
     for (args.first_job = 0; args.first_job < step.jobs; args.first_job += step.grid) {
-      const unsigned grid = std::min<int64_t>(step.grid, step.jobs - args.first_job);
-      const int error = launch_step<T>(step, {grid, kThreads, step.shared_bytes, stream}, args);
+      args.first_tile = step.backwards ? step.jobs - 1 - args.first_job : args.first_job;
+      simt::Launch launch{};
+      launch.grid = std::min<int64_t>(step.grid, step.jobs - args.first_job);
+      launch.block = kThreads;
+      launch.shared_bytes = step.shared_bytes;
+      launch.stream = stream;
+      launch.early = early && !first;
+      launch.backwards = step.backwards;
+      first = false;
+      const int error = launch_step<T>(step, launch, args);
       if (error != 0) return error;
     }
-    if (step.kernel == Kernel::fold) (sums.pixels ? pixel_sums : channel_sums).terms = 1;
   }
   return 0;
 }
@@ -182,7 +216,12 @@ template <Dtype D>
 int run_as(const Problem& problem, const Plan& plan, Way way, const Pointers& at) {
   using A = accumulate_t<storage_t<D>>;
   return detail::run_steps<storage_t<D>>(plan[way], detail::arguments<A>(problem, plan, way, at),
-                                         static_cast<A*>(at.workspace), at.stream);
+                                         static_cast<A*>(at.workspace), plan.early, at.stream);
+}
+
+template <Dtype D>
+int early_launches_as(bool& possible) {
+  return simt::early_launches(finish<storage_t<D>>, possible);
 }
 
 template <Dtype D>

@@ -25,10 +25,14 @@ int run_as(const Problem& problem, const Plan& plan, Way way, const Pointers& at
 template <Dtype D>
 int resident_teams_as(const OnChip& chip, int& teams);
 
+template <Dtype D>
+int early_launches_as(bool& possible);
+
 // `how` is `template` to instantiate a type's launchers, `extern template` where others do.
 #define DA_LAUNCHERS(how, D)                                            \
   how int run_as<D>(const Problem&, const Plan&, Way, const Pointers&); \
-  how int resident_teams_as<D>(const OnChip&, int&);
+  how int resident_teams_as<D>(const OnChip&, int&);                    \
+  how int early_launches_as<D>(bool&);
 DA_LAUNCHERS(extern template, Dtype::float16)
 DA_LAUNCHERS(extern template, Dtype::bfloat16)
 DA_LAUNCHERS(extern template, Dtype::float32)
@@ -49,6 +53,12 @@ inline int resident_teams(Dtype dtype, const OnChip& chip, int& teams) {
       resident_teams_as<Dtype::float16>, resident_teams_as<Dtype::bfloat16>,
       resident_teams_as<Dtype::float32>, resident_teams_as<Dtype::float64>};
   return by_dtype[static_cast<int>(dtype)](chip, teams);
+}
+
+// Sets whether the current device knows early launches, see simt::Launch. Returns 0, or CUDA's
+// error code.
+inline int early_launches(bool& possible) {
+  return early_launches_as<Dtype::float32>(possible);  // all types are compiled alike
 }
 
 }  // namespace da::cuda

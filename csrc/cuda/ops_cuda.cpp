@@ -37,10 +37,12 @@ const Device& device_of(const Tensor& x) {
   const int index = x.get_device_index();
   STD_TORCH_CHECK(index < kMaxDevices, "da_ops: more than 64 GPUs");
   std::call_once(known[index], [&] {
+    bool early = false;
+    require(early_launches(early));
     devices[index] = {10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
                           attribute(cudaDevAttrComputeCapabilityMinor, index),
                       attribute(cudaDevAttrMultiProcessorCount, index),
-                      attribute(cudaDevAttrL2CacheSize, index)};
+                      attribute(cudaDevAttrL2CacheSize, index), early};
   });
   return devices[index];
 }

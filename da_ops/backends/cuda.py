@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import native
-from .base import Backend, Call, Direction, Launch, Pass, Plan
+from .base import Backend, Call, Direction, Launch, Pass, Plan, Waves
 from .tuned import ENVIRONMENT, PLANS
 
 OLDEST = 75  # compute capability that kernels are built for
@@ -29,16 +29,19 @@ def _plan(call: Call) -> Plan:
         call.sm or (10 * properties.major + properties.minor if properties else 90),
         properties.multi_processor_count if properties else 0,
     )
+    l2_bytes = properties.L2_cache_size if properties else 0
     wish = os.environ.get(ENVIRONMENT["cuda"], "")
     here = properties is not None
 
     def direction(name: str) -> tuple[dict[str, Any], Direction]:
         tuned = PLANS.of("cuda", call, name == "backward") if here else None
-        details = plan(*of_call, tuned.launches if tuned else wish)
+        details = plan(*of_call, tuned.launches if tuned else wish, l2_bytes)
         passes = []
         for step in details[name]:
-            launch = Launch(step.pop("grid"), step.pop("threads"), step.pop("shared_bytes"))
-            passes.append(Pass(**step, launch=launch))
+            of_pass = {key: step.pop(key) for key in ("name", "reads", "writes")}
+            why = _saved(step.pop("once"), step.pop("again"))
+            launch = Launch(**{**step, "waves": Waves(**step["waves"])})
+            passes.append(Pass(**of_pass, launch=launch, why=why))
         return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
 
     (details, forward), (others, backward) = direction("forward"), direction("backward")
@@ -49,6 +52,11 @@ def _plan(call: Call) -> Plan:
     if here:
         details.update(PLANS.words("cuda", call))
     return Plan(forward, backward, details)
+
+
+def _saved(once: int, again: int) -> str | None:
+    """By what count a launch makes maps that the blocks of the next pass would make each."""
+    return f"{once} instructions instead of {again} in the next launch" if again else None
 
 
 def _one_launch(chosen: dict[str, Any]) -> str:

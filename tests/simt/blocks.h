@@ -14,6 +14,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
+#include <memory>
 #include <new>
 #include <random>
 #include <string>
@@ -26,6 +28,14 @@ namespace simt::host {
 struct Warp {
   Barrier barrier;
   uint64_t slot[2][kWarp];  // in turn: a lane may be one shuffle ahead of another
+};
+
+// What the lanes of a launch share.
+struct LaunchState {
+  std::function<void()> kernel;
+  bool early = false;
+  unsigned alone = 1;  // 0 until the launch before has ended
+  char tag = 0;        // of what that one wrote
 };
 
 struct Team {
@@ -46,6 +56,7 @@ struct Copy {
 // AddressSanitizer reports a peer that reads it after that.
 struct Block {
   unsigned index = 0, size = 0, grid = 0, running = 0;
+  LaunchState* launch = nullptr;
   Team* team = nullptr;
   Barrier barrier;
   std::vector<Warp> warps;
@@ -58,9 +69,10 @@ struct Block {
   Block& operator=(const Block&) = delete;
   ~Block() { ::operator delete(shared, std::align_val_t(128)); }
 
-  void prepare(const Launch& launch, Team& in) {
+  void prepare(const Launch& launch, LaunchState& of, Team& in) {
     size = launch.block;
     grid = launch.grid;
+    this->launch = &of;
     team = &in;
     team->blocks.push_back(this);
     warps = std::vector<Warp>(size / kWarp);
@@ -87,7 +99,7 @@ struct Block {
 inline void Lane::begin(Block& in, unsigned at) {
   block = &in;
   index = at;
-  returned = false;
+  returned = waited = false;
   awaited = nullptr;
   place = "the start";
   context.prepare(stack.begin(), run_lane);
@@ -102,7 +114,7 @@ SIMT_MACHINE inline void run_lane() {
   // The first switch to a lane and the last one from it order the launch among others. They are
   // kept apart from its body, or they would order the bodies of lanes that run one after the other.
   if (kThreadSanitizer) suspend();
-  scheduler.body(scheduler.kernel);
+  current->block->launch->kernel();
   current->returned = true;
   if (kThreadSanitizer) suspend();
   suspend(Fence::full);
@@ -130,11 +142,12 @@ class Turns {
     generator_.seed(setting("SIMT_SEED", 1));
   }
 
-  // Until all lanes have returned.
+  // Until all lanes have returned, or no other can go on before the launch before has ended.
   void run(const std::vector<Lane*>& lanes) {
     std::vector<Lane*> turns = lanes;
     if (order_ == "descending") std::reverse(turns.begin(), turns.end());
-    for (size_t returned = 0; returned < turns.size();) {
+    const auto returned = [](const Lane* lane) { return lane->returned; };
+    while (!std::all_of(turns.begin(), turns.end(), returned)) {
       if (order_ == "random") std::shuffle(turns.begin(), turns.end(), generator_);
       bool stuck = true;
       for (Lane* lane : turns) {
@@ -142,9 +155,12 @@ class Turns {
         stuck = false;
         resume(lane, Fence::none);
         if (!lane->returned) continue;
-        returned++;
+        if (lane->block->launch->early && !lane->waited)
+          fail("an early launch that did not wait for the one before it (block %u, thread %u)",
+               lane->block->index, lane->index);
         lane->block->lane_returned();
       }
+      if (stuck && lanes[0]->block->launch->alone == 0) return;
       if (stuck) report_deadlock(lanes);
     }
   }
@@ -174,8 +190,6 @@ class Turns {
   std::minstd_rand generator_;
 };
 
-inline std::deque<Lane> lanes;  // of this launch or a larger one before: stacks and fibers are dear
-
 // Adds a kernel's name to the file SIMT_KERNELS, for which of several was launched may show in
 // nothing else.
 inline void note(const void* kernel) {
@@ -198,47 +212,108 @@ struct LeftOut {
 };
 inline LeftOut left_out = {0, 0};
 
-// Calls body(kernel) once for every thread of the launch.
-inline void run(const Launch& launch, void (*body)(const void*), const void* kernel) {
-  const unsigned size = launch.block, team = launch.team;
-  if (launch.grid == 0 || size == 0 || size > 1024 || size % kWarp != 0)
-    fail("a launch of %u blocks of %u threads", launch.grid, size);
-  if (team == 0 || launch.grid % team != 0)
-    fail("%u blocks are not teams of %u", launch.grid, team);
+// Lanes of this launch or a larger one before: stacks and fibers are dear. There may be two at
+// once.
+inline std::deque<Lane> lanes[2];
+inline unsigned launches = 0;
 
-  Turns turns;
-  const unsigned live = std::min(launch.grid, team * std::max(1u, setting("SIMT_LIVE", 1)));
-  if (kThreadSanitizer && live * size > 2048)
-    fail("%u live threads: ThreadSanitizer has memory for 2048", live * size);
-  while (lanes.size() < live * size) lanes.emplace_back(lanes.size());
+// A launch: every thread of it calls the kernel once.
+class Running {
+ public:
+  Running(const Launch& launch, std::function<void()> kernel)
+      : launch_(launch), lanes_(lanes[launches++ % 2]) {
+    const unsigned size = launch.block, team = launch.team;
+    if (launch.grid == 0 || size == 0 || size > 1024 || size % kWarp != 0)
+      fail("a launch of %u blocks of %u threads", launch.grid, size);
+    if (team == 0 || launch.grid % team != 0)
+      fail("%u blocks are not teams of %u", launch.grid, team);
+    live_ = std::min(launch.grid, team * std::max(1u, setting("SIMT_LIVE", 1)));
+    if (kThreadSanitizer && live_ * size > 2048)
+      fail("%u live threads: ThreadSanitizer has memory for 2048", live_ * size);
+    while (lanes_.size() < live_ * size) lanes_.emplace_back(lanes_.size());
 
-  std::vector<Team> teams(live / team);
-  std::vector<Block> blocks(live);
-  for (unsigned b = 0; b < live; b++) blocks[b].prepare(launch, teams[b / team]);
+    state_.kernel = std::move(kernel);
+    state_.early = launch.early;
+    teams_ = std::vector<Team>(live_ / team);
+    blocks_ = std::vector<Block>(live_);
+    for (unsigned b = 0; b < live_; b++) blocks_[b].prepare(launch, state_, teams_[b / team]);
+    end_ = launch.grid;
+    if (left_out.images > 0 && launch.grid % left_out.images == 0) {
+      const unsigned blocks = launch.grid / left_out.images * left_out.first;
+      if (launch.backwards)
+        end_ -= blocks;
+      else
+        next_ = blocks;
+    }
+  }
 
-  scheduler.body = body;
-  scheduler.kernel = kernel;
+  // As far as it gets while the launch before has not ended.
+  void begin_early() {
+    state_.alone = 0;
+    begin_blocks();
+    turns_.run(running_);
+  }
+
+  // To its end.
+  void finish() {
+    release(&state_.tag);
+    state_.alone = 1;
+    if (!running_.empty()) turn_out();
+    while (next_ < end_) {
+      begin_blocks();
+      turn_out();
+    }
+  }
+
+ private:
+  void begin_blocks() {
 #ifdef __SANITIZE_THREAD__
-  scheduler.tsan_fiber = __tsan_get_current_fiber();
+    scheduler.tsan_fiber = __tsan_get_current_fiber();
 #endif
-  const bool by_image = left_out.images > 0 && launch.grid % left_out.images == 0;
-  const unsigned begin = by_image ? launch.grid / left_out.images * left_out.first : 0;
-  for (unsigned first = begin; first < launch.grid; first += live) {
-    const unsigned now = std::min(live, launch.grid - first);
-    std::vector<Lane*> running;
+    const unsigned now = std::min(live_, end_ - next_), size = launch_.block;
     for (unsigned b = 0; b < now; b++) {
-      blocks[b].begin(first + b);
+      blocks_[b].begin(next_ + b);
       for (unsigned t = 0; t < size; t++) {
-        running.push_back(&lanes[b * size + t]);
-        running.back()->begin(blocks[b], t);
+        running_.push_back(&lanes_[b * size + t]);
+        running_.back()->begin(blocks_[b], t);
       }
     }
+    next_ += now;
     if (kThreadSanitizer)
-      for (Lane* lane : running) resume(lane, Fence::full);
-    turns.run(running);
-    if (kThreadSanitizer)
-      for (Lane* lane : running) resume(lane, Fence::none);
+      for (Lane* lane : running_) resume(lane, Fence::full);
   }
+  void turn_out() {
+    turns_.run(running_);
+    if (kThreadSanitizer)
+      for (Lane* lane : running_) resume(lane, Fence::none);
+    running_.clear();
+  }
+
+  const Launch launch_;
+  std::deque<Lane>& lanes_;
+  LaunchState state_;
+  Turns turns_;
+  unsigned live_ = 0, next_ = 0, end_ = 0;
+  std::vector<Team> teams_;
+  std::vector<Block> blocks_;
+  std::vector<Lane*> running_;
+};
+
+// The last launch of the stream: it is run when the next one has begun, if that one may begin
+// early, for whoever then reads too soon what this one writes reads what was there before.
+inline std::unique_ptr<Running> last;
+
+// Until all launches have ended, as whoever looks at results must.
+inline void synchronize() {
+  if (last) last->finish();
+  last.reset();
+}
+
+inline void run(const Launch& launch, std::function<void()> kernel) {
+  auto next = std::make_unique<Running>(launch, std::move(kernel));
+  if (launch.early && last) next->begin_early();
+  synchronize();
+  last = std::move(next);
 }
 
 }  // namespace simt::host

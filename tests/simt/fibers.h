@@ -151,6 +151,7 @@ struct Lane {
   unsigned index = 0;  // in its block
   Block* block = nullptr;
   unsigned shuffles = 0;
+  bool waited = false;  // for the launch before
 
   // Runnable unless it has returned or *awaited is still `seen`.
   bool returned = false;
@@ -169,8 +170,6 @@ inline Lane* current = nullptr;  // the running one
 // The other side of every switch.
 struct Scheduler {
   Context context;
-  void (*body)(const void*) = nullptr;
-  const void* kernel = nullptr;
   const void* stack = nullptr;
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;

@@ -29,11 +29,22 @@ enum class Bug {
   no_cluster_barrier,
   peer_has_returned,
   no_team_barrier,
+  no_wait_for_launch,
+  some_wait_for_launch,
+  late_wait_for_launch,
 };
 
 constexpr int kThreads = 64;
 constexpr int kBlocks = 8;
 constexpr unsigned kTeam = 4;
+
+// Runs a launch to its end.
+template <class... A>
+bool ran(const simt::Launch& launch, const A&... kernel_and_arguments) {
+  const int error = simt::launch(launch, kernel_and_arguments...);
+  simt::host::synchronize();
+  return error == 0;
+}
 
 // Each block adds up its numbers: lanes by shuffles, warps through shared memory.
 struct SumArrays {
@@ -78,7 +89,7 @@ bool sum_case() {
   for (size_t i = 0; i < x.size(); i++) x[i] = static_cast<float>(i % 7);
   simt::Launch launch{kBlocks, kThreads};
   launch.shared_bytes = SumArrays(simt::Carver()).bytes;
-  if (simt::launch(launch, sum<bug>, SumArguments{x.data(), y.data()}) != 0) return false;
+  if (!ran(launch, sum<bug>, SumArguments{x.data(), y.data()})) return false;
   for (size_t i = 0; i < x.size(); i++) {
     float want = 0;
     for (size_t t = 0; t < kThreads; t++) want += x[i / kThreads * kThreads + t];
@@ -106,7 +117,7 @@ bool exchange_case() {
   carve.take<float>(kThreads);
   simt::Launch launch{1, kThreads};
   launch.shared_bytes = carve.bytes();
-  if (simt::launch(launch, exchange<bug>, y.data()) != 0) return false;
+  if (!ran(launch, exchange<bug>, y.data())) return false;
   for (int i = 0; i < kThreads; i++)
     if (y[i] != static_cast<float>(i ^ 1)) return false;
   return true;
@@ -128,7 +139,8 @@ scale(const T* x, T* y) {
   SIMT_UNROLL
   for (int i = 0; i < n; i++) values[i] *= 2;
   simt::store16(y, simt::pack<T>(values));
-  simt::store_once(y, simt::to<T>(2 * simt::to<A>(simt::load_once(x))));
+  simt::store_once(y,
+                   simt::to<T>(simt::to<A>(simt::load_last(x)) + simt::to<A>(simt::load_once(x))));
 }
 
 template <class T, Bug bug>
@@ -137,7 +149,7 @@ bool scale_case() {
   using A = simt::Accumulator<T>;
   Buffer<T> x(n + 1), y(n);
   for (int i = 0; i <= n; i++) x[i] = simt::to<T>(static_cast<A>(i) / 4);
-  if (simt::launch({1, simt::kWarp}, scale<T, bug>, x.data(), y.data()) != 0) return false;
+  if (!ran(simt::Launch{1, simt::kWarp}, scale<T, bug>, x.data(), y.data())) return false;
   for (int i = 0; i < n; i++)
     if (simt::to<A>(y[i]) != static_cast<A>(i) / 2) return false;
   return true;
@@ -180,7 +192,7 @@ bool copy_case() {
   for (size_t i = 0; i < x.size(); i++) x[i] = static_cast<float>(i);
   simt::Launch launch{1, kThreads};
   launch.shared_bytes = CopyArrays(simt::Carver()).bytes;
-  if (simt::launch(launch, copy<bug>, x.data(), y.data()) != 0) return false;
+  if (!ran(launch, copy<bug>, x.data(), y.data())) return false;
   for (int t = 0; t < kThreads; t++) {
     float want = 0;
     for (int b = 0; b < kBlocks; b++) want += x[b * kThreads + kThreads - 1 - t];
@@ -242,7 +254,7 @@ bool cluster_case() {
   launch.shared_bytes = carve.bytes();
   launch.team = kTeam;
   launch.cluster = true;
-  return simt::launch(launch, cluster<bug>, y.data()) == 0 && shifted(y, 1);
+  return ran(launch, cluster<bug>, y.data()) && shifted(y, 1);
 }
 
 template <Bug bug>
@@ -254,11 +266,39 @@ bool team_case() {
   launch.team = kTeam;
   for (int again = 0; again < 3; again++) {  // the counters go on where they are
     Buffer<float> y(kBlocks * kThreads);
-    if (simt::launch(launch, team<bug>, global.data(), counters.data(), y.data()) != 0 ||
-        !shifted(y, 3))
+    if (!ran(launch, team<bug>, global.data(), counters.data(), y.data()) || !shifted(y, 3))
       return false;
   }
   return true;
+}
+
+// Each launch adds 1 to what the one before wrote, and may begin before that one has ended.
+template <Bug bug>
+SIMT_KERNEL(kThreads, 1)
+next(const float* x, float* y) {
+  simt::let_next_launch_begin();
+  const int i = simt::block() * kThreads + simt::thread();
+  float value = bug == Bug::late_wait_for_launch ? x[i] : 0;
+  if (bug != Bug::no_wait_for_launch && (bug != Bug::some_wait_for_launch || i % 2 == 0))
+    simt::wait_for_launch_before();
+  if (bug != Bug::late_wait_for_launch) value = x[i];
+  y[i] = value + 1;
+}
+
+template <Bug bug>
+bool early_case() {
+  constexpr int kLaunches = 4, kNumbers = kBlocks * kThreads;
+  Buffer<float> y((kLaunches + 1) * kNumbers);
+  std::fill(y.begin(), y.begin() + kNumbers, 0.0f);
+  for (int n = 0; n < kLaunches; n++) {
+    simt::Launch launch{kBlocks, kThreads};
+    launch.early = n > 0;
+    float* const x = y.data() + n * kNumbers;
+    if (simt::launch(launch, n == 2 ? next<bug> : next<Bug::none>, x, x + kNumbers) != 0)
+      return false;
+  }
+  simt::host::synchronize();
+  return std::all_of(y.end() - kNumbers, y.end(), [](float value) { return value == kLaunches; });
 }
 
 // The switch itself: thousands of blocks that do little but wait.
@@ -266,7 +306,7 @@ SIMT_KERNEL(256, 1)
 wait_often(int times) {
   for (int i = 0; i < times; i++) simt::sync();
 }
-bool wait_often_case() { return simt::launch({4096, 256}, wait_often, 8) == 0; }
+bool wait_often_case() { return ran(simt::Launch{4096, 256}, wait_often, 8); }
 
 // All values of a half type, or floats from the standard input rounded to it, to the output.
 template <class T>
@@ -304,6 +344,7 @@ constexpr Case kRight[] = {
     {"copy", copy_case<Bug::none>},
     {"cluster", cluster_case<Bug::none>},
     {"team", team_case<Bug::none>},
+    {"early", early_case<Bug::none>},
 };
 
 constexpr Case kOther[] = {
@@ -322,6 +363,9 @@ constexpr Case kOther[] = {
     {"no_cluster_barrier", cluster_case<Bug::no_cluster_barrier>},
     {"peer_has_returned", cluster_case<Bug::peer_has_returned>},
     {"no_team_barrier", team_case<Bug::no_team_barrier>},
+    {"no_wait_for_launch", early_case<Bug::no_wait_for_launch>},
+    {"some_wait_for_launch", early_case<Bug::some_wait_for_launch>},
+    {"late_wait_for_launch", early_case<Bug::late_wait_for_launch>},
     {"wait_often", wait_often_case},
     {"widen_float16", widen_case<simt::float16>},
     {"widen_bfloat16", widen_case<simt::bfloat16>},

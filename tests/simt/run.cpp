@@ -10,8 +10,10 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/plan/choose.cpp"
+#include "cuda/plan/maps.cpp"
 #include "cuda/plan/onchip.cpp"
 #include "cuda/plan/plan.cpp"
+#include "cuda/plan/tile.cpp"
 
 namespace da::cuda {
 DA_LAUNCHERS(template, Dtype::float16)
@@ -108,7 +110,7 @@ Direction direction_on_chip(const Header& header, const Wish& wish, const Proble
 }
 
 Plan plan_of(const Header& header, const Wish& wish, const Problem& p) {
-  const Device device{90, int(header.multiprocessors), 50 << 20};
+  const Device device{90, int(header.multiprocessors), 50 << 20, true};
   Plan plan = da::cuda::plan(p, device, header.aligned, wish.limits);
   if (wish.kind == Wish::Kind::exact) {
     plan.forward = direction_on_chip(header, wish, p, Way::forward);
@@ -157,6 +159,7 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
     at.out = way == Way::forward ? y.data() : dx.data();
     at.workspace = workspace.data();
     require(run(p, plan, way, at));
+    simt::host::synchronize();
   }
   y.write();
   dx.write();

@@ -110,6 +110,13 @@ inline int thread() { return static_cast<int>(host::current->index); }
 inline int threads() { return static_cast<int>(host::current->block->size); }
 inline unsigned block() { return host::current->block->index; }
 inline unsigned blocks() { return host::current->block->grid; }
+SIMT_MACHINE inline void wait_for_launch_before() {
+  host::LaunchState& launch = *host::current->block->launch;
+  host::wait_while(&launch.alone, 0, "wait_for_launch_before()");
+  host::acquire(&launch.tag);
+  host::current->waited = true;
+}
+inline void let_next_launch_begin() {}
 inline unsigned char* shared() { return host::current->block->shared; }
 
 inline int opaque(int value) { return value; }
@@ -144,12 +151,17 @@ inline void store16(void* address, Vector value) {
   std::memcpy(address, &value, sizeof value);
 }
 inline Vector load16_once(const void* address) { return load16(address); }
+inline Vector load16_last(const void* address) { return load16(address); }
 inline void store16_once(void* address, Vector value) { store16(address, value); }
 
 template <class T>
 T load_once(const T* address) {
   host::check_aligned(address, sizeof(T), "load_once()");
   return *address;
+}
+template <class T>
+T load_last(const T* address) {
+  return load_once(address);
 }
 template <class T>
 void store_once(T* address, T value) {
@@ -248,14 +260,19 @@ inline const char* error_string(int) { return "no error"; }
 template <class... P, class... A>
 int launch(const Launch& launch, void (*kernel)(P...), const A&... arguments) {
   host::note(reinterpret_cast<const void*>(kernel));
-  const auto call = [&] { kernel(arguments...); };
-  const auto body = [](const void* kernel) { (*static_cast<const decltype(call)*>(kernel))(); };
-  host::run(launch, body, &call);
+  host::run(launch, [=] { kernel(arguments...); });
   return 0;
 }
 
 inline int clear(void* memory, size_t bytes, void*) {
+  host::synchronize();
   std::memset(memory, 0, bytes);
+  return 0;
+}
+
+template <class... P>
+int early_launches(void (*)(P...), bool& possible) {
+  possible = true;
   return 0;
 }
 

@@ -1,35 +1,12 @@
-// The small launches: they add up partial sums where there are too many for the blocks that need
-// them, and make the parameters' gradients.
+// The last launch of backward: the parameters' gradients. A block takes one of the spatial ones, or
+// of the gate's 32 channels (affine) or a share of one weight's images.
 #pragma once
 
 #include "cuda/common/masks.cuh"
 #include "cuda/plan/memory.h"
+#include "cuda/simt/team.cuh"
 
 namespace da::cuda {
-
-// Adds up the tiles of a partial sum into its first tile. A block takes 32 entries with 8 threads
-// each, or where there are fewer one entry with all its threads.
-template <class A>
-SIMT_KERNEL(kThreads, 1)
-fold(SIMT_PARAM Args<A> args) {
-  const Partial<A>& p = args.to_fold;
-  A* sums = reinterpret_cast<A*>(SmallMemory(simt::shared()).sums);
-  const int span = p.entries < simt::kWarp ? 1 : simt::kWarp, slices = kThreads / span;
-  const int64_t spans = (p.entries + span - 1) / span;
-  const int slice = simt::thread() / span;
-  const int64_t job = args.first_job + simt::block();
-  const int64_t entry = job % spans * span + simt::thread() % span;
-  A* data = p.data + job / spans * p.tiles * p.entries + entry;
-  A sum = 0;
-  if (entry < p.entries)
-    for (int64_t t = slice; t < p.tiles; t += slices) sum += data[t * p.entries];
-  sums[simt::thread()] = sum;
-  simt::sync();
-  if (slice == 0 && entry < p.entries) {
-    for (int s = 1; s < slices; s++) sum += sums[s * span + simt::thread()];
-    *data = sum;
-  }
-}
 
 // The sum over the block, in its first thread.
 template <class A>
@@ -43,25 +20,6 @@ SIMT_FN A block_sum(A value, A* warps) {
   return sum;
 }
 
-// One image's share of the gradients of a scalar gate (weight, bias) or an eca gate (its taps).
-template <class A>
-SIMT_KERNEL(kThreads, 1)
-gate_sums(SIMT_PARAM Args<A> args) {
-  A* warps = reinterpret_cast<A*>(SmallMemory(simt::shared()).sums);
-  const int64_t job = args.first_job + simt::block();
-  const int64_t image = job / args.parts, part = job % args.parts;
-  const A* dt = args.d_logit + image * args.channels;
-  const A* pooled = args.pooled + image * args.channels;
-  const bool bias = args.gate == Gate::scalar && part == 1;
-  const int64_t shift = args.gate == Gate::eca ? part - args.kernel_size / 2 : 0;
-  const int64_t first = max<int64_t>(0, -shift), last = min(args.channels, args.channels - shift);
-  A sum = 0;
-  for (int64_t c = first + simt::thread(); c < last; c += kThreads)
-    sum += bias ? dt[c] : dt[c] * pooled[c + shift];
-  sum = block_sum(sum, warps);
-  if (simt::thread() == 0) args.gate_parts[job] = sum;
-}
-
 template <class T>
 SIMT_FN void put(void* gradient, int64_t i, double value, bool wide) {
   using A = accumulate_t<T>;
@@ -72,35 +30,33 @@ SIMT_FN void put(void* gradient, int64_t i, double value, bool wide) {
     static_cast<T*>(gradient)[i] = simt::to<T>(static_cast<A>(value));
 }
 
-// The spatial parameters' gradients from the blocks' 19 sums: a warp takes a sum at a time.
+// One of the gradients of the spatial parameters, from the blocks' 19 sums: of a tap, the bias or,
+// which takes all sums of a kernel, a merge weight.
 template <class T>
-SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, double* sums) {
-  using A = accumulate_t<T>;
-  const int lane = simt::thread() % simt::kWarp;
-  for (int t = simt::thread() / simt::kWarp; t < kSpatialSums; t += kWarps) {
-    double sum = 0;
-    for (int64_t block = lane; block < args.spatial_blocks; block += simt::kWarp)
-      sum += args.spatial_parts[block * kSpatialSums + t];
-    sum = warp_sum(sum);
-    if (lane == 0) sums[t] = sum;
-  }
-  simt::sync();
-  if (simt::thread() > 0) return;
-
+SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, int which, double* warps) {
   const Parameters<const void*>& p = args.parameters;
-  SpatialWeights<A> weights;
-  for (int t = 0; t < kTaps; t++) {
-    weights.conv[t] = Parameter<T>{p.conv, args.wide}[t];
-    weights.dilated[t] = Parameter<T>{p.dilated, args.wide}[t];
+  const Parameter<T> merge{p.merge, args.wide};
+  const bool merges = which >= kSpatialSums;
+  const int kernel = merges ? which - kSpatialSums : which / kTaps;
+  const int first = merges ? kernel * kTaps : which, sums = merges ? kTaps : 1;
+  double sum = 0;
+  SIMT_ROLLED
+  for (int t = first; t < first + sums; t++) {
+    double of_tap = 0;
+    for (int64_t block = simt::thread(); block < args.spatial_blocks; block += kThreads)
+      of_tap += args.spatial_parts[block * kSpatialSums + t];
+    sum +=
+        merges ? of_tap * Parameter<T>{kernel ? p.dilated : p.conv, args.wide}[t - first] : of_tap;
   }
-  for (int i = 0; i < 2; i++) weights.merge[i] = Parameter<T>{p.merge, args.wide}[i];
-  const SpatialWeights<double> d = spatial_gradients(weights, sums);
-  for (int t = 0; t < kTaps; t++) {
-    put<T>(args.gradients.conv, t, d.conv[t], args.wide);
-    put<T>(args.gradients.dilated, t, d.dilated[t], args.wide);
-  }
-  for (int i = 0; i < 2; i++) put<T>(args.gradients.merge, i, d.merge[i], args.wide);
-  put<T>(args.gradients.spatial_bias, 0, d.bias, args.wide);
+  sum = block_sum(sum, warps);
+  if (simt::thread() > 0) return;
+  if (merges)
+    put<T>(args.gradients.merge, kernel, sum, args.wide);
+  else if (which == 2 * kTaps)
+    put<T>(args.gradients.spatial_bias, 0, sum, args.wide);
+  else
+    put<T>(kernel ? args.gradients.dilated : args.gradients.conv, which % kTaps,
+           sum * merge[kernel], args.wide);
 }
 
 // An affine gate's gradients: 32 channels a block, the images shared out among its warps.
@@ -128,31 +84,60 @@ SIMT_FN void finish_affine(const Args<accumulate_t<T>>& args, int64_t channel0, 
   }
 }
 
-// A scalar or eca gate's gradients, from gate_sums.
+// A share of the images' part in the gradient of one weight of a scalar or eca gate, or a scalar
+// gate's bias. The last block of a part to be done adds up the shares, in their order.
 template <class T>
-SIMT_FN void finish_parts(const Args<accumulate_t<T>>& args, int64_t part, double* sums) {
-  double sum = 0;
-  for (int64_t n = simt::thread(); n < args.images; n += kThreads)
-    sum += args.gate_parts[n * args.parts + part];
-  sum = block_sum(sum, sums);
-  if (simt::thread() > 0) return;
+SIMT_FN void finish_part(const Args<accumulate_t<T>>& args, int64_t job, double* sums) {
+  using A = accumulate_t<T>;
+  const int shares = args.shares;
+  const int64_t part = job / shares, share = job % shares;
   const bool bias = args.gate == Gate::scalar && part == 1;
-  put<T>(bias ? args.gradients.gate_bias : args.gradients.gate, bias ? 0 : part, sum, args.wide);
+  const int64_t shift = args.gate == Gate::eca ? part - args.kernel_size / 2 : 0;
+  const int64_t first = max<int64_t>(0, -shift), last = min(args.channels, args.channels - shift);
+  double sum = 0;
+  for (int64_t n = share; n < args.images; n += shares) {
+    const A* const dt = args.d_logit + n * args.channels;
+    const A* const pooled = args.pooled + n * args.channels + shift;
+    for (int64_t c = first + simt::thread(); c < last; c += kThreads)
+      sum += bias ? dt[c] : dt[c] * pooled[c];
+  }
+  sum = block_sum(sum, sums);
+
+  bool done = true;
+  if (shares > 1) {
+    A* const all = args.gate_parts + part * shares;
+    double& flag = sums[kWarps];
+    if (simt::thread() == 0) {
+      simt::store_fresh(all + share, static_cast<A>(sum));
+      flag = simt::fetch_add(args.parts_done + part, 1u) + 1 == static_cast<unsigned>(shares);
+    }
+    simt::sync();
+    done = flag != 0;
+    sum = 0;
+    if (done && simt::thread() < simt::kWarp) {
+      for (int s = simt::thread(); s < shares; s += simt::kWarp) sum += simt::load_fresh(all + s);
+      sum = warp_sum(sum);
+    }
+  }
+  if (done && simt::thread() == 0)
+    put<T>(bias ? args.gradients.gate_bias : args.gradients.gate, bias ? 0 : part, sum, args.wide);
 }
 
 // All parameters' gradients, in the parameters' type.
 template <class T>
 SIMT_KERNEL(kThreads, 1)
 finish(SIMT_PARAM Args<accumulate_t<T>> args) {
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
   double* sums = SmallMemory(simt::shared()).sums;
-  const int64_t spatial = args.masks.pixels ? 1 : 0;
+  const int64_t spatial = args.masks.pixels ? kSpatialGradients : 0;
   const int64_t job = args.first_job + simt::block();
   if (job < spatial)
-    finish_spatial<T>(args, sums);
+    finish_spatial<T>(args, static_cast<int>(job), sums);
   else if (args.gate == Gate::affine)
     finish_affine<T>(args, (job - spatial) * simt::kWarp, sums);
   else
-    finish_parts<T>(args, job - spatial, sums);
+    finish_part<T>(args, job - spatial, sums);
 }
 
 }  // namespace da::cuda

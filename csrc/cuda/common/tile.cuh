@@ -106,13 +106,14 @@ struct Lane {
   }
 };
 
-// Loads the entries at a thread's columns from an array that begins at 16 bytes; 0 where an element
+// Loads the entries at a thread's columns from an array, all ones if it is null; 0 where an element
 // is not the thread's.
 template <int E, class A>
 SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
   constexpr int n = simt::kPerVector<A>;
   if constexpr (E % n == 0) {
-    if (lane.active && lane.begin == 0 && min(lane.end, lane.split) == E && lane.col % n == 0) {
+    if (from && lane.active && lane.begin == 0 && min(lane.end, lane.split) == E &&
+        reinterpret_cast<uintptr_t>(from + lane.col) % sizeof(simt::Vector) == 0) {
       SIMT_UNROLL
       for (int j = 0; j < E; j += n) {
         A some[n];
@@ -126,7 +127,8 @@ SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
   SIMT_UNROLL
   for (int j = 0; j < E; j++) {
     const int col = j < lane.split ? lane.col + j : j - lane.split;
-    to[j] = lane.active && lane.begin <= j && j < lane.end ? from[col] : A(0);
+    const bool own = lane.active && lane.begin <= j && j < lane.end;
+    to[j] = own ? from ? from[col] : A(1) : A(0);
   }
 }
 
@@ -159,6 +161,7 @@ struct Access {
   static SIMT_FN Raw zero() { return Raw{}; }
   static SIMT_FN Raw load(const T* p) { return simt::load16(p); }
   static SIMT_FN Raw load_once(const T* p) { return simt::load16_once(p); }
+  static SIMT_FN Raw load_last(const T* p) { return simt::load16_last(p); }
   static SIMT_FN void unpack(const Raw& raw, A* out) { simt::unpack<T>(raw, out); }
 
   // The bits of elements [begin, end).
@@ -199,6 +202,7 @@ struct Access<T, 1> {
   static SIMT_FN Raw zero() { return simt::to<T>(A(0)); }
   static SIMT_FN Raw load(const T* p) { return *p; }
   static SIMT_FN Raw load_once(const T* p) { return simt::load_once(p); }
+  static SIMT_FN Raw load_last(const T* p) { return simt::load_last(p); }
   static SIMT_FN void unpack(const Raw& raw, A* out) { out[0] = simt::to<A>(raw); }
   static SIMT_FN Raw mask(int, int) { return zero(); }
   static SIMT_FN Raw keep(Raw raw, const Raw&) { return raw; }

@@ -10,6 +10,7 @@ struct Device {
   int sm;  // compute capability, 90 for 9.0
   int multiprocessors;
   int64_t l2_bytes;
+  bool early_launches;  // a launch may begin before the one before it has ended: from sm_90 on
 };
 
 // A well-known GPU of this compute capability, for showing plans without one; the nearest older
@@ -17,18 +18,21 @@ struct Device {
 inline Device typical_device(int sm) {
   constexpr int64_t MiB = 1 << 20;
   constexpr Device known[] = {
-      {120, 170, 96 * MiB},   // RTX 5090
-      {100, 148, 126 * MiB},  // B200
-      {90, 132, 50 * MiB},    // H100, H200
-      {89, 128, 72 * MiB},    // RTX 4090
-      {86, 82, 6 * MiB},      // RTX 3090
-      {80, 108, 40 * MiB},    // A100
-      {75, 40, 4 * MiB},      // T4
+      {120, 170, 96 * MiB, true},   // RTX 5090
+      {100, 148, 126 * MiB, true},  // B200
+      {90, 132, 50 * MiB, true},    // H100, H200
+      {89, 128, 72 * MiB, false},   // RTX 4090
+      {86, 82, 6 * MiB, false},     // RTX 3090
+      {80, 108, 40 * MiB, false},   // A100
+      {75, 40, 4 * MiB, false},     // T4
   };
   for (Device device : known)
     if (device.sm <= sm) return device;
   return known[std::size(known) - 1];
 }
+
+// The part of L2 to count on: others use it too, and it is not replaced in strict order.
+inline double usable_l2(const Device& device) { return 0.7 * double(device.l2_bytes); }
 
 // Clusters begin with Hopper.
 inline bool has_clusters(int sm) { return sm >= 90; }

@@ -1,37 +1,11 @@
 #include "cuda/plan/plan.h"
 
+#include "cuda/plan/maps.h"
 #include "cuda/plan/memory.h"
+#include "cuda/plan/tile.h"
 
 namespace da::cuda {
 namespace {
-
-Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits) {
-  Tiling t{};
-  set_matrix(t, p);
-  const int elements = 16 / p.element_size();
-  const bool vectors = aligned && holds_vectors(t, elements);
-  cut_rows(t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
-           [](int lanes) { return lanes; });
-
-  // One wave of blocks where the tiles get neither too small nor too large.
-  const int64_t blocks = device.multiprocessors * blocks_per_sm(p.element_size());
-  const int64_t reads = ceil_div(ceil_div(t.rows, t.at_once()) * t.col_tiles * p.n, blocks);
-  int64_t height = std::min(std::max(reads, limits.min_reads), limits.max_reads) * t.at_once();
-  height = std::max(height, round_up(ceil_div(t.rows, limits.terms), t.period));
-  const int64_t max_height = limits.height / (p.dtype == Dtype::float64 ? 8 : 4);
-  height = std::min(height, std::max<int64_t>(max_height / t.period, 1) * t.period);
-  t.row_tiles = ceil_div(t.rows, height);
-  t.height = round_up(ceil_div(t.rows, t.row_tiles), t.period);
-  t.row_tiles = ceil_div(t.rows, t.height);
-  return t;
-}
-
-Halo halo(const Problem& p, const Tiling& t) {
-  const int64_t margin = kReach * (p.w + 1), all = t.tile_pixels() + 2 * margin;
-  const int row = t.tile_pixels() + 2 * kReach;
-  if (all <= 5 * row) return {1, static_cast<int>(all), static_cast<int>(margin)};
-  return {5, row, kReach};
-}
 
 // Hands out places in the workspace.
 struct Allocator {
@@ -43,14 +17,26 @@ struct Allocator {
   }
 };
 
-size_t shared_bytes(const Problem& p, const Plan& plan, Kernel kernel) {
-  return p.dtype == Dtype::float64 ? Memory<double>(nullptr, plan.tiling, plan.halo, kernel).bytes
-                                   : Memory<float>(nullptr, plan.tiling, plan.halo, kernel).bytes;
+// Blocks that add up a part of a scalar or eca gate's gradients, each some of the images.
+int shares(const Problem& p, const Limits& limits) {
+  constexpr int64_t kMost = 64;
+  return std::clamp<int64_t>(p.n * p.c / limits.share, 1, std::clamp<int64_t>(p.n, 1, kMost));
 }
 
-int64_t finish_jobs(const Problem& p) {
-  const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p);
-  return (p.spatial() ? 1 : 0) + (p.channel() ? gate : 0);
+int64_t finish_jobs(const Problem& p, const Limits& limits) {
+  const int64_t gate =
+      p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p) * shares(p, limits);
+  return (p.spatial() ? kSpatialGradients : 0) + (p.channel() ? gate : 0);
+}
+
+// Places for what backward's last launch reads.
+template <class Place>
+void place_parts(const Problem& p, const Limits& limits, Place& place, Workspace& w) {
+  w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
+  w.shares = gate_parts(p) > 0 ? shares(p, limits) : 1;
+  const int64_t parts = w.shares > 1 ? gate_parts(p) : 0;  // one share needs no place
+  w.gate_parts = place(parts * w.shares);
+  w.parts_done = place(parts);
 }
 
 // Collects the launches of one direction.
@@ -62,22 +48,23 @@ class Planner {
         t_(plan.tiling),
         limits_(limits),
         backward_(way == Way::backward),
-        schedule_(schedule(problem.order, backward_)) {}
+        schedule_(schedule(problem.order, backward_)) {
+    if (backward_) weights_ = pending_ = masks(problem.order);
+  }
 
-  void passes() {
+  void passes(const Device& device) {
     for (const Pass& pass : schedule_) {
+      make_maps(device);
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
-      add(kernel, pass, tiles(), shared_bytes(p_, plan_, kernel));
-      if (pass.sums.pixels && t_.channel_tiles() > limits_.terms) fold(pass, kPixels, p_.pixels());
-      if (pass.sums.channels && t_.pixel_tiles() > limits_.terms) fold(pass, kChannels, p_.c);
+      add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel), backwards(pass));
       pending_ = pass.complete;
+      weights_ = backward_ ? pass.complete : either(weights_, pass.complete);
     }
   }
 
   void finish() {
-    const int64_t parts = p_.n * gate_parts(p_);
-    if (parts > 0) small("gate sums", Kernel::gate_sums, parts);
-    if (finish_jobs(p_) > 0) small("parameter gradients", Kernel::finish, finish_jobs(p_));
+    const int64_t jobs = finish_jobs(p_, limits_);
+    if (jobs > 0) small("parameter gradients", Kernel::finish, jobs, small_bytes());
   }
 
   void on_chip(const OnChip& chip) {
@@ -99,32 +86,69 @@ class Planner {
     w.spatial_mask = place(by_pixel);
     w.channel_mask = place(by_channel);
     if (backward_) {
-      Axes more = kNone;
-      for (const Step& step : steps_)
-        if (step.pass.weights == Maps::terms) more = step.pass.sums;
+      const Axes more = more_sums();
       w.more_pixel_sums = place(more.pixels ? by_pixel * t_.channel_tiles() : 0);
       w.more_channel_sums = place(more.channels ? by_channel * t_.pixel_tiles() : 0);
-      w.d_channel_mean = place(more.channels ? by_pixel : 0);
+      w.d_channel_mean = place(by_pixel);
       w.d_logit = place(by_channel);
-      w.spatial_blocks = p_.spatial() && tiles() > 0 ? grid(tiles()) : 0;
-      w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
-      w.gate_parts = place(p_.n * gate_parts(p_));
+      w.d_pooled = place(by_channel);
+      w.spatial_blocks = spatial_blocks();
+      place_parts(p_, limits_, place, w);
     }
     w.elements = place.used;
     return {steps_, w, {}};
   }
 
  private:
-  void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes) {
-    steps_.push_back({kernel, pass, pending_, jobs, grid(jobs), shared_bytes});
+  void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes,
+           bool backwards = false) {
+    steps_.push_back(
+        {kernel, pass, weights_, pending_, backwards, jobs, grid(jobs), shared_bytes, {}, {}});
   }
-  // Adds up one axis' partial sums of a pass.
-  void fold(const Pass& pass, Axes axis, int64_t entries) {
-    const int64_t jobs = p_.n * (entries < 32 ? entries : ceil_div(entries, 32));
-    add(Kernel::fold, {"fold", kNothing, kNothing, pass.weights, axis, kNone}, jobs, small_bytes());
+  // Every other pass, the last among them: whoever reads y or dx next begins with the first image,
+  // which is then the last to have been written. Of three passes the first goes backwards too, and
+  // finds what the launch that wrote x or dy wrote last; x itself is long gone when backward
+  // begins.
+  bool backwards(const Pass& pass) const { return (schedule_.end() - &pass) % 2 == 1; }
+  // Makes those maps in a launch of their own of which the next pass would make too much.
+  void make_maps(const Device& device) {
+    const bool first = steps_.empty();
+    const Made kind = !backward_ ? Made::masks_of_sums : first ? Made::masks_again : Made::terms;
+    const bool more = !first && steps_.back().pass.weights == Maps::terms;
+    const Between made =
+        between(p_, device, plan_, pending_, kind, more ? more_sums() : kNone, limits_);
+    if (!made.axes.any()) return;
+    const Axes rest{pending_.pixels && !made.axes.pixels, pending_.channels && !made.axes.channels};
+    const Bands& b = plan_.bands;
+    const int64_t jobs = p_.n * ((made.axes.pixels ? b.of_pixels(p_.pixels()) : 0) +
+                                 (made.axes.channels ? b.of_channels(p_.c) : 0));
+    pending_ = made.axes;
+    small(kind == Made::terms ? "terms of dx" : "masks", Kernel::maps, jobs, maps_bytes(p_, b));
+    steps_.back().made = kind;
+    steps_.back().count = made.count;
+    pending_ = rest;
   }
-  void small(const char* name, Kernel kernel, int64_t jobs) {
-    add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, small_bytes());
+  // Blocks that make spatial sums: those of the step that makes the spatial term of dx.
+  int64_t spatial_blocks() const {
+    const Step* maker = nullptr;
+    bool masks_made = false;  // a first time, by the first pass or before it
+    for (const Step& step : steps_) {
+      if (!step.pending.pixels) continue;
+      if (masks_made) maker = &step;
+      masks_made = true;
+    }
+    if (!maker || maker->jobs == 0) return 0;
+    const int64_t bands = p_.n * plan_.bands.of_pixels(p_.pixels());
+    return maker->kernel == Kernel::maps ? std::min<int64_t>(maker->grid, bands) : maker->grid;
+  }
+  void small(const char* name, Kernel kernel, int64_t jobs, size_t shared_bytes) {
+    add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, shared_bytes);
+  }
+  // Backward's second sums, which come on top of its first.
+  Axes more_sums() const {
+    for (const Pass& pass : schedule_)
+      if (pass.weights == Maps::terms) return pass.sums;
+    return kNone;
   }
   int64_t tiles() const { return p_.n * t_.tiles(); }
   unsigned grid(int64_t jobs) const { return std::clamp<int64_t>(jobs, 1, limits_.grid); }
@@ -136,7 +160,7 @@ class Planner {
   const Limits& limits_;
   const bool backward_;
   const Schedule& schedule_;
-  Axes pending_ = kNone;
+  Axes weights_ = kNone, pending_ = kNone;
   std::vector<Step> steps_;
 };
 
@@ -146,10 +170,12 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
   if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
+  plan.bands = bands(problem, plan.tiling);
+  plan.early = device.early_launches;
   Planner forward(problem, plan, limits, Way::forward);
   Planner backward(problem, plan, limits, Way::backward);
-  forward.passes();
-  backward.passes();
+  forward.passes(device);
+  backward.passes(device);
   backward.finish();
   plan.forward = forward.direction();
   plan.backward = backward.direction();
@@ -176,8 +202,7 @@ Direction on_chip_direction(const Problem& p, const OnChip& chip, const Limits& 
     w.row_gradients = place(chip.channels_last && p.spatial() ? rows : 0);
     w.d_logit = place(p.channel() ? p.n * p.c : 0);
     w.spatial_blocks = p.spatial() ? p.n * chip.blocks : 0;
-    w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
-    w.gate_parts = place(p.n * gate_parts(p));
+    place_parts(p, limits, place, w);
   }
   w.counters = place(counting_teams * kCounterStride);
   w.counter_bytes = counting_teams * kCounterStride * sizeof(unsigned);

@@ -9,12 +9,14 @@
 
 #include "cuda/plan/device.h"
 #include "cuda/plan/onchip.h"
+#include "cuda/plan/padded.h"
 
 namespace da::cuda {
 
 constexpr int kThreads = 256;  // of a block of the portable passes
-// Blocks that a multiprocessor's registers hold, by the size of an element.
+// Blocks of a pass that a multiprocessor's registers hold, by the size of an element.
 constexpr int blocks_per_sm(int64_t element_size) { return element_size == 8 ? 2 : 3; }
+constexpr int kMapsPerSm = 2;  // blocks of the launch that makes maps
 
 // How the portable passes cut an image up: a block works on a tile of its matrix.
 struct Tiling {
@@ -33,34 +35,40 @@ struct Tiling {
   DA_HD int tile_pixels() const { return channels_last ? height : width; }
 };
 
-// The pixels of a tile with those around it that the stencil needs, as a block keeps a map's values
-// there: `pieces` pieces of `length` pixels, each from `margin` before a pixel that lies a number
-// of rows off the tile's first.
-struct Halo {
-  int pieces, length, margin;
+// How the launch that makes maps cuts an image's axes up.
+struct Bands {
+  int pixels, channels;  // of a block
+  int slices;            // threads that add up a channel's sums
+  Halo halo;             // of a band of pixels
 
-  // One piece has it all; five are of the rows -3, -1, 0, 1, 3.
-  DA_HD int row_of(int piece) const {
-    const int row = piece - 2;
-    return pieces == 1 ? 0 : row == -2 ? -kReach : row == 2 ? kReach : row;
-  }
-  // The place of the pixel so many rows off the tile's first.
-  DA_HD int at(int row, int64_t width) const {
-    const int piece = (row < -1 ? -2 : row > 1 ? 2 : row) + 2;
-    return margin + (pieces == 1 ? static_cast<int>(row * width) : piece * length);
-  }
+  DA_HD int64_t of_pixels(int64_t all) const { return (all + pixels - 1) / pixels; }
+  DA_HD int64_t of_channels(int64_t all) const { return (all + channels - 1) / channels; }
 };
 
-enum class Kernel { sums, fold, scale, gate_sums, finish, on_chip };
+enum class Kernel { maps, sums, scale, finish, on_chip };
+
+// What a launch between passes makes: masks of forward's sums, or once more of what forward kept;
+// or the terms of dx.
+enum class Made { masks_of_sums, masks_again, terms };
+
+// Why a launch makes maps: warps' instructions that this takes, and that it would take the blocks
+// of the next pass.
+struct Count {
+  int64_t once, again;
+};
 
 // One launch: a pass of the schedule, or what comes between passes and after them.
 struct Step {
   Kernel kernel;
-  Pass pass;      // `reads` and `writes` say what comes from and goes to global memory
-  Axes pending;   // the axes whose sums are complete and whose maps this launch makes of them
-  int64_t jobs;   // one for each block
-  unsigned grid;  // blocks that are launched at a time
+  Pass pass;       // `reads` and `writes` say what comes from and goes to global memory
+  Axes weights;    // the axes whose maps weigh its sums
+  Axes pending;    // the axes whose maps it makes: of sums, or backward the masks once more
+  bool backwards;  // the blocks take the tiles from the last on
+  int64_t jobs;    // one for each block
+  unsigned grid;   // blocks that are launched at a time
   size_t shared_bytes;
+  Made made;  // of Kernel::maps, with the count for it
+  Count count;
 };
 
 // Partial sums and small maps between launches, as offsets into one array of the accumulation
@@ -69,9 +77,10 @@ struct Workspace {
   int64_t pixel_sums, more_pixel_sums;      // [n][channel_tiles][pixels]
   int64_t channel_sums, more_channel_sums;  // [n][pixel_tiles][channels]
   int64_t spatial_mask, d_channel_mean;     // [n][pixels]
-  int64_t channel_mask, d_logit;            // [n][channels]
+  int64_t channel_mask, d_logit, d_pooled;  // [n][channels]
   int64_t spatial_parts, spatial_blocks;    // [spatial_blocks][kSpatialSums]
-  int64_t gate_parts;                       // [n][gate_parts()]
+  int64_t gate_parts, parts_done;           // [gate_parts()][shares], [gate_parts()]
+  int shares;
   // The arrays of a launch on the chip, see ChipArgs.
   int64_t partials, col_masks, col_terms, row_gradients;
   int64_t counters, counter_bytes;
@@ -86,7 +95,9 @@ struct Direction {
 
 struct Plan {
   Tiling tiling;
-  Halo halo;
+  Halo halo;  // of a tile
+  Bands bands;
+  bool early;  // launches after a call's first may begin before the one before has ended
   Direction forward, backward;
 
   const Direction& operator[](Way way) const { return way == Way::forward ? forward : backward; }
@@ -99,7 +110,8 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
 // parameters' gradients.
 Direction on_chip_direction(const Problem& problem, const OnChip& chip, const Limits& limits);
 
-// Sums over a batch that the gradients of a scalar or eca gate are made of.
+// Numbers in the gradients of the spatial parameters, and of a scalar or eca gate.
+constexpr int kSpatialGradients = 2 * kTaps + 3;
 int64_t gate_parts(const Problem& problem);
 
 }  // namespace da::cuda

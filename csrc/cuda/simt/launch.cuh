@@ -32,6 +32,7 @@ cudaError_t permit(const Launch& launch, void (*kernel)(P...)) {
   return error;
 }
 
+// With the attribute that a launch needs, if any.
 inline cudaLaunchConfig_t config(const Launch& launch, cudaLaunchAttribute& attribute) {
   cudaLaunchConfig_t config = {};
   config.gridDim = launch.grid;
@@ -47,6 +48,9 @@ inline cudaLaunchConfig_t config(const Launch& launch, cudaLaunchAttribute& attr
   } else if (launch.team > 1) {
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
+  } else if (launch.early) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   } else {
     config.numAttrs = 0;
   }
@@ -68,6 +72,21 @@ int launch(const Launch& launch, void (*kernel)(P...), const A&... arguments) {
 // Zeros, in the stream's order. 0, or CUDA's error code.
 inline int clear(void* memory, size_t bytes, void* stream) {
   return detail::settled(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+// Whether the current device knows early launches: its kernels must have been compiled for sm_90 or
+// later, or they would not wait, and the driver must be able to capture such launches into graphs.
+// 0, or CUDA's error code.
+template <class... P>
+int early_launches(void (*kernel)(P...), bool& possible) {
+  constexpr int first_driver = 12030, first_architecture = 90;
+  int driver = 0;
+  cudaFuncAttributes code = {};
+  cudaError_t error = cudaDriverGetVersion(&driver);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, kernel);
+  possible =
+      error == cudaSuccess && driver >= first_driver && code.ptxVersion >= first_architecture;
+  return detail::settled(error);
 }
 
 // How many teams of this launch the current device can hold at once: 0 where it cannot run.

@@ -25,6 +25,13 @@ namespace simt {
 
 constexpr int kWarp = 32;
 
+// The compute capability that a kernel is compiled for, 90 for 9.0; 0 on a CPU.
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArch = 0;
+#endif
+
 // A launch is one-dimensional. `team` consecutive blocks, of which the grid is a multiple, may wait
 // for each other: as a thread block cluster, or else all blocks of a cooperative launch at once.
 struct Launch {
@@ -33,6 +40,10 @@ struct Launch {
   void* stream = nullptr;
   unsigned team = 1;
   bool cluster = false;
+  // It may begin before the kernel before it in the stream has ended, and calls
+  // wait_for_launch_before(). Only where early_launches() says so, and for blocks on their own.
+  bool early = false;
+  bool backwards = false;  // its first block works on the last image: for the host
 };
 
 // What one 16-byte access moves.
@@ -115,6 +126,38 @@ SIMT_FN void read_once(const void* from, uint4& to) {
       : "l"(global_address(from)));
 }
 
+// The same, but the first to make room in both caches.
+SIMT_FN void read_last(const void* from, unsigned short& to) {
+  asm("ld.global.cs.nc.u16 %0, [%1];" : "=h"(to) : "l"(global_address(from)));
+}
+SIMT_FN void read_last(const void* from, unsigned& to) {
+  asm("ld.global.cs.nc.u32 %0, [%1];" : "=r"(to) : "l"(global_address(from)));
+}
+SIMT_FN void read_last(const void* from, unsigned long long& to) {
+  asm("ld.global.cs.nc.u64 %0, [%1];" : "=l"(to) : "l"(global_address(from)));
+}
+SIMT_FN void read_last(const void* from, uint4& to) {
+  asm("ld.global.cs.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+      : "l"(global_address(from)));
+}
+
+// As assignments these would be moved among the loads of small maps, which takes registers.
+SIMT_FN void write_once(void* to, unsigned short from) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(global_address(to)), "h"(from) : "memory");
+}
+SIMT_FN void write_once(void* to, unsigned from) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(global_address(to)), "r"(from) : "memory");
+}
+SIMT_FN void write_once(void* to, unsigned long long from) {
+  asm volatile("st.global.u64 [%0], %1;" ::"l"(global_address(to)), "l"(from) : "memory");
+}
+SIMT_FN void write_once(void* to, uint4 from) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global_address(to)), "r"(from.x),
+               "r"(from.y), "r"(from.z), "r"(from.w)
+               : "memory");
+}
+
 // Past L1, which is not coherent. Not __ldcg: that one is free to cross a barrier.
 SIMT_FN void read_fresh(const void* from, unsigned& to) {
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(to) : "l"(global_address(from)) : "memory");
@@ -160,6 +203,22 @@ SIMT_FN int threads() { return static_cast<int>(blockDim.x); }
 SIMT_FN unsigned block() { return blockIdx.x; }
 SIMT_FN unsigned blocks() { return gridDim.x; }
 
+// Of an early launch: until all launches before it in the stream have ended, and what they wrote is
+// there. Due in every thread before it writes anything, and before it reads what they wrote: that a
+// launch has ended then means that so have those before it.
+SIMT_FN void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next launch, if early, may begin once all blocks of this one have called this or returned. It
+// takes no slot from them, for by then they all have theirs.
+SIMT_FN void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // The block's dynamic shared memory.
 SIMT_FN unsigned char* shared() {
   extern __shared__ __align__(128) unsigned char simt_shared_memory[];
@@ -188,8 +247,9 @@ SIMT_FN void store16(void* address, Vector value) {
   *static_cast<uint4*>(address) = detail::bit_cast<uint4>(value);
 }
 
-// _once: global memory that is read once and that nobody writes during the launch; or that is
-// written and not read again. Both leave the caches to others.
+// _once: global memory that is read once in a launch, and that nobody writes meanwhile: it leaves
+// L1 to others; or that is written and not read again in the launch: it stays in L2 as far as there
+// is room. _last: read once, for the last time: it leaves L2 to others as well.
 template <class T>
 SIMT_FN T load_once(const T* address) {
   detail::Bits<T> bits;
@@ -197,11 +257,20 @@ SIMT_FN T load_once(const T* address) {
   return detail::bit_cast<T>(bits);
 }
 template <class T>
+SIMT_FN T load_last(const T* address) {
+  detail::Bits<T> bits;
+  detail::read_last(address, bits);
+  return detail::bit_cast<T>(bits);
+}
+template <class T>
 SIMT_FN void store_once(T* address, T value) {
-  __stcs(reinterpret_cast<detail::Bits<T>*>(address), detail::bit_cast<detail::Bits<T>>(value));
+  detail::write_once(address, detail::bit_cast<detail::Bits<T>>(value));
 }
 SIMT_FN Vector load16_once(const void* address) {
   return load_once(static_cast<const Vector*>(address));
+}
+SIMT_FN Vector load16_last(const void* address) {
+  return load_last(static_cast<const Vector*>(address));
 }
 SIMT_FN void store16_once(void* address, Vector value) {
   store_once(static_cast<Vector*>(address), value);
