@@ -54,10 +54,10 @@ class HotLoop:
 
 # The limits are a tenth above the most that nvcc 13.0 makes of today's source for any of our
 # architectures; the report prints what they are of the slots. Narrow accesses are, of a row, its
-# weight, or its sum on the way to other lanes (sums), its weight and one sum of a turn (sums of the
-# one launch), or the mask and term of the row, or of the two rows, that a vector lies in (y, dx).
-# Vectors in flight are kDepth, and in the one launch what its registers allow beside what it keeps.
-# Where rows are whole numbers of vectors (whole), nothing is masked or selected.
+# weight, or its sum on the way to other lanes (sums), or the mask and term of the row, or of the two
+# rows, that a vector lies in (y, dx); sums of the one launch have, of a turn, a sum and what it comes
+# on top of. Vectors in flight are kDepth; the one launch reads them in shared memory. Where rows are
+# whole numbers of vectors (whole), nothing is masked or selected.
 HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "sums, forward, rows, whole": (HotLoop("x", (4, 0, 0), 1, 4, 4, (35, 17, 0)),),
     "sums, forward, rows, split": (HotLoop("x", (4, 0, 0), 1, 4, 4, (39, 22, 0)),),
@@ -76,19 +76,15 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "scale, backward, whole": (HotLoop("dx", (4, 0, 4), 3, 8, 4, (61, 26, 0)),),
     "scale, backward, split": (HotLoop("dx", (4, 0, 4), 3, 16, 4, (102, 49, 61)),),
     "chip_forward": (
-        HotLoop("sums of kept x", (0, 4, 0), 1, 5, 0, (102, 68, 0), times=2),
-        HotLoop("sums of x", (4, 0, 0), 1, 5, 2, (113, 79, 0)),
-        HotLoop("y of kept x", (0, 4, 4), 1, 8, 0, (85, 46, 0), times=1),
-        HotLoop("y of x", (4, 0, 4), 1, 8, 4, (88, 49, 0)),
+        HotLoop("sums of x", (0, 4, 0), 3, 6, 0, (52, 34, 0), times=2),
+        HotLoop("y, whole", (0, 4, 4), 1, 4, 0, (49, 19, 0), times=1),
+        HotLoop("y, split", (0, 2, 2), 1, 4, 0, (81, 43, 0)),
     ),
     "chip_backward": (
-        HotLoop("sums of kept dy x", (0, 4, 0), 1, 3, 0, (76, 46, 0), times=2),
-        HotLoop("sums of dy, kept x", (2, 2, 0), 1, 3, 2, (81, 49, 0)),
-        HotLoop("sums of dy x", (4, 0, 0), 1, 3, 4, (80, 52, 0)),
-        HotLoop("sums of kept x", (0, 2, 0), 1, 3, 0, (118, 85, 0), times=1),
-        HotLoop("sums of x", (2, 0, 0), 1, 3, 2, (125, 91, 0)),
-        HotLoop("dx of kept dy", (0, 1, 1), 3, 4, 0, (109, 49, 0), times=1),
-        HotLoop("dx of dy", (1, 0, 1), 3, 4, 1, (105, 52, 0)),
+        HotLoop("sums of dy x", (0, 8, 0), 3, 6, 0, (38, 24, 0), times=2),
+        HotLoop("sums of x", (0, 4, 0), 2, 4, 0, (41, 27, 0), times=1),
+        HotLoop("dx, whole", (0, 2, 2), 3, 4, 0, (60, 27, 0), times=1),
+        HotLoop("dx, split", (0, 1, 1), 3, 4, 0, (110, 47, 0)),
     ),
 }
 # Instructions of the loops within those of sums, a turn of each: they add a row's lanes, unrolled.

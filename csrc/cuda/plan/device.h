@@ -30,6 +30,9 @@ inline Device typical_device(int sm) {
   return known[std::size(known) - 1];
 }
 
+// Copies into shared memory that go on behind the threads' backs begin with Ampere.
+inline bool loads_behind(int sm) { return sm >= 80; }
+
 // Clusters begin with Hopper.
 inline bool has_clusters(int sm) { return sm >= 90; }
 

@@ -108,8 +108,19 @@ class Bulk {
                    : "memory");
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier()) : "memory");
 #else
-    for (uint32_t at = thread() * 16; at < bytes; at += threads() * 16)
-      store16(static_cast<char*>(to) + at, load16_once(static_cast<const char*>(from) + at));
+    constexpr int kInFlight = 4;
+    const uint32_t step = threads() * 16;
+    SIMT_ROLLED
+    for (uint32_t at = thread() * 16; at < bytes; at += kInFlight * step) {
+      Vector some[kInFlight];
+      SIMT_UNROLL
+      for (int i = 0; i < kInFlight; i++)
+        if (at + i * step < bytes)
+          some[i] = load16_once(static_cast<const char*>(from) + at + i * step);
+      SIMT_UNROLL
+      for (int i = 0; i < kInFlight; i++)
+        if (at + i * step < bytes) store16(static_cast<char*>(to) + at + i * step, some[i]);
+    }
 #endif
   }
 
