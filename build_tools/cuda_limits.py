@@ -92,7 +92,7 @@ WITHIN = 180
 # Instructions that round a float to bfloat16 on 7.5, which has none of its own for that.
 ROUNDING = 20
 # All instructions of kernels without a loop over vectors; those for elements mostly make masks.
-WHOLE = {"sums": 5100, "scale": 6300, "fold": 660, "gate_sums": 650, "finish": 2750}
+WHOLE = {"sums": 5100, "scale": 6300, "gate_sums": 650, "finish": 2750}
 # Full-size tensors that go through memory where a launch keeps the image.
 MOVED = {"chip_forward": 2, "chip_backward": 3}
 

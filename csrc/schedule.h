@@ -19,6 +19,9 @@ struct Axes {
 
   constexpr bool any() const { return pixels || channels; }
 };
+constexpr Axes either(Axes one, Axes other) {
+  return {one.pixels || other.pixels, one.channels || other.channels};
+}
 constexpr Axes kNone{false, false}, kPixels{true, false}, kChannels{false, true}, kBoth{true, true};
 
 // The small maps: the masks, ones for an axis that has none yet; and the terms of dx.

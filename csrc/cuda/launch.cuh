@@ -22,12 +22,11 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   args.height = p.h, args.width = p.w;
   args.masks = masks(p.order), args.outer = outer(p.order);
   args.gate = p.gate, args.kernel_size = p.kernel_size;
-  args.tiling = t, args.halo = plan.halo;
+  args.tiling = t, args.halo = plan.halo, args.padded = Padded(p.w);
   args.x = at.x, args.dy = at.dy, args.out = at.out;
   args.parameters = at.parameters, args.wide = at.wide, args.gradients = at.gradients;
-  const int channel_tiles = t.channel_tiles(), pixel_tiles = t.pixel_tiles();
-  args.pixel_sums = {work + w.pixel_sums, channel_tiles, args.pixels, channel_tiles};
-  args.channel_sums = {work + w.channel_sums, pixel_tiles, args.channels, pixel_tiles};
+  args.pixel_sums = {work + w.pixel_sums, t.channel_tiles(), args.pixels};
+  args.channel_sums = {work + w.channel_sums, t.pixel_tiles(), args.channels};
   for (const Pass& pass : schedule(p.order, way == Way::backward)) {
     if (pass.weights != Maps::terms) continue;
     if (pass.sums.pixels) {
@@ -42,17 +41,12 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   args.channel_mean = static_cast<A*>(at.channel_mean);
   args.pooled = static_cast<A*>(at.pooled);
   args.spatial_mask = work + w.spatial_mask, args.channel_mask = work + w.channel_mask;
-  args.d_channel_mean = work + w.d_channel_mean, args.d_logit = work + w.d_logit;
+  args.d_channel_mean = work + w.d_channel_mean;
+  args.d_logit = work + w.d_logit, args.d_pooled = work + w.d_pooled;
   args.spatial_parts = work + w.spatial_parts, args.spatial_blocks = w.spatial_blocks;
   args.gate_parts = work + w.gate_parts, args.parts = gate_parts(p);
   return args;
 }
-
-// Whether there are kernels of their own for what is summed and for rows of whole vectors. float64,
-// and tensors that are read by elements, do without: every kernel is compiled for all
-// architectures.
-template <class T, int E>
-constexpr bool kSpecialised = E > 1 && sizeof(T) < 8;
 
 template <class T, int E, Sums Kind, Fit How>
 auto sums_kernel(Lines wanted) {
@@ -93,8 +87,6 @@ template <class T>
 int launch_step(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
   using A = accumulate_t<T>;
   switch (step.kernel) {
-    case Kernel::fold:
-      return simt::launch(launch, fold<A>, args);
     case Kernel::gate_sums:
       return simt::launch(launch, gate_sums<A>, args);
     case Kernel::finish:
@@ -137,11 +129,10 @@ int launch_on_chip(const Direction& direction, const Args<float>& call, float* w
   return error ? error : simt::launch(chip_launch(chip, stream), chip_kernel<T>(chip), args);
 }
 
-// Runs the steps in turn. What a step leaves for those after it is noted in `args`.
+// Runs the steps in turn.
 template <class T>
 int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate_t<T>* workspace,
               void* stream) {
-  using A = accumulate_t<T>;
   for (const Step& step : direction.steps) {
     if constexpr (!std::is_same_v<T, double>) {
       if (step.kernel == Kernel::on_chip) {
@@ -152,20 +143,18 @@ int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate
     }
     // Backward's second sums come on top of its first.
     const bool more = step.pass.weights == Maps::terms;
-    Partial<A>& pixel_sums = more ? args.more_pixel_sums : args.pixel_sums;
-    Partial<A>& channel_sums = more ? args.more_channel_sums : args.channel_sums;
     const Axes sums = step.pass.sums;
-    args.pending = step.pending;
-    args.new_pixel_sums = sums.pixels ? pixel_sums.data : nullptr;
-    args.new_channel_sums = sums.channels ? channel_sums.data : nullptr;
-    args.to_fold = sums.pixels ? pixel_sums : channel_sums;
+    args.weights = step.weights, args.pending = step.pending;
+    args.new_pixel_sums = (more ? args.more_pixel_sums : args.pixel_sums).data;
+    args.new_channel_sums = (more ? args.more_channel_sums : args.channel_sums).data;
+    if (!sums.pixels) args.new_pixel_sums = nullptr;
+    if (!sums.channels) args.new_channel_sums = nullptr;
 
     for (args.first_job = 0; args.first_job < step.jobs; args.first_job += step.grid) {
       const unsigned grid = std::min<int64_t>(step.grid, step.jobs - args.first_job);
       const int error = launch_step<T>(step, {grid, kThreads, step.shared_bytes, stream}, args);
       if (error != 0) return error;
     }
-    if (step.kernel == Kernel::fold) (sums.pixels ? pixel_sums : channel_sums).terms = 1;
   }
   return 0;
 }

@@ -15,12 +15,17 @@ enum class Sums { forward, backward, through };
 // The sums that a kernel is compiled for: of rows, of columns, or whichever a launch has room for.
 enum class Adds { rows, cols, any };
 
+// Whether there are kernels of their own for what is summed and for rows of whole vectors, E of a
+// row's elements being a vector. float64, and tensors that are read by elements, do without: every
+// kernel is compiled for all architectures.
+template <class T, int E>
+constexpr bool kSpecialised = E > 1 && sizeof(T) < 8;
+
 // Partial sums, one for each tile of the other axis: [image][tile][entry].
 template <class A>
 struct Partial {
   A* data;
   int64_t tiles, entries;
-  int terms;  // tiles that are still to be added: all, or one once they were folded
 };
 
 template <class A>
@@ -29,13 +34,15 @@ struct Args {
   int64_t images, channels, pixels;
   int64_t height, width;  // of an image, in pixels
   Axes masks;             // those that the order has
-  Axes pending;           // the axes whose maps this launch makes of the sums before it
+  Axes weights;           // the axes whose maps weigh this launch's sums
+  Axes pending;           // the axes whose maps this launch makes
   Axes outer;             // the axis whose mask multiplies the other's term in dx
   Gate gate;
   int64_t kernel_size;  // of the eca gate
 
   Tiling tiling;
   Halo halo;
+  Padded padded;
   const void *x, *dy;
   void* out;  // y or dx
 
@@ -43,14 +50,14 @@ struct Args {
   bool wide;                    // the parameters are float32, beside a half x
   Parameters<void*> gradients;  // in the parameters' type; null where not wanted
   Partial<A> pixel_sums, more_pixel_sums, channel_sums, more_channel_sums;
-  A *new_pixel_sums, *new_channel_sums;             // what this launch sums; null: not wanted
+  A *new_pixel_sums, *new_channel_sums;  // what this launch sums; null: not wanted
+  // Small maps; d_channel_mean and d_pooled are the terms of dx, dm/C and dg/P.
   A *channel_mean, *spatial_mask, *d_channel_mean;  // [image][pixel]
-  A *pooled, *channel_mask, *d_logit;               // [image][channel]
+  A *pooled, *channel_mask, *d_logit, *d_pooled;    // [image][channel]
   A* spatial_parts;                                 // [spatial_blocks][kSpatialSums]
   int64_t spatial_blocks;
   A* gate_parts;  // [image][parts]
   int64_t parts;
-  Partial<A> to_fold;
 };
 
 // The arguments of the kernels that keep an image on the chip. Blocks of a team exchange small maps

@@ -1,35 +1,10 @@
-// The small launches: they add up partial sums where there are too many for the blocks that need
-// them, and make the parameters' gradients.
+// The small launches that make the parameters' gradients.
 #pragma once
 
 #include "cuda/common/masks.cuh"
 #include "cuda/plan/memory.h"
 
 namespace da::cuda {
-
-// Adds up the tiles of a partial sum into its first tile. A block takes 32 entries with 8 threads
-// each, or where there are fewer one entry with all its threads.
-template <class A>
-SIMT_KERNEL(kThreads, 1)
-fold(SIMT_PARAM Args<A> args) {
-  const Partial<A>& p = args.to_fold;
-  A* sums = reinterpret_cast<A*>(SmallMemory(simt::shared()).sums);
-  const int span = p.entries < simt::kWarp ? 1 : simt::kWarp, slices = kThreads / span;
-  const int64_t spans = (p.entries + span - 1) / span;
-  const int slice = simt::thread() / span;
-  const int64_t job = args.first_job + simt::block();
-  const int64_t entry = job % spans * span + simt::thread() % span;
-  A* data = p.data + job / spans * p.tiles * p.entries + entry;
-  A sum = 0;
-  if (entry < p.entries)
-    for (int64_t t = slice; t < p.tiles; t += slices) sum += data[t * p.entries];
-  sums[simt::thread()] = sum;
-  simt::sync();
-  if (slice == 0 && entry < p.entries) {
-    for (int s = 1; s < slices; s++) sum += sums[s * span + simt::thread()];
-    *data = sum;
-  }
-}
 
 // The sum over the block, in its first thread.
 template <class A>

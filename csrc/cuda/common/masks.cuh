@@ -32,44 +32,6 @@ SIMT_FN A warp_sum(A value) {
   return value;
 }
 
-// A map as the stencil sees it: its values at the pixels from `pixel` on, and in their halo.
-template <class A>
-struct Surroundings {
-  const A* values;
-  Halo halo;
-  uint32_t height, width;  // of the image
-  uint32_t row0, col0;     // of the pixel
-
-  SIMT_FN Surroundings(const Args<A>& args, int64_t pixel, const A* values, const Halo& halo)
-      : values(values), halo(halo), height(args.height), width(args.width) {
-    row0 = pixel / args.width;
-    col0 = pixel % args.width;
-  }
-
-  SIMT_FN A centre(int i) const { return values[halo.at(0, width) + i]; }
-
-  // visit(value) if the i-th pixel has a neighbour at this tap of the near (step 1) or far (step 3)
-  // kernel. A coordinate below zero is a large one.
-  template <class Visit>
-  SIMT_FN void neighbour(int i, int step, int tap, Visit visit) const {
-    const int down = step * (tap / 3 - 1), right = step * (tap % 3 - 1);
-    const uint32_t row = row0 + (col0 + i) / width, col = (col0 + i) % width;
-    if (row + down < height && col + right < width) visit(values[halo.at(down, width) + i + right]);
-  }
-
-  // The sum over all taps of coefficient times value, without the bias.
-  SIMT_FN A stencil(int i, const A* coefficients) const {
-    A sum = 0;
-    for (int kernel = 0; kernel < 2; kernel++) {
-      SIMT_UNROLL
-      for (int tap = 0; tap < kTaps; tap++)
-        neighbour(i, kernel == 0 ? 1 : kReach, tap,
-                  [&](A value) { sum += coefficients[kernel * kTaps + tap] * value; });
-    }
-    return sum;
-  }
-};
-
 enum class Taps { as_given, turned };  // turned by 180 degrees they are the adjoint's
 
 // Puts the stencil's coefficients and bias into shared memory; of the adjoint, the bias is 0. The
@@ -89,26 +51,145 @@ SIMT_FN void load_stencil(const Args<A>& args, A* stencil, Taps taps) {
   }
 }
 
-// Calls keep(i, sum) for each of the 19 sums behind the spatial parameters' gradients, over these
-// pixels' share: sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz is at hand. A warp takes a
-// sum at a time.
-template <class A, class Keep>
-SIMT_FN void spatial_sums(const Surroundings<A>& dz, const A* mean, int pixels, int warps,
-                          Keep keep) {
-  const int lane = simt::thread() % simt::kWarp;
-  for (int part = simt::thread() / simt::kWarp; part < kSpatialSums; part += warps) {
-    const int step = part < kTaps ? 1 : kReach, tap = kTaps - 1 - part % kTaps;
-    A sum = 0;
-    SIMT_ROLLED
-    for (int i = lane; i < pixels; i += simt::kWarp) {
-      if (part == 2 * kTaps)
-        sum += dz.centre(i);
-      else
-        dz.neighbour(i, step, tap, [&](A value) { sum += mean[i] * value; });
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) keep(part, sum);
+// Where a window on a padded map has its pixels, from one pixel of the image on.
+struct Places {
+  Padded padded;
+  uint32_t height;  // of the image
+  int row0, col0;   // of the pixel
+
+  template <class A>
+  SIMT_FN Places(const Args<A>& args, int64_t pixel) : padded(args.padded), height(args.height) {
+    row0 = static_cast<int>(pixel / args.width);
+    col0 = static_cast<int>(pixel - row0 * args.width);
   }
+
+  // The place of the i-th pixel, from that of the pixel itself.
+  SIMT_FN int of(int i) const {
+    return i + kReach * static_cast<int>(padded.width.quotient(col0 + i));
+  }
+
+  // Sets i to the pixel at a place, counted from -kReach on, of the row so many below the pixel's;
+  // false where there is none, for the place is a margin's.
+  SIMT_FN bool pixel(int place, int down, int& i) const {
+    const uint32_t pitch = padded.pitch.by, width = padded.width.by;
+    const uint32_t from_row_before = place + col0 + pitch;
+    const uint32_t rows = padded.pitch.quotient(from_row_before);
+    const uint32_t col = from_row_before - rows * pitch;
+    const int row = down - 1 + static_cast<int>(rows);
+    i = row * static_cast<int>(width) + static_cast<int>(col) - col0;
+    return col < width && static_cast<uint32_t>(row0 + row) < height;
+  }
+};
+
+// Puts a map's values into a window on `count` pixels: map(i), counted from the first of them, or
+// zero. `threads` threads do so; the caller syncs.
+template <class A, class Map>
+SIMT_FN void load_window(const Halo& halo, const Places& places, int count, int threads, A* window,
+                         Map map) {
+  const int wanted = places.of(count - 1) + 1 + 2 * kReach + (halo.pieces == 1 ? 2 * halo.far : 0);
+  SIMT_ROLLED
+  for (int piece = 0; piece < halo.pieces; piece++, window += halo.length) {
+    const int down = halo.row_of(piece);
+    SIMT_ROLLED
+    for (int at = simt::thread(); at < wanted; at += threads) {
+      int i;
+      window[at] = places.pixel(at - kReach, down, i) ? map(i) : A(0);
+    }
+  }
+}
+
+// Visits a pixel's neighbours at the taps of both kernels, the near one first: visit(tap, value).
+// `here` is its place in a window.
+template <class A, class Visit>
+SIMT_FN void neighbours(const A* here, const Halo& halo, Visit visit) {
+  SIMT_UNROLL
+  for (int kernel = 0; kernel < 2; kernel++) {
+    SIMT_UNROLL
+    for (int tap = 0; tap < kTaps; tap++) {
+      const int down = tap / 3 - 1, right = tap % 3 - 1;
+      visit(kernel * kTaps + tap,
+            here[down * (kernel == 0 ? halo.near : halo.far) + right * (kernel == 0 ? 1 : kReach)]);
+    }
+  }
+}
+
+// The stencil's coefficients, read 16 bytes at a time.
+template <class A>
+struct Coefficients {
+  A tap[kStencil];  // 18 taps and the bias
+
+  SIMT_FN explicit Coefficients(const A* stencil) {
+    SIMT_UNROLL
+    for (int t = 0; t < kStencil; t += simt::kPerVector<A>)
+      simt::unpack<A>(simt::load16(stencil + t), tap + t);
+  }
+};
+
+// z, without the sigmoid.
+template <class A>
+SIMT_FN A stencil(const A* here, const Halo& halo, const A* coefficients) {
+  const Coefficients<A> of(coefficients);
+  A sum = of.tap[2 * kTaps];
+  neighbours(here, halo, [&](int tap, A value) { sum += of.tap[tap] * value; });
+  return sum;
+}
+
+// Values of all lanes, added up: lane t gets the sum of their values[t].
+template <int N, class A>
+SIMT_FN A sums_by_lane(const A (&values)[N]) {
+  if constexpr (N == 1) {
+    return values[0];
+  } else {
+    const bool upper = simt::thread() & (N / 2);
+    A half[N / 2];
+    SIMT_UNROLL
+    for (int i = 0; i < N / 2; i++) {
+      const A mine = upper ? values[N / 2 + i] : values[i];
+      const A others = upper ? values[i] : values[N / 2 + i];
+      half[i] = mine + simt::shuffle_xor(others, N / 2);
+    }
+    return sums_by_lane(half);
+  }
+}
+
+// The 19 sums behind the spatial parameters' gradients, over a thread's pixels: those of near and
+// far taps, and of dz. sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz the adjoint's stencil
+// reads as well.
+template <class A>
+struct SpatialSums {
+  A sums[simt::kWarp];
+
+  SIMT_FN SpatialSums() {
+    SIMT_UNROLL
+    for (A& sum : sums) sum = 0;
+  }
+
+  // The adjoint's stencil at a pixel. Adds the pixel's share of the sums, where its mean is `mean`
+  // and `here` counts once (1) or not at all (0).
+  SIMT_FN A stencil(const A* here, const Halo& halo, const A* coefficients, A mean, A counts) {
+    const Coefficients<A> of(coefficients);
+    A sum = 0;
+    neighbours(here, halo, [&](int tap, A value) {
+      const int kernel = tap / kTaps;
+      sum += of.tap[tap] * value;
+      sums[kernel * kTaps + kTaps - 1 - tap % kTaps] += mean * value;
+    });
+    sums[2 * kTaps] += counts * *here;
+    return sum;
+  }
+
+  // The warp's sums, lane t's the t-th; all lanes call it.
+  SIMT_FN A by_lane() const { return sums_by_lane(sums); }
+};
+
+// keep(t, sum) for each of the 19 sums over `count` warps, which put theirs into warps[thread].
+template <class A, class Keep>
+SIMT_FN void add_spatial_sums(const A* warps, int count, Keep keep) {
+  const int t = simt::thread();
+  if (t >= kSpatialSums) return;
+  A sum = 0;
+  for (int warp = 0; warp < count; warp++) sum += warps[warp * simt::kWarp + t];
+  keep(t, sum);
 }
 
 }  // namespace da::cuda

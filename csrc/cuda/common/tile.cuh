@@ -106,13 +106,14 @@ struct Lane {
   }
 };
 
-// Loads the entries at a thread's columns from an array that begins at 16 bytes; 0 where an element
+// Loads the entries at a thread's columns from an array, all ones if it is null; 0 where an element
 // is not the thread's.
 template <int E, class A>
 SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
   constexpr int n = simt::kPerVector<A>;
   if constexpr (E % n == 0) {
-    if (lane.active && lane.begin == 0 && min(lane.end, lane.split) == E && lane.col % n == 0) {
+    if (from && lane.active && lane.begin == 0 && min(lane.end, lane.split) == E &&
+        reinterpret_cast<uintptr_t>(from + lane.col) % sizeof(simt::Vector) == 0) {
       SIMT_UNROLL
       for (int j = 0; j < E; j += n) {
         A some[n];
@@ -126,7 +127,8 @@ SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
   SIMT_UNROLL
   for (int j = 0; j < E; j++) {
     const int col = j < lane.split ? lane.col + j : j - lane.split;
-    to[j] = lane.active && lane.begin <= j && j < lane.end ? from[col] : A(0);
+    const bool own = lane.active && lane.begin <= j && j < lane.end;
+    to[j] = own ? from ? from[col] : A(1) : A(0);
   }
 }
 

@@ -14,6 +14,65 @@
 
 namespace da::cuda {
 
+// A map as the stencil sees it: its values at the pixels from `pixel` on, and in their halo.
+template <class A>
+struct Surroundings {
+  const A* values;
+  uint32_t height, width;  // of the image
+  uint32_t row0, col0;     // of the pixel
+
+  SIMT_FN Surroundings(const Args<A>& args, int64_t pixel, const A* values)
+      : values(values), height(args.height), width(args.width) {
+    row0 = pixel / args.width;
+    col0 = pixel % args.width;
+  }
+
+  SIMT_FN A centre(int i) const { return values[i]; }
+
+  // visit(value) if the i-th pixel has a neighbour at this tap of the near (step 1) or far (step 3)
+  // kernel. A coordinate below zero is a large one.
+  template <class Visit>
+  SIMT_FN void neighbour(int i, int step, int tap, Visit visit) const {
+    const int down = step * (tap / 3 - 1), right = step * (tap % 3 - 1);
+    const uint32_t row = row0 + (col0 + i) / width, col = (col0 + i) % width;
+    if (row + down < height && col + right < width) visit(values[down * int(width) + i + right]);
+  }
+
+  // The sum over all taps of coefficient times value, without the bias.
+  SIMT_FN A stencil(int i, const A* coefficients) const {
+    A sum = 0;
+    for (int kernel = 0; kernel < 2; kernel++) {
+      SIMT_UNROLL
+      for (int tap = 0; tap < kTaps; tap++)
+        neighbour(i, kernel == 0 ? 1 : kReach, tap,
+                  [&](A value) { sum += coefficients[kernel * kTaps + tap] * value; });
+    }
+    return sum;
+  }
+};
+
+// Calls keep(i, sum) for each of the 19 sums behind the spatial parameters' gradients, over these
+// pixels' share: sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz is at hand. A warp takes a
+// sum at a time.
+template <class A, class Keep>
+SIMT_FN void spatial_sums(const Surroundings<A>& dz, const A* mean, int pixels, int warps,
+                          Keep keep) {
+  const int lane = simt::thread() % simt::kWarp;
+  for (int part = simt::thread() / simt::kWarp; part < kSpatialSums; part += warps) {
+    const int step = part < kTaps ? 1 : kReach, tap = kTaps - 1 - part % kTaps;
+    A sum = 0;
+    SIMT_ROLLED
+    for (int i = lane; i < pixels; i += simt::kWarp) {
+      if (part == 2 * kTaps)
+        sum += dz.centre(i);
+      else
+        dz.neighbour(i, step, tap, [&](A value) { sum += mean[i] * value; });
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) keep(part, sum);
+  }
+}
+
 // The part of a map that a block needs, from channel or pixel `from` on.
 struct Window {
   const float* data;
@@ -23,7 +82,7 @@ struct Window {
 
 // What the stencil sees of a window, which is one piece: window[0] is pixel `first`.
 SIMT_FN Surroundings<float> around(const Args<float>& call, int first, const float* window) {
-  return {call, first, window, {1, 0, 0}};
+  return {call, first, window};
 }
 
 // An axis makes a map of sums. value() is what a sum stands for; `keep`, [image][i], is where

@@ -10,28 +10,42 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kDepth = 4;                 // reads that a thread has in flight
 constexpr int kPitch = kThreads * 3 / 2;  // threads' sums, each row's padded to an odd number
 
+// What a block needs to run the stencil over its pixels.
+template <class A>
+struct StencilMemory {
+  A* stencil;  // coefficients and bias
+  A* window;   // a map's values at the pixels and around them, see Halo
+  A* spatial;  // each lane's spatial sum
+
+  DA_HD StencilMemory(simt::Carver& carve, const Halo& halo) {
+    const bool any = halo.pieces > 0;
+    stencil = carve.take<A>(any ? kStencil : 0);
+    window = carve.take<A>(halo.pieces * halo.length);
+    spatial = carve.take<A>(any ? kThreads : 0);
+  }
+};
+
 // The arrays of a kernel that sums, or of one that scales.
 template <class A>
 struct Memory {
   A *pixel_factor, *channel_factor;  // of the tile: masks, or terms that weigh backward's sums
   A *pixel_term, *channel_term;      // of the tile, where dx is made
-  A* stencil;                        // coefficients and bias
-  A* halo;                           // a map's values in the tile and around it
   A* scratch;                        // sums on their way to other threads
-  size_t bytes;                      // in all
+  StencilMemory<A> around;
+  size_t bytes;  // in all
 
-  DA_HD Memory(unsigned char* base, const Tiling& t, const Halo& around, Kernel kernel) {
-    const bool scales = kernel == Kernel::scale;
-    simt::Carver carve(base);
-    pixel_factor = carve.take<A>(t.tile_pixels());
-    channel_factor = carve.take<A>(t.tile_channels());
-    pixel_term = carve.take<A>(scales ? t.tile_pixels() : 0);
-    channel_term = carve.take<A>(scales ? t.tile_channels() : 0);
-    stencil = carve.take<A>(kStencil);
-    halo = carve.take<A>(around.pieces * around.length);
-    scratch = carve.take<A>(scales ? 0 : 2 * kDepth * kPitch);
-    bytes = carve.bytes();
-  }
+  DA_HD Memory(unsigned char* base, const Tiling& t, const Halo& halo, Kernel kernel)
+      : Memory(simt::Carver(base), t, halo, kernel == Kernel::scale) {}
+
+ private:
+  DA_HD Memory(simt::Carver carve, const Tiling& t, const Halo& halo, bool scales)
+      : pixel_factor(carve.take<A>(t.tile_pixels())),
+        channel_factor(carve.take<A>(t.tile_channels())),
+        pixel_term(carve.take<A>(scales ? t.tile_pixels() : 0)),
+        channel_term(carve.take<A>(scales ? t.tile_channels() : 0)),
+        scratch(carve.take<A>(scales ? 0 : 2 * kDepth * kPitch)),
+        around(carve, halo),
+        bytes(carve.bytes()) {}
 };
 
 // The array of the small launches.

@@ -43,7 +43,7 @@ constexpr int kMaxCluster = 16;          // blocks; more than 8 only where the G
 constexpr size_t kBulkBytes = 8;         // of a simt::Bulk
 constexpr size_t kPlaceBytes = 16;       // of a Place
 constexpr int kCounterStride = 32;       // words from one team's counter to the next one's
-constexpr int kStencil = 2 * kTaps + 1;  // the stencil's coefficients and its bias
+constexpr int kStencil = 2 * kTaps + 2;  // the stencil's coefficients and bias, whole vectors
 
 // Axes by how they lie in the matrix.
 struct Lines {

@@ -26,13 +26,6 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
   return t;
 }
 
-Halo halo(const Problem& p, const Tiling& t) {
-  const int64_t margin = kReach * (p.w + 1), all = t.tile_pixels() + 2 * margin;
-  const int row = t.tile_pixels() + 2 * kReach;
-  if (all <= 5 * row) return {1, static_cast<int>(all), static_cast<int>(margin)};
-  return {5, row, kReach};
-}
-
 // Hands out places in the workspace.
 struct Allocator {
   int64_t used = 0;
@@ -62,15 +55,16 @@ class Planner {
         t_(plan.tiling),
         limits_(limits),
         backward_(way == Way::backward),
-        schedule_(schedule(problem.order, backward_)) {}
+        schedule_(schedule(problem.order, backward_)) {
+    if (backward_) weights_ = pending_ = masks(problem.order);
+  }
 
   void passes() {
     for (const Pass& pass : schedule_) {
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
       add(kernel, pass, tiles(), shared_bytes(p_, plan_, kernel));
-      if (pass.sums.pixels && t_.channel_tiles() > limits_.terms) fold(pass, kPixels, p_.pixels());
-      if (pass.sums.channels && t_.pixel_tiles() > limits_.terms) fold(pass, kChannels, p_.c);
       pending_ = pass.complete;
+      weights_ = backward_ ? pass.complete : either(weights_, pass.complete);
     }
   }
 
@@ -99,13 +93,12 @@ class Planner {
     w.spatial_mask = place(by_pixel);
     w.channel_mask = place(by_channel);
     if (backward_) {
-      Axes more = kNone;
-      for (const Step& step : steps_)
-        if (step.pass.weights == Maps::terms) more = step.pass.sums;
+      const Axes more = more_sums();
       w.more_pixel_sums = place(more.pixels ? by_pixel * t_.channel_tiles() : 0);
       w.more_channel_sums = place(more.channels ? by_channel * t_.pixel_tiles() : 0);
-      w.d_channel_mean = place(more.channels ? by_pixel : 0);
+      w.d_channel_mean = place(by_pixel);
       w.d_logit = place(by_channel);
+      w.d_pooled = place(by_channel);
       w.spatial_blocks = p_.spatial() && tiles() > 0 ? grid(tiles()) : 0;
       w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
       w.gate_parts = place(p_.n * gate_parts(p_));
@@ -116,15 +109,16 @@ class Planner {
 
  private:
   void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes) {
-    steps_.push_back({kernel, pass, pending_, jobs, grid(jobs), shared_bytes});
-  }
-  // Adds up one axis' partial sums of a pass.
-  void fold(const Pass& pass, Axes axis, int64_t entries) {
-    const int64_t jobs = p_.n * (entries < 32 ? entries : ceil_div(entries, 32));
-    add(Kernel::fold, {"fold", kNothing, kNothing, pass.weights, axis, kNone}, jobs, small_bytes());
+    steps_.push_back({kernel, pass, weights_, pending_, jobs, grid(jobs), shared_bytes});
   }
   void small(const char* name, Kernel kernel, int64_t jobs) {
     add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, small_bytes());
+  }
+  // Backward's second sums, which come on top of its first.
+  Axes more_sums() const {
+    for (const Pass& pass : schedule_)
+      if (pass.weights == Maps::terms) return pass.sums;
+    return kNone;
   }
   int64_t tiles() const { return p_.n * t_.tiles(); }
   unsigned grid(int64_t jobs) const { return std::clamp<int64_t>(jobs, 1, limits_.grid); }
@@ -136,7 +130,7 @@ class Planner {
   const Limits& limits_;
   const bool backward_;
   const Schedule& schedule_;
-  Axes pending_ = kNone;
+  Axes weights_ = kNone, pending_ = kNone;
   std::vector<Step> steps_;
 };
 
@@ -145,7 +139,7 @@ class Planner {
 Plan plan(const Problem& problem, const Device& device, bool aligned, const Limits& limits) {
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
-  if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
+  if (problem.spatial()) plan.halo = halo(plan.tiling.tile_pixels(), problem.w);
   Planner forward(problem, plan, limits, Way::forward);
   Planner backward(problem, plan, limits, Way::backward);
   forward.passes();

@@ -9,6 +9,7 @@
 
 #include "cuda/plan/device.h"
 #include "cuda/plan/onchip.h"
+#include "cuda/plan/padded.h"
 
 namespace da::cuda {
 
@@ -33,31 +34,14 @@ struct Tiling {
   DA_HD int tile_pixels() const { return channels_last ? height : width; }
 };
 
-// The pixels of a tile with those around it that the stencil needs, as a block keeps a map's values
-// there: `pieces` pieces of `length` pixels, each from `margin` before a pixel that lies a number
-// of rows off the tile's first.
-struct Halo {
-  int pieces, length, margin;
-
-  // One piece has it all; five are of the rows -3, -1, 0, 1, 3.
-  DA_HD int row_of(int piece) const {
-    const int row = piece - 2;
-    return pieces == 1 ? 0 : row == -2 ? -kReach : row == 2 ? kReach : row;
-  }
-  // The place of the pixel so many rows off the tile's first.
-  DA_HD int at(int row, int64_t width) const {
-    const int piece = (row < -1 ? -2 : row > 1 ? 2 : row) + 2;
-    return margin + (pieces == 1 ? static_cast<int>(row * width) : piece * length);
-  }
-};
-
-enum class Kernel { sums, fold, scale, gate_sums, finish, on_chip };
+enum class Kernel { sums, scale, gate_sums, finish, on_chip };
 
 // One launch: a pass of the schedule, or what comes between passes and after them.
 struct Step {
   Kernel kernel;
   Pass pass;      // `reads` and `writes` say what comes from and goes to global memory
-  Axes pending;   // the axes whose sums are complete and whose maps this launch makes of them
+  Axes weights;   // the axes whose maps weigh its sums
+  Axes pending;   // the axes whose maps it makes: of sums, or backward the masks once more
   int64_t jobs;   // one for each block
   unsigned grid;  // blocks that are launched at a time
   size_t shared_bytes;
@@ -69,7 +53,7 @@ struct Workspace {
   int64_t pixel_sums, more_pixel_sums;      // [n][channel_tiles][pixels]
   int64_t channel_sums, more_channel_sums;  // [n][pixel_tiles][channels]
   int64_t spatial_mask, d_channel_mean;     // [n][pixels]
-  int64_t channel_mask, d_logit;            // [n][channels]
+  int64_t channel_mask, d_logit, d_pooled;  // [n][channels]
   int64_t spatial_parts, spatial_blocks;    // [spatial_blocks][kSpatialSums]
   int64_t gate_parts;                       // [n][gate_parts()]
   // The arrays of a launch on the chip, see ChipArgs.

@@ -22,32 +22,61 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::sums);
 
   const Tile tile(t, args.first_job + simt::block());
-  weights_of_sums<T, Kind>(args, tile, memory);
-  const A* row_weight = t.channels_last ? memory.pixel_factor : memory.channel_factor;
-  const A* col_weight = t.channels_last ? memory.channel_factor : memory.pixel_factor;
   A* const new_row_sums = t.channels_last ? args.new_pixel_sums : args.new_channel_sums;
   A* const new_col_sums = t.channels_last ? args.new_channel_sums : args.new_pixel_sums;
   const bool adds_rows = What == Adds::rows || (What == Adds::any && new_row_sums);
   const bool adds_cols = What == Adds::cols || (What == Adds::any && new_col_sums);
-
   const Lane lane = Lane::of_row<E>(t, tile.col(), tile.cols);
-  const typename V::Raw mask = V::mask(lane.begin, lane.end);
-  A weight[E], sum[E];
-  SIMT_UNROLL
-  for (int j = 0; j < E; j++) {
-    const bool own = lane.active && (whole || (lane.begin <= j && j < lane.end));
-    weight[j] = own ? col_weight[lane.col + j] : A(0);
-    sum[j] = 0;
-  }
 
   const int at_once = t.at_once();
   const int64_t stride = at_once * t.cols;
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
-  row_weight += first_row;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
   const T* x = static_cast<const T*>(args.x) + start;
   const T* dy = static_cast<const T*>(args.dy) + start;
+  // A thread's vectors of the rows that the block reads before it syncs, and of its rows how many
+  // are left: the next round's are on their way while the sums of this one are added up, the first
+  // one's while the weights are made. A vector that is not there stays as it was.
+  typename V::Raw raw[depth], raw_dy[depth];
+  int left = lane.active ? tile.rows - first_row : 0;
+  SIMT_UNROLL
+  for (int d = 0; d < depth; d++) raw[d] = raw_dy[d] = V::zero();
+  const auto load = [&] {
+    SIMT_UNROLL
+    for (int d = 0; d < depth; d++) {
+      if (d * at_once < left) {
+        raw[d] = V::load(x);
+        if (product) raw_dy[d] = V::load(dy);
+      }
+      x += stride;
+      dy += stride;
+    }
+  };
+  load();
+
+  // Sums of both kinds, forward, are those of an order's first pass.
+  constexpr bool weighted = Kind != Sums::forward || What != Adds::any || !kSpecialised<T, E>;
+  const A* const pixels = weighted ? pixel_weights<T, Kind>(args, tile, memory) : nullptr;
+  const A* const channels = weighted ? channel_weights<T, Kind>(args, tile, memory) : nullptr;
+  const A* const row_map = t.channels_last ? pixels : channels;
+  const A* const col_map = t.channels_last ? channels : pixels;
+  A* const row_weights = t.channels_last ? memory.pixel_factor : memory.channel_factor;
+  if (adds_cols) {
+    if (!row_map)
+      fill(row_weights, tile.rows, A(1));
+    else if (row_map != row_weights)
+      copy(row_weights, tile.rows, row_map);
+  }
+  simt::sync();
+
+  const typename V::Raw mask = V::mask(lane.begin, lane.end);
+  const A* row_weight = row_weights + first_row;
+  A weight[E], sum[E];
+  SIMT_UNROLL
+  for (int j = 0; j < E; j++) weight[j] = sum[j] = 0;
+  if (adds_rows) load_columns<E>(col_map, lane, weight);
+
   const int pitch = t.lanes | 1;
   // The first of the rows that this thread helps to add up, and where a later one lies.
   const int part = simt::thread() % 4, helped = simt::thread() / 4;
@@ -60,19 +89,8 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   const A* others = memory.scratch + part;
   int to_other_half = kDepth * kPitch;
 
-  // The rows from row0 on that the block reads before it syncs; `full`: all of them are there.
+  // Adds up a round, the rows from row0 on; `full`: all of them are there.
   const auto round = [&](int row0, auto full) {
-    typename V::Raw raw[depth], raw_dy[depth];
-    const auto live = [&](int d) {
-      return lane.active && (full || row0 + first_row + d * at_once < tile.rows);
-    };
-    SIMT_UNROLL
-    for (int d = 0; d < depth; d++) {
-      raw[d] = live(d) ? V::load(x) : V::zero();
-      if (product) raw_dy[d] = live(d) ? V::load(dy) : V::zero();
-      x += stride;
-      dy += stride;
-    }
     SIMT_UNROLL
     for (int d = 0; d < depth; d++) {
       A value[E];
@@ -84,9 +102,11 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
         for (int j = 0; j < E; j++) value[j] *= gradient[j];
       }
       if (adds_cols) {
-        const A weight_of_row = full || live(d) ? row_weight[d * at_once] : A(0);
-        SIMT_UNROLL
-        for (int j = 0; j < E; j++) sum[j] += weight_of_row * value[j];
+        if (full || d * at_once < left) {
+          const A weight_of_row = row_weight[d * at_once];
+          SIMT_UNROLL
+          for (int j = 0; j < E; j++) sum[j] += weight_of_row * value[j];
+        }
       }
       if (adds_rows) {
         A dot = 0;
@@ -96,9 +116,11 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
       }
     }
     row_weight += depth * at_once;
+    left -= depth * at_once;
+    load();
     if (adds_rows) {
       simt::sync();  // the only one of a round, for the next round writes the other half
-      const int rows = full ? depth * at_once : tile.rows - row0;
+      const int rows = min(depth * at_once, tile.rows - row0);
       int row = helped, turn = first_turn, segment = first_segment;
       SIMT_ROLLED
       do {
@@ -117,10 +139,15 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
     }
   };
   int row0 = 0;
-  SIMT_ROLLED
-  for (; row0 + depth * at_once <= tile.rows; row0 += depth * at_once)
-    round(row0, std::true_type());
-  if (row0 < tile.rows) round(row0, std::false_type());
+  if (What == Adds::cols) {
+    SIMT_ROLLED
+    for (; row0 + depth * at_once <= tile.rows; row0 += depth * at_once)
+      round(row0, std::true_type());
+    if (row0 < tile.rows) round(row0, std::false_type());
+  } else {
+    SIMT_ROLLED
+    for (; row0 < tile.rows; row0 += depth * at_once) round(row0, std::false_type());
+  }
 
   if (adds_cols) {
     simt::sync();
@@ -149,10 +176,9 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::scale);
 
   const Tile tile(t, args.first_job + simt::block());
-  if (Backward)
-    factors_of_dx<T>(args, tile, memory);
-  else
-    factors_of_y<T>(args, tile, memory);
+  pixel_factors<T, Backward>(args, tile, memory);
+  channel_factors<T, Backward>(args, tile, memory);
+  simt::sync();
 
   const bool by_super_row = How == Fit::split && t.width == t.cols && t.period > 1;
   const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.super_rows)
