@@ -54,10 +54,10 @@ class HotLoop:
 
 # The limits are a tenth above the most that nvcc 13.0 makes of today's source for any of our
 # architectures; the report prints what they are of the slots. Narrow accesses are, of a row, its
-# weight, or its sum on the way to other lanes (sums), or the mask and term of the row, or of the two
-# rows, that a vector lies in (y, dx); sums of the one launch have, of a turn, a sum and what it comes
-# on top of. Vectors in flight are kDepth; the one launch reads them in shared memory. Where rows are
-# whole numbers of vectors (whole), nothing is masked or selected.
+# weight, or its sum on the way to other lanes (sums), or the mask and term of the row, or of both
+# rows, that a vector lies in (y, dx); sums of the one launch have, of a turn, a sum and what it
+# comes on top of. Vectors in flight are kDepth; the one launch reads them in shared memory. Where
+# rows are whole numbers of vectors (whole), nothing is masked or selected.
 HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "sums, forward, rows, whole": (HotLoop("x", (4, 0, 0), 1, 4, 4, (35, 17, 0)),),
     "sums, forward, rows, split": (HotLoop("x", (4, 0, 0), 1, 4, 4, (39, 22, 0)),),

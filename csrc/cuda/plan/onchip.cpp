@@ -59,10 +59,8 @@ void set_steps(OnChip& chip, const Problem& p) {
   chip.visits_dy = chip.backward ? 2 * chip.col_tiles : 0;
   chip.outer = outer(da::outer(p.order), chip.channels_last);
   chip.pixel_mask = p.spatial();
-  const int by_pixel = std::min(kReach * (p.w + 1), p.pixels());
-  const int by_channel = p.gate == Gate::eca ? std::min(p.kernel_size / 2, p.c) : 0;
-  chip.row_reach = chip.channels_last ? by_pixel : by_channel;
-  chip.col_reach = chip.channels_last ? by_channel : by_pixel;
+  chip.halo = halo(chip.channels_last ? chip.slab_rows : chip.slice, p.w);
+  chip.gate_reach = p.gate == Gate::eca ? std::min(p.kernel_size / 2, p.c) : 0;
 }
 
 // Cuts the slab into chunks of so many rows, and more to make up whole rounds.

@@ -22,6 +22,7 @@
 
 #include "cuda/plan/limits.h"
 #include "cuda/plan/matrix.h"
+#include "cuda/plan/padded.h"
 #include "cuda/simt/carver.h"
 #include "formula.h"
 
@@ -103,10 +104,11 @@ struct OnChip {
   bool aligned;            // x, dy, y and dx are read and written by vectors, or else by elements
   int slice;               // columns whose mask a block makes
 
-  Lines masks;               // those that the order has
-  bool pixel_mask;           // the spatial mask is one of them
-  int row_reach, col_reach;  // rows, and columns, that a mask's values depend on to either side
-  int steps;                 // turns of sums and the masks, or terms, that are made of them
+  Lines masks;      // those that the order has
+  bool pixel_mask;  // the spatial mask is one of them
+  int gate_reach;   // channels that a channel mask's value depends on to either side
+  int steps;        // turns of sums and the masks, or terms, that are made of them
+  Halo halo;        // the window of the pixels whose mask a block makes
   Outer outer;
   Lines complete[2];  // the masks or terms of each step
   ChipMemory memory;
@@ -121,8 +123,8 @@ struct OnChip {
   }
   // Rows that so many places of chunks hold.
   DA_HD int rows_of(int places) const { return places >= chunks ? slab_rows : places * chunk_rows; }
-  // Entries of a map that a block needs before and after its own; a team's only block has all.
-  DA_HD int margin(int reach) const { return blocks == 1 ? 0 : reach; }
+  // Channels that a block needs before and after its own; a team's only block has all.
+  DA_HD int margin() const { return blocks == 1 ? 0 : gate_reach; }
 };
 
 // Sizes and carves a block's shared memory. Kernels read offsets with the rest of the plan; as
@@ -134,13 +136,15 @@ DA_HD ChipMemory carve(const OnChip& chip, unsigned char* base) {
   int scratch = 0;
   if (chip.masks.rows) {
     if (chip.row_parts > 1) scratch = larger(scratch, chip.padded_rows() * chip.row_parts);
-    if (chip.row_reach > 0)
-      scratch = larger(scratch, chip.slab_rows + 2 * chip.margin(chip.row_reach));
+    if (!chip.channels_last) scratch = larger(scratch, chip.slab_rows + 2 * chip.margin());
   }
   if (chip.masks.cols) {
     if (chip.at_once > 1) scratch = larger(scratch, chip.at_once * chip.pitch());
-    scratch = larger(scratch, chip.slice + 2 * chip.margin(chip.col_reach));
+    if (chip.channels_last) scratch = larger(scratch, chip.slice + 2 * chip.margin());
   }
+  if (chip.pixel_mask)
+    scratch =
+        larger(scratch, chip.halo.pieces * chip.halo.length + (chip.backward ? chip.threads : 0));
   simt::Carver carver(base);
   const auto bytes = [&](size_t count) {
     const size_t at = carver.bytes();
