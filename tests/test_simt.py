@@ -37,6 +37,9 @@ FOUND = {
     ("no_barrier_before_load", "thread"): RACE,
     ("no_cluster_barrier", "thread"): RACE,
     ("no_team_barrier", "thread"): RACE,
+    ("no_wait_for_mail", "thread"): RACE,
+    ("mail_too_early", "thread"): RACE,
+    ("mail_too_early", "plain"): r"simt: Mail::wait\(\): mail came before the last was waited for",
 }
 
 

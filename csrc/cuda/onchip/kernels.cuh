@@ -48,6 +48,7 @@ SIMT_FN void prepare(const Member<T>& m) {
   const int places = chip.kept + chip.ring + chip.kept_dy + chip.ring_dy;
   if (chip.aligned)
     for (int i = 0; i < places; i++) m.load_of(i)->init();
+  if (m.in_cluster()) m.mail()->init();
   fill_gaps(m);
   simt::Bulk::sync_before_load();
 }
@@ -74,7 +75,7 @@ chip_forward(SIMT_PARAM ChipArgs args) {
     SIMT_ROLLED
     for (int step = 0; step < chip.steps; step++) {
       add_up<Sums::forward>(m, turn, step, chip.complete[step]);
-      make_masks(m, m.image(turn), chip.complete[step]);
+      make_masks(m, turn, chip.complete[step]);
     }
     scale_slab<false>(m, turn);
     simt::sync();  // the masks are free
@@ -109,7 +110,7 @@ chip_backward(SIMT_PARAM ChipArgs args) {
     SIMT_ROLLED
     for (int step = 0; step < chip.steps; step++) {
       if (step > 0) add_up<Sums::through>(m, turn, step, chip.complete[step]);
-      make_terms(m, m.image(turn), chip.complete[step]);
+      make_terms(m, turn, chip.complete[step]);
     }
     scale_slab<true>(m, turn);
     simt::sync();  // the masks and terms are free

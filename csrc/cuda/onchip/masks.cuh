@@ -92,6 +92,7 @@ struct Channels {
 
   template <class Value>
   SIMT_FN void fill(float* window, int first, int count, Value value) const {
+    if (count <= 0) return;
     const int end = min<int>(call.channels, first + count + margin());
     SIMT_ROLLED
     for (int c = max(0, first - margin()) + simt::thread(); c < end; c += chip.threads)
@@ -136,28 +137,45 @@ struct ChannelGradient : Channels<T> {
 };
 
 // out[i] for all columns: make(put) calls put(i, entry, value) for those of the block's slice, and
-// its team's blocks make the others. They meet in `all`, [column].
-template <class T, class Make>
-SIMT_FN void gather(const Member<T>& m, float* all, float* out, float* keep, Make make) {
-  const int cols = m.chip.cols, first = m.slice_begin();
+// its team's blocks make the others. They meet in `all`, [column]; or in a cluster come by mail, if
+// its blocks met since they used `out`, and with the barrier between all was read that they read.
+template <bool ByMail, class T, class Make>
+SIMT_FN void gather(const Member<T>& m, int turn, float* all, float* out, float* keep, Make make) {
+  const OnChip& chip = m.chip;
+  const int first = m.slice_begin(), rank = m.rank(), cols = chip.cols;
+  const bool mail = ByMail && chip.blocks > 1 && m.in_cluster();
   make([&](int i, float entry, float value) {
-    if (keep) keep[first + i] = value;
-    if (m.chip.blocks == 1)
-      out[first + i] = entry;
-    else
-      simt::store_fresh(all + first + i, entry);
+    i += first;
+    if (keep) keep[i] = value;
+    if (chip.blocks > 1 && !mail) {
+      simt::store_fresh(all + i, entry);
+      return;
+    }
+    out[i] = entry;
+    if (!mail) return;
+    SIMT_ROLLED
+    for (int to = 0; to < chip.blocks; to++)
+      if (to != rank) m.mail()->post(out + i, to, entry);
   });
+  if (mail) {
+    const int others = cols - (m.slice_end() - first);
+    m.mail()->wait(others * sizeof(float), turn);
+    simt::sync();
+    return;
+  }
   m.sync();
-  if (m.chip.blocks == 1) return;
-  for (int i = simt::thread(); i < cols; i += m.chip.threads) out[i] = simt::load_fresh(all + i);
+  if (chip.blocks == 1) return;
+  for (int i = simt::thread(); i < cols; i += chip.threads) out[i] = simt::load_fresh(all + i);
   simt::sync();
 }
 
 // Turns the blocks' sums by column into what `axis` makes of them.
 template <class T, class Axis>
-SIMT_FN void through_columns(const Member<T>& m, const Axis& axis, float* all, float* sums) {
+SIMT_FN void through_columns(const Member<T>& m, int turn, const Axis& axis, float* all,
+                             float* out) {
   const OnChip& chip = m.chip;
   const int cols = chip.cols, first = m.slice_begin(), count = m.slice_end() - first;
+  float* const sums = m.col_sums();
   float* const partials = m.args.partials + int64_t(m.team()) * chip.blocks * cols;
   simt::sync();
   if (chip.blocks > 1 && !m.in_cluster())
@@ -177,7 +195,8 @@ SIMT_FN void through_columns(const Member<T>& m, const Axis& axis, float* all, f
     return axis.value(sum, m.col_mask()[i]);
   });
   simt::sync();
-  gather(m, all, sums, axis.keep, [&](auto put) { axis.make(m.scratch(), first, count, put); });
+  gather<true>(m, turn, all, out, axis.keep,
+               [&](auto put) { axis.make(m.scratch(), first, count, put); });
 }
 
 // Turns the block's sums by row into what `axis` makes of them. Neighbours find its values where
@@ -213,7 +232,8 @@ SIMT_FN A* of_image(A* maps, int image, int64_t entries) {
 
 // Turns forward's sums into masks, in place.
 template <class T>
-SIMT_FN void make_masks(const Member<T>& m, int image, const Lines& which) {
+SIMT_FN void make_masks(const Member<T>& m, int turn, const Lines& which) {
+  const int image = m.image(turn);
   const Args<float>& call = m.args.call;
   const SpatialMask spatial{
       {call, m.chip, m.stencil(), of_image(call.channel_mean, image, call.pixels)}};
@@ -222,13 +242,14 @@ SIMT_FN void make_masks(const Member<T>& m, int image, const Lines& which) {
   const bool rows = which.rows, cols = which.cols;
   if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_mask());
   if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_mask());
-  if (cols && m.chip.channels_last) through_columns(m, channel, all, m.col_mask());
-  if (cols && !m.chip.channels_last) through_columns(m, spatial, all, m.col_mask());
+  if (cols && m.chip.channels_last) through_columns(m, turn, channel, all, m.col_mask());
+  if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_mask());
 }
 
 // Turns backward's sums into terms of dx, in place.
 template <class T>
-SIMT_FN void make_terms(const Member<T>& m, int image, const Lines& which) {
+SIMT_FN void make_terms(const Member<T>& m, int turn, const Lines& which) {
+  const int image = m.image(turn);
   const Args<float>& call = m.args.call;
   const SpatialGradient spatial{
       {call, m.chip, m.stencil() + kStencil, of_image(m.args.row_gradients, image, m.chip.rows)},
@@ -239,8 +260,8 @@ SIMT_FN void make_terms(const Member<T>& m, int image, const Lines& which) {
   const bool rows = which.rows, cols = which.cols;
   if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_term());
   if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_term());
-  if (cols && m.chip.channels_last) through_columns(m, channel, all, m.col_term());
-  if (cols && !m.chip.channels_last) through_columns(m, spatial, all, m.col_term());
+  if (cols && m.chip.channels_last) through_columns(m, turn, channel, all, m.col_term());
+  if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_term());
 }
 
 // Makes both masks anew, from the maps that forward saved.
@@ -262,7 +283,8 @@ SIMT_FN void recall_masks(const Member<T>& m, int image) {
     if (last)
       make([&](int r, float mask, float) { m.row_mask()[r] = mask; });
     else
-      gather(m, of_image(m.args.col_masks, image, chip.cols), m.col_mask(), nullptr, make);
+      gather<false>(m, 0, of_image(m.args.col_masks, image, chip.cols), m.col_mask(), nullptr,
+                    make);
   }
   if (call.masks.channels) {
     float* const out = last ? m.col_mask() : m.row_mask();

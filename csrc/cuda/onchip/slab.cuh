@@ -16,7 +16,7 @@
 
 namespace da::cuda {
 
-static_assert(sizeof(simt::Bulk) == kBulkBytes, "");
+static_assert(sizeof(simt::Bulk) == kBulkBytes && sizeof(simt::Mail) <= kBulkBytes, "");
 
 // Which block of which team this is, with so many rows of an image, in so many chunks: kept in
 // shared memory, for registers are scarce, and divisions take many instructions.
@@ -71,6 +71,8 @@ struct Member {
   SIMT_FN float* col_mask() const { return at<float>(chip.memory.col_mask); }
   SIMT_FN float* row_term() const { return at<float>(chip.memory.row_term); }
   SIMT_FN float* col_term() const { return at<float>(chip.memory.col_term); }
+  SIMT_FN float* col_sums() const { return at<float>(chip.memory.col_sums); }
+  SIMT_FN simt::Mail* mail() const { return at<simt::Mail>(chip.memory.mail); }
   SIMT_FN float* stencil() const { return at<float>(chip.memory.stencil); }
   SIMT_FN float* scratch() const { return at<float>(chip.memory.scratch); }
   SIMT_FN simt::Bulk* load_of(int place) const { return at<simt::Bulk>(chip.memory.loads) + place; }
@@ -232,10 +234,6 @@ struct Tally {
   static SIMT_FN float* col_weights(const Member<T>& m, int tile) {
     return (Kind == Sums::through ? m.col_term() : m.col_mask()) + tile * m.chip.width;
   }
-  static SIMT_FN float* col_sums(const Member<T>& m, int tile) {
-    return (Kind == Sums::forward ? m.col_mask() : m.col_term()) + tile * m.chip.width;
-  }
-
   SIMT_FN Tally(const Member<T>& m, int step, int tile)
       : m(m), weighted(Kind != Sums::forward || step > 0) {
     const Lane lane = m.lane_of_row(tile);
@@ -383,7 +381,7 @@ SIMT_FN void add_up(const Member<T>& m, int turn, int step, const Lines& lines) 
       if (Own::product) dy.release(turn, visit, chunk);
     }
     if (lines.rows && chip.row_parts > 1) fold_rows(m, Own::row_sums(m), more_rows);
-    if (lines.cols) fold_columns(m, own.sum, tile, Own::col_sums(m, tile), more_cols);
+    if (lines.cols) fold_columns(m, own.sum, tile, m.col_sums() + tile * chip.width, more_cols);
     if (tile + 1 < chip.col_tiles) simt::sync();
   }
 }

@@ -41,7 +41,7 @@ constexpr const char* kBarriers[] = {"block", "cluster", "counter"};
 constexpr int kChipThreads = 256, kChipBlocks = 3;
 constexpr int kChipRows = 4;             // rows that a thread adds up in a round
 constexpr int kMaxCluster = 16;          // blocks; more than 8 only where the GPU agrees
-constexpr size_t kBulkBytes = 8;         // of a simt::Bulk
+constexpr size_t kBulkBytes = 8;         // of a simt::Bulk, and of a simt::Mail
 constexpr size_t kPlaceBytes = 16;       // of a Place
 constexpr int kCounterStride = 32;       // words from one team's counter to the next one's
 constexpr int kStencil = 2 * kTaps + 2;  // the stencil's coefficients and bias, whole vectors
@@ -67,13 +67,15 @@ struct ChipMemory {
   unsigned x, dy;               // the chunks that are kept, then the ring
   unsigned row_mask, col_mask;  // of the slab's rows and of all columns; forward first their sums
   unsigned row_term, col_term;  // backward, likewise
-  unsigned stencil;             // coefficients and bias; backward those of the adjoint after them
-  unsigned scratch;             // in turn: parts of rows' sums; sums by column, to be folded; a map
-                                // around the block's rows or its slice
-  unsigned zeros;               // a vector of them, for threads that have no vector of a row
-  unsigned place;               // the block's Place
-  unsigned loads;               // a simt::Bulk for every place of a chunk
-  size_t bytes;                 // in all
+  unsigned col_sums;  // of all columns: there, or apart where a cluster's blocks read them
+  unsigned stencil;   // coefficients and bias; backward those of the adjoint after them
+  unsigned scratch;   // in turn: parts of rows' sums; sums by column, to be folded; a map
+                      // around the block's rows or its slice
+  unsigned zeros;     // a vector of them, for threads that have no vector of a row
+  unsigned place;     // the block's Place
+  unsigned mail;      // a simt::Mail, by which a cluster's blocks send each other masks
+  unsigned loads;     // a simt::Bulk for every place of a chunk
+  size_t bytes;       // in all
 };
 
 struct OnChip {
@@ -159,10 +161,13 @@ DA_HD ChipMemory carve(const OnChip& chip, unsigned char* base) {
   memory.col_mask = floats(chip.cols);
   memory.row_term = floats(chip.backward ? chip.padded_rows() : 0);
   memory.col_term = floats(chip.backward ? chip.cols : 0);
+  const bool apart = chip.masks.cols && chip.blocks > 1 && chip.barrier == Barrier::cluster;
+  memory.col_sums = apart ? floats(chip.cols) : chip.backward ? memory.col_term : memory.col_mask;
   memory.stencil = floats(chip.pixel_mask ? (chip.backward ? 2 : 1) * kStencil : 0);
   memory.scratch = floats(scratch);
   memory.zeros = bytes(16);
   memory.place = bytes(kPlaceBytes);
+  memory.mail = bytes(kBulkBytes);
   memory.loads = bytes((chip.kept + chip.ring + chip.kept_dy + chip.ring_dy) * kBulkBytes);
   memory.bytes = carver.bytes();
   return memory;
