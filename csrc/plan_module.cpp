@@ -3,7 +3,7 @@
 
 #include "cpu/plan.h"
 #include "cuda/plan/choose.h"
-#include "cuda/plan/plan.h"
+#include "cuda/plan/tile.h"
 
 namespace py = pybind11;
 
@@ -76,15 +76,24 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   return d;
 }
 
-py::list steps(const da::cuda::Direction& direction) {
+py::dict waves(const da::cuda::Waves& w) {
+  return py::dict(py::arg("blocks") = w.blocks, py::arg("slots") = w.slots,
+                  py::arg("waves") = w.waves, py::arg("efficiency") = w.efficiency);
+}
+
+py::list steps(const da::Problem& p, const da::cuda::Device& device, const da::cuda::Plan& plan,
+               const da::cuda::Direction& direction) {
   py::list list;
   for (const auto& step : direction.steps) {
     const bool on_chip = step.kernel == da::cuda::Kernel::on_chip;
     const da::Pass& pass = step.pass;
-    list.append(py::dict(py::arg("name") = pass.name, py::arg("reads") = da::count(pass.reads),
-                         py::arg("writes") = da::count(pass.writes), py::arg("grid") = step.grid,
-                         py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
-                         py::arg("shared_bytes") = step.shared_bytes));
+    list.append(
+        py::dict(py::arg("name") = pass.name, py::arg("reads") = da::count(pass.reads),
+                 py::arg("writes") = da::count(pass.writes), py::arg("grid") = step.grid,
+                 py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
+                 py::arg("shared_bytes") = step.shared_bytes, py::arg("once") = step.count.once,
+                 py::arg("again") = step.count.again,
+                 py::arg("waves") = waves(da::cuda::waves(p, device, plan, direction, step))));
   }
   return list;
 }
@@ -140,8 +149,8 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   d["tile"] = py::str(std::to_string(t.tile_channels()) + " channels x " +
                       std::to_string(t.tile_pixels()) + " pixels");
   d["tiles_an_image"] = t.tiles();
-  d["forward"] = steps(plan.forward);
-  d["backward"] = steps(plan.backward);
+  d["forward"] = steps(p, device, plan, plan.forward);
+  d["backward"] = steps(p, device, plan, plan.backward);
   d["one_launch_forward"] = forward;
   d["one_launch_backward"] = backward;
   return d;

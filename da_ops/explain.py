@@ -86,7 +86,18 @@ def _line(p: dict[str, Any]) -> str:
     if launch := p["launch"]:
         line += f", {launch['grid']} blocks of {launch['threads']} threads"
         line += f" with {launch['shared_bytes'] / 1024:.1f} KiB shared memory"
+        line += f", {_waves(launch['waves'])}"
+    if p["why"]:
+        line += f"; {p['why']}"
     return line
+
+
+def _waves(w: dict[str, Any]) -> str:
+    """Work is what the slots do until the last block is done; in less than a wave, some idle."""
+    slots, share = f"{w['slots']} at once", f"{w['efficiency']:.0%}"
+    if w["blocks"] < w["slots"]:
+        return f"{slots}: less than a wave, {share} of it in use"
+    return f"{slots}: {w['waves']} wave{'s' * (w['waves'] != 1)}, {share} full"
 
 
 def explain(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from itertools import product
 
 import pytest
 import torch
@@ -83,6 +85,70 @@ def test_small_limits_make_a_small_tensor_a_large_one(layout):
     assert names == ["channel mean", "pooling", "scale"]
 
 
+# Of which waves are to be full: the stages, and the maps of SSD300.
+TABLE = [*STAGES, (1024, 38, 38), (512, 19, 19), (512, 10, 10), (256, 5, 5), (256, 3, 3)]
+# Their images are few tiles of the least size or, of 75 x 75 pixels, as many as a block adds up the
+# sums of; no whole number of these comes near the slots for some batch sizes, or only tiles so
+# small that what each block does first would double the time.
+UNEVEN = {(64, 56, 56), (2048, 7, 7), (256, 75, 75), *TABLE[7:]}
+BATCHES = sorted({*range(1, 17), *range(17, 257, 13), 32, 64, 100, 128, 256})
+ROUND = 4 * 256 * 16  # bytes that a block's threads have in flight
+
+
+def work(p):
+    """Of a direction's launches, those that read or write full-size tensors."""
+    return [step for way in ("forward", "backward") for step in p[way] if step["reads"]]
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_waves_are_full(sm):
+    """Wherever there is a round for each block of a whole wave; less fills no GPU."""
+    cases = uneven = 0
+    for stage, layout, dtype in product(TABLE, LAYOUTS, ("float16", "float32")):
+        for n in BATCHES:
+            steps = work(launches((n, *stage), layout, dtype, sm=sm))
+            slots = max(step["waves"]["slots"] for step in steps)
+            if n * math.prod(stage) * BYTES[dtype] < slots * ROUND:
+                continue
+            cases += 1
+            full = min(step["waves"]["efficiency"] for step in steps)
+            uneven += full < 0.9
+            assert full >= (0.6 if stage in UNEVEN else 0.9), (n, stage, layout, dtype)
+    assert uneven < 0.03 * cases
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_waves_are_counted_honestly(layout, dtype, sm):
+    """Work over what the slots could do while the waves last; slots that the memory allows."""
+    for n, stage in product((1, 3, 64), STAGES):
+        p = launches((n, *stage), layout, dtype, sm=sm)
+        tile = math.prod(map(int, re.findall(r"\d+", p["tile"])))
+        for step in work(p):
+            w = step["waves"]
+            assert w["blocks"] == n * p["tiles_an_image"]
+            assert w["waves"] == -(-w["blocks"] // w["slots"])
+            could = w["waves"] * w["slots"] * tile
+            assert w["efficiency"] == pytest.approx(n * math.prod(stage) / could)
+            blocks, rest = divmod(w["slots"], p["multiprocessors"])
+            assert not rest and 1 <= blocks <= (2 if dtype == "float64" else 3)
+            room = shared_kib(sm) * 1024
+            assert blocks * (step["shared_bytes"] + 1024 * (sm >= 80)) <= room
+
+
+def shared_kib(sm):
+    """Of a multiprocessor."""
+    return {75: 64, 80: 164, 90: 228, 100: 228}.get(sm, 100)
+
+
+def test_what_is_less_than_a_wave_takes_the_smallest_tiles():
+    few, many = (launches((n, 64, 56, 56)) for n in (1, 64))
+    assert few["tiles_an_image"] > many["tiles_an_image"]
+    assert all(step["waves"]["blocks"] < step["waves"]["slots"] for step in work(few))
+    assert launches((0, 64, 56, 56))["forward"][0]["waves"]["efficiency"] == 0
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_the_gpu_is_filled(sm):
     for stage in STAGES:
@@ -99,12 +165,15 @@ def test_explain_prints_any_architecture(capsys):
         assert line in text
     assert "blocks of 256 threads" in text and "KiB shared memory" in text
     assert "50% of the floor" in text and "60% of the floor" in text
+    assert re.search(r"396 at once: \d+ waves, 9\d% full", text)
+    assert re.search(r"132 at once: less than a wave, \d+% of it in use", text)
 
     assert main([*command.split(), "--json"]) == 0
     d = json.loads(capsys.readouterr().out)
     moved = math.prod((64, 256, 56, 56)) * 2
     assert d["forward"]["bytes_moved"] == 4 * moved and d["backward"]["bytes_moved"] == 5 * moved
-    assert d["forward"]["passes"][0]["launch"]["threads"] == 256
+    launch = d["forward"]["passes"][0]["launch"]
+    assert launch["threads"] == 256 and launch["waves"]["slots"] == 396
 
 
 @pytest.mark.parametrize("device", ["sm_70", "sm90", "sm_x", "cuda"])

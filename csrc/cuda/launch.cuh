@@ -6,6 +6,7 @@
 #include "cuda/common/finish.cuh"
 #include "cuda/launch.h"
 #include "cuda/onchip/kernels.cuh"
+#include "cuda/portable/maps.cuh"
 #include "cuda/portable/passes.cuh"
 #include "cuda/simt/launch.cuh"
 
@@ -22,7 +23,7 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   args.height = p.h, args.width = p.w;
   args.masks = masks(p.order), args.outer = outer(p.order);
   args.gate = p.gate, args.kernel_size = p.kernel_size;
-  args.tiling = t, args.halo = plan.halo, args.padded = Padded(p.w);
+  args.tiling = t, args.halo = plan.halo, args.bands = plan.bands, args.padded = Padded(p.w);
   args.x = at.x, args.dy = at.dy, args.out = at.out;
   args.parameters = at.parameters, args.wide = at.wide, args.gradients = at.gradients;
   args.pixel_sums = {work + w.pixel_sums, t.channel_tiles(), args.pixels};
@@ -84,9 +85,24 @@ int launch_pass(const Pass& pass, const simt::Launch& launch, const Args<accumul
 }
 
 template <class T>
+int launch_maps(const Step& step, const simt::Launch& launch, Args<accumulate_t<T>> args) {
+  args.halo = args.bands.halo;
+  switch (step.made) {
+    case Made::masks_of_sums:
+      return simt::launch(launch, maps<T, Made::masks_of_sums>, args);
+    case Made::masks_again:
+      return simt::launch(launch, maps<T, Made::masks_again>, args);
+    default:
+      return simt::launch(launch, maps<T, Made::terms>, args);
+  }
+}
+
+template <class T>
 int launch_step(const Step& step, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
   using A = accumulate_t<T>;
   switch (step.kernel) {
+    case Kernel::maps:
+      return launch_maps<T>(step, launch, args);
     case Kernel::gate_sums:
       return simt::launch(launch, gate_sums<A>, args);
     case Kernel::finish:

@@ -31,12 +31,23 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Waves:
+    """How the blocks of a launch fill a GPU: as many at a time as there are slots."""
+
+    blocks: int
+    slots: int
+    waves: int
+    efficiency: float  # of what the slots could do in these waves, the share that is work
+
+
+@dataclass(frozen=True)
 class Launch:
     """The launch of a GPU kernel."""
 
     grid: int
     threads: int  # of a block
     shared_bytes: int  # of a block
+    waves: Waves
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Pass:
     reads: int
     writes: int
     launch: Launch | None = None
+    why: str | None = None  # it is made, where it reads and writes nothing of full size
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import native
-from .base import Backend, Call, Direction, Launch, Pass, Plan
+from .base import Backend, Call, Direction, Launch, Pass, Plan, Waves
 from .tuned import ENVIRONMENT, PLANS
 
 OLDEST = 75  # compute capability that kernels are built for
@@ -37,8 +37,10 @@ def _plan(call: Call) -> Plan:
         details = plan(*of_call, tuned.plan if tuned else wish)
         passes = []
         for step in details[name]:
-            launch = Launch(step.pop("grid"), step.pop("threads"), step.pop("shared_bytes"))
-            passes.append(Pass(**step, launch=launch))
+            grid, threads, shared = map(step.pop, ("grid", "threads", "shared_bytes"))
+            launch = Launch(grid, threads, shared, Waves(**step.pop("waves")))
+            why = _saved(step.pop("once"), step.pop("again"))
+            passes.append(Pass(**step, launch=launch, why=why))
         return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
 
     (details, forward), (others, backward) = direction("forward"), direction("backward")
@@ -49,6 +51,11 @@ def _plan(call: Call) -> Plan:
     if here:
         details.update(PLANS.words("cuda", call))
     return Plan(forward, backward, details)
+
+
+def _saved(once: int, again: int) -> str | None:
+    """By what count a launch makes maps, which the next pass's blocks would make again and again."""
+    return f"{once} instructions instead of {again} in the next launch" if again else None
 
 
 def _one_launch(chosen: dict[str, Any]) -> str:

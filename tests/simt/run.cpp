@@ -10,8 +10,10 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/plan/choose.cpp"
+#include "cuda/plan/maps.cpp"
 #include "cuda/plan/onchip.cpp"
 #include "cuda/plan/plan.cpp"
+#include "cuda/plan/tile.cpp"
 
 namespace da::cuda {
 DA_LAUNCHERS(template, Dtype::float16)

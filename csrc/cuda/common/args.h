@@ -41,7 +41,8 @@ struct Args {
   int64_t kernel_size;  // of the eca gate
 
   Tiling tiling;
-  Halo halo;
+  Halo halo;  // of what a block makes maps for: a tile, or a band
+  Bands bands;
   Padded padded;
   const void *x, *dy;
   void* out;  // y or dx

@@ -11,6 +11,33 @@
 
 namespace da::cuda {
 
+// A thread's next vectors of every at_once-th row, `left` rows before the end.
+template <class T, int E, int Depth>
+struct Vectors {
+  using V = Access<T, E>;
+  typename V::Raw raw[Depth];  // a vector that is not there stays as it was
+  const T* next;
+  int left, at_once;
+  int64_t stride;
+
+  SIMT_FN Vectors(const T* first, int left, int at_once, int64_t stride)
+      : next(first), left(left), at_once(at_once), stride(stride) {
+    SIMT_UNROLL
+    for (int d = 0; d < Depth; d++) raw[d] = V::zero();
+  }
+
+  // Asks for the next ones; `full`: all of them are there.
+  template <class Load, class Full>
+  SIMT_FN void ask(Load load, Full full) {
+    SIMT_UNROLL
+    for (int d = 0; d < Depth; d++) {
+      if (full || d * at_once < left) raw[d] = load(next);
+      next += stride;
+    }
+    left -= Depth * at_once;
+  }
+};
+
 template <class T, int E, bool Backward>
 struct Scaling {
   using A = accumulate_t<T>;
@@ -30,18 +57,34 @@ struct Scaling {
   template <int Depth, Fit How, class Load>
   SIMT_FN void rows(const Lane& lane, int first_row, int rows, int at_once, int64_t stride,
                     const T* in, T* out, Load load) const {
-    if (!Backward || outer == Outer::none)
-      loop<Depth, How, Outer::none>(lane, first_row, rows, at_once, stride, in, out, load);
-    else if (outer == Outer::rows)
-      loop<Depth, How, Outer::rows>(lane, first_row, rows, at_once, stride, in, out, load);
-    else
-      loop<Depth, How, Outer::cols>(lane, first_row, rows, at_once, stride, in, out, load);
+    Vectors<T, E, Depth> vectors(in, rows - first_row, at_once, stride);
+    by_outer<Depth, How, Ahead::no>(lane, first_row, rows, at_once, stride, vectors, out, load);
+  }
+
+  // The same where the first vectors have been asked for.
+  template <int Depth, Fit How, class Load>
+  SIMT_FN void rows_from(Vectors<T, E, Depth>& vectors, const Lane& lane, int first_row, int rows,
+                         int at_once, int64_t stride, T* out, Load load) const {
+    by_outer<Depth, How, Ahead::yes>(lane, first_row, rows, at_once, stride, vectors, out, load);
   }
 
  private:
-  template <int Depth, Fit How, Outer Which, class Load>
+  enum class Ahead { no, yes };
+
+  template <int Depth, Fit How, Ahead Asked, class Load>
+  SIMT_FN void by_outer(const Lane& lane, int first_row, int rows, int at_once, int64_t stride,
+                        Vectors<T, E, Depth>& in, T* out, Load load) const {
+    if (!Backward || outer == Outer::none)
+      loop<Depth, How, Asked, Outer::none>(lane, first_row, rows, at_once, stride, in, out, load);
+    else if (outer == Outer::rows)
+      loop<Depth, How, Asked, Outer::rows>(lane, first_row, rows, at_once, stride, in, out, load);
+    else
+      loop<Depth, How, Asked, Outer::cols>(lane, first_row, rows, at_once, stride, in, out, load);
+  }
+
+  template <int Depth, Fit How, Ahead Asked, Outer Which, class Load>
   SIMT_FN void loop(const Lane& lane, int first_row, int rows, int at_once, int64_t stride,
-                    const T* in, T* out, Load load) const {
+                    Vectors<T, E, Depth>& in, T* out, Load load) const {
     using V = Access<T, E>;
     constexpr bool whole = How == Fit::whole;
     int row0 = first_row;
@@ -49,17 +92,12 @@ struct Scaling {
     const A *factors = row_factors + first_row, *terms = row_terms + first_row;
     // The next Depth rows; `full`: all of them are there.
     const auto round = [&](auto full) {
-      typename V::Raw raw[Depth];
-      SIMT_UNROLL
-      for (int d = 0; d < Depth; d++) {
-        raw[d] = full || row0 + d * at_once < rows ? load(in) : V::zero();
-        in += stride;
-      }
+      if (Asked == Ahead::no) in.ask(load, full);
       SIMT_UNROLL
       for (int d = 0; d < Depth; d++) {
         if (full || row0 + d * at_once < rows) {
           A value[E];
-          V::unpack(raw[d], value);
+          V::unpack(in.raw[d], value);
           const int row = d * at_once, next = !whole && lane.split < E ? row + 1 : row;
           const A this_factor = factors[row], next_factor = whole ? A(0) : factors[next];
           const A this_term = Backward ? terms[row] : A(0);
@@ -83,6 +121,7 @@ struct Scaling {
         out += stride;
       }
       row0 += Depth * at_once, factors += Depth * at_once, terms += Depth * at_once;
+      if (Asked == Ahead::yes && full) in.ask(load, std::false_type());
     };
     SIMT_ROLLED
     while (row0 + (Depth - 1) * at_once < rows) round(std::true_type());

@@ -98,6 +98,7 @@ bool parse(const std::string& all, Wish& wish) {
   Limits& l = wish.limits;
   if (comma < all.size() && !da::parse(all.substr(comma + 1), {{"grid", &l.grid, 1},
                                                                {"terms", &l.terms, 1},
+                                                               {"launch", &l.launch, 0},
                                                                {"lanes", &l.lanes, 2},
                                                                {"scalar_lanes", &l.scalar_lanes, 1},
                                                                {"height", &l.height, 1},

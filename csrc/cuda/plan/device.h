@@ -36,6 +36,9 @@ inline bool loads_behind(int sm) { return sm >= 80; }
 // Clusters begin with Hopper.
 inline bool has_clusters(int sm) { return sm >= 90; }
 
+// Whether a launch may begin while the one before it ends (programmatic dependent launch).
+inline bool overlaps_launches(int sm) { return sm >= 90; }
+
 // Bytes of shared memory that a block may have where so many blocks share a multiprocessor.
 inline int64_t shared_limit(int sm, int blocks_per_sm) {
   constexpr int64_t KiB = 1 << 10;

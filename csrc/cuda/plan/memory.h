@@ -48,6 +48,25 @@ struct Memory {
         bytes(carve.bytes()) {}
 };
 
+// The arrays of the launch that makes maps.
+template <class A>
+struct MapsMemory {
+  A* sums;      // a thread's share of a sum
+  A* channels;  // values of a band of channels and those around it
+  StencilMemory<A> around;
+  size_t bytes;  // in all
+
+  DA_HD MapsMemory(unsigned char* base, const Bands& bands, int64_t kernel_size)
+      : MapsMemory(simt::Carver(base), bands, kernel_size) {}
+
+ private:
+  DA_HD MapsMemory(simt::Carver carve, const Bands& bands, int64_t kernel_size)
+      : sums(carve.take<A>(kThreads)),
+        channels(carve.take<A>(bands.channels + kernel_size)),
+        around(carve, bands.halo),
+        bytes(carve.bytes()) {}
+};
+
 // The array of the small launches.
 struct SmallMemory {
   double* sums;

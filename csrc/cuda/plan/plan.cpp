@@ -1,30 +1,11 @@
 #include "cuda/plan/plan.h"
 
+#include "cuda/plan/maps.h"
 #include "cuda/plan/memory.h"
+#include "cuda/plan/tile.h"
 
 namespace da::cuda {
 namespace {
-
-Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits) {
-  Tiling t{};
-  set_matrix(t, p);
-  const int elements = 16 / p.element_size();
-  const bool vectors = aligned && holds_vectors(t, elements);
-  cut_rows(t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
-           [](int lanes) { return lanes; });
-
-  // One wave of blocks where the tiles get neither too small nor too large.
-  const int64_t blocks = device.multiprocessors * blocks_per_sm(p.element_size());
-  const int64_t reads = ceil_div(ceil_div(t.rows, t.at_once()) * t.col_tiles * p.n, blocks);
-  int64_t height = std::min(std::max(reads, limits.min_reads), limits.max_reads) * t.at_once();
-  height = std::max(height, round_up(ceil_div(t.rows, limits.terms), t.period));
-  const int64_t max_height = limits.height / (p.dtype == Dtype::float64 ? 8 : 4);
-  height = std::min(height, std::max<int64_t>(max_height / t.period, 1) * t.period);
-  t.row_tiles = ceil_div(t.rows, height);
-  t.height = round_up(ceil_div(t.rows, t.row_tiles), t.period);
-  t.row_tiles = ceil_div(t.rows, t.height);
-  return t;
-}
 
 // Hands out places in the workspace.
 struct Allocator {
@@ -35,11 +16,6 @@ struct Allocator {
     return at;
   }
 };
-
-size_t shared_bytes(const Problem& p, const Plan& plan, Kernel kernel) {
-  return p.dtype == Dtype::float64 ? Memory<double>(nullptr, plan.tiling, plan.halo, kernel).bytes
-                                   : Memory<float>(nullptr, plan.tiling, plan.halo, kernel).bytes;
-}
 
 int64_t finish_jobs(const Problem& p) {
   const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p);
@@ -59,10 +35,11 @@ class Planner {
     if (backward_) weights_ = pending_ = masks(problem.order);
   }
 
-  void passes() {
+  void passes(const Device& device) {
     for (const Pass& pass : schedule_) {
+      make_maps(device);
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
-      add(kernel, pass, tiles(), shared_bytes(p_, plan_, kernel));
+      add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel));
       pending_ = pass.complete;
       weights_ = backward_ ? pass.complete : either(weights_, pass.complete);
     }
@@ -70,8 +47,9 @@ class Planner {
 
   void finish() {
     const int64_t parts = p_.n * gate_parts(p_);
-    if (parts > 0) small("gate sums", Kernel::gate_sums, parts);
-    if (finish_jobs(p_) > 0) small("parameter gradients", Kernel::finish, finish_jobs(p_));
+    if (parts > 0) small("gate sums", Kernel::gate_sums, parts, small_bytes());
+    if (finish_jobs(p_) > 0)
+      small("parameter gradients", Kernel::finish, finish_jobs(p_), small_bytes());
   }
 
   void on_chip(const OnChip& chip) {
@@ -99,7 +77,7 @@ class Planner {
       w.d_channel_mean = place(by_pixel);
       w.d_logit = place(by_channel);
       w.d_pooled = place(by_channel);
-      w.spatial_blocks = p_.spatial() && tiles() > 0 ? grid(tiles()) : 0;
+      w.spatial_blocks = spatial_blocks();
       w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
       w.gate_parts = place(p_.n * gate_parts(p_));
     }
@@ -109,10 +87,41 @@ class Planner {
 
  private:
   void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes) {
-    steps_.push_back({kernel, pass, weights_, pending_, jobs, grid(jobs), shared_bytes});
+    steps_.push_back({kernel, pass, weights_, pending_, jobs, grid(jobs), shared_bytes, {}, {}});
   }
-  void small(const char* name, Kernel kernel, int64_t jobs) {
-    add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, small_bytes());
+  // Makes those maps in a launch of their own of which the next pass would make too much.
+  void make_maps(const Device& device) {
+    const bool first = steps_.empty();
+    const Made kind = !backward_ ? Made::masks_of_sums : first ? Made::masks_again : Made::terms;
+    const bool more = !first && steps_.back().pass.weights == Maps::terms;
+    const Between made =
+        between(p_, device, plan_, pending_, kind, more ? more_sums() : kNone, limits_);
+    if (!made.axes.any()) return;
+    const Axes rest{pending_.pixels && !made.axes.pixels, pending_.channels && !made.axes.channels};
+    const Bands& b = plan_.bands;
+    const int64_t jobs = p_.n * ((made.axes.pixels ? b.of_pixels(p_.pixels()) : 0) +
+                                 (made.axes.channels ? b.of_channels(p_.c) : 0));
+    pending_ = made.axes;
+    small(kind == Made::terms ? "terms of dx" : "masks", Kernel::maps, jobs, maps_bytes(p_, b));
+    steps_.back().made = kind;
+    steps_.back().count = made.count;
+    pending_ = rest;
+  }
+  // Blocks that make spatial sums: those of the step that makes the spatial term of dx.
+  int64_t spatial_blocks() const {
+    const Step* maker = nullptr;
+    bool masks_made = false;  // a first time, by the first pass or before it
+    for (const Step& step : steps_) {
+      if (!step.pending.pixels) continue;
+      if (masks_made) maker = &step;
+      masks_made = true;
+    }
+    if (!maker || maker->jobs == 0) return 0;
+    const int64_t bands = p_.n * plan_.bands.of_pixels(p_.pixels());
+    return maker->kernel == Kernel::maps ? std::min<int64_t>(maker->grid, bands) : maker->grid;
+  }
+  void small(const char* name, Kernel kernel, int64_t jobs, size_t shared_bytes) {
+    add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, shared_bytes);
   }
   // Backward's second sums, which come on top of its first.
   Axes more_sums() const {
@@ -139,11 +148,12 @@ class Planner {
 Plan plan(const Problem& problem, const Device& device, bool aligned, const Limits& limits) {
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
-  if (problem.spatial()) plan.halo = halo(plan.tiling.tile_pixels(), problem.w);
+  if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
+  plan.bands = bands(problem, plan.tiling);
   Planner forward(problem, plan, limits, Way::forward);
   Planner backward(problem, plan, limits, Way::backward);
-  forward.passes();
-  backward.passes();
+  forward.passes(device);
+  backward.passes(device);
   backward.finish();
   plan.forward = forward.direction();
   plan.backward = backward.direction();

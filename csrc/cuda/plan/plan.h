@@ -14,7 +14,7 @@
 namespace da::cuda {
 
 constexpr int kThreads = 256;  // of a block of the portable passes
-// Blocks that a multiprocessor's registers hold, by the size of an element.
+// Blocks of a pass that a multiprocessor's registers hold, by the size of an element.
 constexpr int blocks_per_sm(int64_t element_size) { return element_size == 8 ? 2 : 3; }
 
 // How the portable passes cut an image up: a block works on a tile of its matrix.
@@ -34,7 +34,27 @@ struct Tiling {
   DA_HD int tile_pixels() const { return channels_last ? height : width; }
 };
 
-enum class Kernel { sums, scale, gate_sums, finish, on_chip };
+// How the launch that makes maps cuts an image's axes up.
+struct Bands {
+  int pixels, channels;  // of a block
+  int slices;            // threads that add up a channel's sums
+  Halo halo;             // of a band of pixels
+
+  DA_HD int64_t of_pixels(int64_t all) const { return (all + pixels - 1) / pixels; }
+  DA_HD int64_t of_channels(int64_t all) const { return (all + channels - 1) / channels; }
+};
+
+enum class Kernel { maps, sums, scale, gate_sums, finish, on_chip };
+
+// What a launch between passes makes: masks of forward's sums, or once more of what forward kept;
+// or the terms of dx.
+enum class Made { masks_of_sums, masks_again, terms };
+
+// Why a launch makes maps: warps' instructions that this takes, and that it would take the blocks
+// of the next pass.
+struct Count {
+  int64_t once, again;
+};
 
 // One launch: a pass of the schedule, or what comes between passes and after them.
 struct Step {
@@ -45,6 +65,8 @@ struct Step {
   int64_t jobs;   // one for each block
   unsigned grid;  // blocks that are launched at a time
   size_t shared_bytes;
+  Made made;  // of Kernel::maps, with the count for it
+  Count count;
 };
 
 // Partial sums and small maps between launches, as offsets into one array of the accumulation
@@ -70,7 +92,8 @@ struct Direction {
 
 struct Plan {
   Tiling tiling;
-  Halo halo;
+  Halo halo;  // of a tile
+  Bands bands;
   Direction forward, backward;
 
   const Direction& operator[](Way way) const { return way == Way::forward ? forward : backward; }

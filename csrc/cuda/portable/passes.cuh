@@ -12,7 +12,7 @@ namespace da::cuda {
 // A thread keeps its columns' sums in registers over all rows. Its sum over a row's elements goes
 // to shared memory, kDepth rows at a time; then four threads add up the lanes of each row.
 template <class T, int E, Sums Kind, Adds What, Fit How>
-SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)) - (Kind == Sums::through && sizeof(T) == 4))
+SIMT_KERNEL(kThreads, blocks_per_sm(sizeof(T)))
 sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
@@ -176,13 +176,25 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::scale);
 
   const Tile tile(t, args.first_job + simt::block());
-  pixel_factors<T, Backward>(args, tile, memory);
-  channel_factors<T, Backward>(args, tile, memory);
-  simt::sync();
-
   const bool by_super_row = How == Fit::split && t.width == t.cols && t.period > 1;
   const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.super_rows)
                                  : Lane::of_row<E>(t, tile.col(), tile.cols);
+  const int at_once = t.at_once();
+  const int64_t stride = at_once * t.cols;
+  const int64_t start =
+      (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
+  const int first_row = lane.super_row * t.period + lane.phase, rows = lane.active ? tile.rows : 0;
+  const auto load = [](const T* p) { return Access<T, E>::load_once(p); };
+  // The first vectors are on their way while the factors are made, if registers suffice for both.
+  constexpr bool ahead = !Backward || (How == Fit::whole && simt::kIsHalf<T>);
+  Vectors<T, E, kDepth> vectors(static_cast<const T*>(Backward ? args.dy : args.x) + start,
+                                rows - first_row, at_once, stride);
+  if (ahead) vectors.ask(load, std::false_type());
+
+  pixel_factors<T, Backward>(args, tile, memory);
+  channel_factors<T, Backward>(args, tile, memory);
+  simt::sync();
+  if (!ahead) vectors.ask(load, std::false_type());
   const bool rows_are_pixels = t.channels_last;
   const Scaling<T, E, Backward> scaling(
       cuda::outer(args.outer, rows_are_pixels), lane,
@@ -190,14 +202,8 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
       rows_are_pixels ? memory.channel_term : memory.pixel_term,
       rows_are_pixels ? memory.pixel_factor : memory.channel_factor,
       rows_are_pixels ? memory.pixel_term : memory.channel_term);
-
-  const int at_once = t.at_once();
-  const int64_t start =
-      (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
-  scaling.template rows<kDepth, How>(
-      lane, lane.super_row * t.period + lane.phase, lane.active ? tile.rows : 0, at_once,
-      at_once * t.cols, static_cast<const T*>(Backward ? args.dy : args.x) + start,
-      static_cast<T*>(args.out) + start, [](const T* p) { return Access<T, E>::load_once(p); });
+  scaling.template rows_from<kDepth, How>(vectors, lane, first_row, rows, at_once, stride,
+                                          static_cast<T*>(args.out) + start, load);
 }
 
 }  // namespace da::cuda

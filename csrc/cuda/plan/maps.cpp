@@ -1,0 +1,89 @@
+#include "cuda/plan/maps.h"
+
+#include "cuda/plan/memory.h"
+
+namespace da::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+
+// Instructions, as nvcc 13.0 makes them: of each warp of a block that does nothing else; to find a
+// pixel of the window; to add a partial sum; of the stencil and the sigmoid at a pixel, or of the
+// stencil and the spatial sums; of a warp that hands its spatial sums on; of a channel, and of each
+// weight of an eca gate.
+constexpr int64_t kBlock = 60, kPlace = 24, kTerm = 3, kMask = 90, kTermOfDx = 140, kHandOn = 150,
+                  kChannel = 40, kWeight = 12;
+
+int64_t warps(int64_t threads) { return ceil_div(threads, kWarp); }
+
+// Of the warps of a block that makes a map for so many pixels, of so many terms each.
+int64_t of_pixels(const Problem& p, int64_t pixels, int64_t terms, bool of_dx, int64_t parts) {
+  const Halo window = halo(pixels, p.w);
+  const int64_t mask = of_dx ? kTermOfDx : kMask;
+  return warps(window.pieces * window.length) * (kPlace + kTerm * terms) + warps(pixels) * mask +
+         (of_dx ? ceil_div(kWarps, parts) * kHandOn : 0);
+}
+
+// The same by channel; `again`: an eca gate adds up its neighbours' terms as well.
+int64_t of_channels(const Problem& p, int64_t channels, int64_t terms, bool again) {
+  const int64_t weights = p.gate == Gate::eca ? p.kernel_size : 1;
+  return warps(channels) * (kChannel + weights * kWeight + (again ? weights : 1) * kTerm * terms);
+}
+
+}  // namespace
+
+Bands bands(const Problem& p, const Tiling& t) {
+  constexpr int64_t kMany = 16;  // tiles, whose sums several threads add up
+  Bands b{};
+  b.slices = t.pixel_tiles() >= kMany ? kWarps : 1;
+  b.channels = kThreads / b.slices;
+  b.pixels = kThreads;
+  if (p.spatial()) b.halo = halo(b.pixels, p.w);
+  return b;
+}
+
+Between between(const Problem& p, const Device& device, const Plan& plan, Axes needed, Made made,
+                Axes more, const Limits& limits) {
+  const bool terms = made == Made::terms;
+  const Tiling& t = plan.tiling;
+  const Bands& b = plan.bands;
+  const int64_t tiles = p.n * t.tiles();
+  Between result{kNone, {0, 0}};
+  bool must = false;
+  int64_t all_jobs = 0;
+  const auto weigh = [&](bool Axes::* axis, int64_t partial_sums, int64_t once_jobs, auto once,
+                         auto again) {
+    if (!(needed.*axis)) return;
+    const int64_t sums = made == Made::masks_again ? 1 : partial_sums;
+    const int64_t values = sums * (more.*axis ? 2 : 1) + (terms ? 1 : 0);  // and the mask
+    const bool many = sums > limits.terms;
+    const int64_t jobs = p.n * once_jobs;
+    const Count count{jobs * (kWarps * kBlock + once(values)), tiles * again(values)};
+    if (!many && count.again <= count.once) return;
+    must |= many, all_jobs += jobs;
+    result.axes.*axis = true;
+    result.count.once += count.once, result.count.again += count.again;
+  };
+  weigh(
+      &Axes::pixels, t.channel_tiles(), b.of_pixels(p.pixels()),
+      [&](int64_t n) { return of_pixels(p, b.pixels, n, terms, 1); },
+      [&](int64_t n) { return of_pixels(p, t.tile_pixels(), n, terms, t.channel_tiles()); });
+  weigh(
+      &Axes::channels, t.pixel_tiles(), b.of_channels(p.c),
+      [&](int64_t n) { return of_channels(p, b.channels, n, false); },
+      [&](int64_t n) { return of_channels(p, t.tile_channels(), n, true); });
+  // Of a multiprocessor, while the blocks of either launch are spread over all.
+  const auto each = [&](int64_t instructions, int64_t blocks) {
+    return instructions / std::clamp<int64_t>(blocks, 1, device.multiprocessors);
+  };
+  const int64_t price = overlaps_launches(device.sm) ? limits.launch / 3 : limits.launch;
+  const bool pays = each(result.count.again, tiles) > each(result.count.once, all_jobs) + price;
+  return must || pays ? result : Between{kNone, {0, 0}};
+}
+
+size_t maps_bytes(const Problem& p, const Bands& bands) {
+  return p.dtype == Dtype::float64 ? MapsMemory<double>(nullptr, bands, p.kernel_size).bytes
+                                   : MapsMemory<float>(nullptr, bands, p.kernel_size).bytes;
+}
+
+}  // namespace da::cuda

@@ -1,0 +1,23 @@
+// Who makes the small maps: every block of the pass that needs them, for its tile, or a launch
+// before that pass, once. The launch is made where a multiprocessor has fewer instructions then,
+// also with those that it could issue while the launch gets going.
+#pragma once
+
+#include "cuda/plan/tile.h"
+
+namespace da::cuda {
+
+Bands bands(const Problem& problem, const Tiling& tiling);
+
+// The axes whose maps a launch makes, of those that a pass needs made, and by what count. `more`:
+// the axes whose sums are in two parts.
+struct Between {
+  Axes axes;
+  Count count;
+};
+Between between(const Problem& problem, const Device& device, const Plan& plan, Axes needed,
+                Made made, Axes more, const Limits& limits);
+
+size_t maps_bytes(const Problem& problem, const Bands& bands);
+
+}  // namespace da::cuda

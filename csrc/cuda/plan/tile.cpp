@@ -1,0 +1,132 @@
+#include "cuda/plan/tile.h"
+
+#include "cuda/plan/memory.h"
+
+namespace da::cuda {
+namespace {
+
+// Blocks of a pass that the device holds at once.
+int64_t slots(const Problem& p, const Device& device, size_t shared_bytes) {
+  int fitting = blocks_per_sm(p.element_size());
+  while (fitting > 1 && int64_t(shared_bytes) > shared_limit(device.sm, fitting)) fitting--;
+  return int64_t(device.multiprocessors) * fitting;
+}
+
+Kernel kernel_of(const Pass& pass) { return pass.sums.any() ? Kernel::sums : Kernel::scale; }
+
+// What makes one tiling better than another.
+struct Quality {
+  bool full;    // whole waves are, in every pass
+  double time;  // of all passes, in reads of a multiprocessor
+};
+
+// How full waves are meant to be, and how many times the least time they may take: that is but an
+// estimate, idle slots are certain.
+constexpr double kFull = 0.9, kWorth = 2;
+// Estimates: what a block does before it streams, in reads, besides adding up partial sums; and how
+// many of these a thread adds up in the time of a read.
+constexpr double kPrologue = 2, kSumsARead = 8;
+
+Quality quality(const Problem& p, const Device& device, const Tiling& t) {
+  const Halo around = p.spatial() ? halo(p, t) : Halo{};
+  // Half of a read's time goes by bytes, half by rounds of kDepth reads, also where a round's last
+  // ones have no rows left.
+  const int64_t reads = ceil_div(t.height, t.at_once());
+  const double streaming = (reads + round_up(reads, kDepth)) / 2.0;
+  const double values = double(around.pieces) * around.length * t.channel_tiles() +
+                        (p.channel() ? double(t.tile_channels()) * t.pixel_tiles() : 0);
+  const double tile_time = streaming + kPrologue + values / kThreads / kSumsARead;
+  Quality q{true, 0};
+  for (bool backward : {false, true})
+    for (const Pass& pass : schedule(p.order, backward)) {
+      const int64_t n = slots(p, device, shared_bytes(p, t, around, kernel_of(pass)));
+      const Waves w = waves(t, p.n, n);
+      // Fewer blocks that share a multiprocessor are faster.
+      q.time += tile_time * w.waves * n / device.multiprocessors;
+      q.full = q.full && w.efficiency >= kFull;
+    }
+  return q;
+}
+
+}  // namespace
+
+Waves waves(const Tiling& t, int64_t images, int64_t slots) {
+  const int64_t blocks = images * t.tiles(), waves = ceil_div(blocks, slots);
+  const double work = double(images) * t.rows * t.cols;
+  return {blocks, slots, waves, blocks ? work / (double(waves) * slots * t.height * t.width) : 0};
+}
+
+Waves waves(const Problem& p, const Device& device, const Plan& plan, const Direction& direction,
+            const Step& step) {
+  const auto alike = [&](int64_t jobs, int64_t slots) {
+    const int64_t waves = ceil_div(jobs, slots);
+    return Waves{jobs, slots, waves, jobs ? double(jobs) / (waves * slots) : 0};
+  };
+  switch (step.kernel) {
+    case Kernel::sums:
+    case Kernel::scale:
+      return waves(plan.tiling, p.n, slots(p, device, step.shared_bytes));
+    case Kernel::on_chip: {  // all its blocks run at once, and take image after image
+      const Waves images = alike(p.n, std::max(direction.chip.images_at_once, 1));
+      return {step.jobs, step.jobs, images.waves, images.efficiency};
+    }
+    default:  // small launches, of which a multiprocessor holds one block at least
+      return alike(step.jobs, device.multiprocessors);
+  }
+}
+
+// Of all heights and widths within the limits those that should take least time, or the least with
+// full waves if that is not much more. The larger tiles are, the less it costs what every block
+// does before it streams; the smaller, the better they fill waves. Where there is less to do than
+// in one whole wave, no tiles fill it, and they get as small as that pays.
+Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits) {
+  Tiling t{};
+  set_matrix(t, p);
+  const int elements = 16 / p.element_size();
+  const bool vectors = aligned && holds_vectors(t, elements);
+  const int64_t max_height = limits.height / (p.dtype == Dtype::float64 ? 8 : 4);
+  // Memory is read by sectors, of which lines of the cache have four: narrower tiles than need be
+  // are whole sectors wide, and a line at least.
+  constexpr int64_t kLine = 128, kSector = 32;
+  const int64_t most_tiles = std::min(t.cols * p.element_size() / kLine, limits.terms);
+  Tiling fastest{}, full{};
+  double fastest_time = 0, full_time = 0;
+  const auto consider = [](const Tiling& t, double time, Tiling& best, double& least) {
+    if (best.height == 0 || time < least) best = t, least = time;
+  };
+  int width = 0;
+  for (int64_t across = 1; across == 1 || across <= most_tiles; across++) {
+    cut_rows(
+        t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
+        [](int lanes) { return lanes; }, across);
+    if (t.width == width) continue;
+    if (width > 0 && t.width * p.element_size() % kSector != 0) continue;
+    width = t.width;
+    const int64_t highest = std::max<int64_t>(max_height / t.period, 1) * t.period;
+    const auto tiles_of = [&](int64_t reads) {
+      return std::min(ceil_div(t.rows, reads * t.at_once()), limits.terms);
+    };
+    const int64_t fewest = std::max(ceil_div(t.rows, highest), tiles_of(limits.max_reads));
+    const int64_t most = std::max(fewest, tiles_of(limits.min_reads));
+    t.height = 0;
+    for (int64_t along = fewest; along <= most; along++) {
+      const int64_t height = round_up(ceil_div(t.rows, along), t.period);
+      if (height == t.height) continue;
+      t.height = height;
+      t.row_tiles = ceil_div(t.rows, height);
+      const Quality q = quality(p, device, t);
+      consider(t, q.time, fastest, fastest_time);
+      if (q.full) consider(t, q.time, full, full_time);
+    }
+  }
+  return full.height > 0 && full_time <= kWorth * fastest_time ? full : fastest;
+}
+
+Halo halo(const Problem& p, const Tiling& t) { return halo(t.tile_pixels(), p.w); }
+
+size_t shared_bytes(const Problem& p, const Tiling& t, const Halo& halo, Kernel kernel) {
+  return p.dtype == Dtype::float64 ? Memory<double>(nullptr, t, halo, kernel).bytes
+                                   : Memory<float>(nullptr, t, halo, kernel).bytes;
+}
+
+}  // namespace da::cuda

@@ -1,0 +1,37 @@
+// How the portable passes cut images into tiles, a block each, and how these blocks fill a GPU.
+#pragma once
+
+#include "cuda/plan/device.h"
+#include "cuda/plan/plan.h"
+
+namespace da::cuda {
+
+// The blocks of a launch that run at once are a wave. They work alike, so that the launch takes as
+// long as all its waves with the largest of tiles. Blocks of the last wave that are not there, and
+// parts of tiles beyond an image's edge, are time in which a slot is idle.
+struct Waves {
+  int64_t blocks;
+  int64_t slots;      // blocks that the GPU holds at once: at least, where registers are to spare
+  int64_t waves;      // the last one may fill the slots in part, and so may the only one
+  double efficiency;  // of what the slots could do in all waves, the share that is work
+
+  // Whether there is a whole wave at all; else the efficiency is the share of the GPU in use.
+  bool whole() const { return blocks >= slots; }
+};
+
+// Of a pass over images that are cut like this.
+Waves waves(const Tiling& tiling, int64_t images, int64_t slots);
+
+// Of any step of a direction.
+Waves waves(const Problem& problem, const Device& device, const Plan& plan,
+            const Direction& direction, const Step& step);
+
+// The tiles whose blocks should be done first.
+Tiling tile(const Problem& problem, const Device& device, bool aligned, const Limits& limits);
+
+Halo halo(const Problem& problem, const Tiling& tiling);
+
+// Shared memory of a block of the kernels that sum, or that scale.
+size_t shared_bytes(const Problem& problem, const Tiling& tiling, const Halo& halo, Kernel kernel);
+
+}  // namespace da::cuda
