@@ -87,6 +87,9 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
         HotLoop("dx, split", (0, 1, 1), 3, 4, 0, (110, 47, 0)),
     ),
 }
+# A loop that reads so many numbers in shared memory is the stencil's, over pixels; the vectors that
+# it reads there are its coefficients.
+TAPS = 18
 # Instructions of the loops within those of sums, a turn of each: they add a row's lanes, unrolled.
 WITHIN = 180
 # Instructions that round a float to bfloat16 on 7.5, which has none of its own for that.
@@ -121,8 +124,9 @@ def column(size: int) -> int:
 def found_loops(name: str, function: Function) -> Iterator[tuple[HotLoop, list[Loop]]]:
     """The table's loops over vectors, as they are in the code."""
     base, _, vectors = kernel_of(name)
+    loops = [loop for loop in function.loops if len(narrow(loop.way, "shared", True)) < TAPS]
     for hot in HOT_LOOPS[base] if vectors else ():
-        yield hot, [loop for loop in function.loops if vectors_of(loop) == hot.vectors]
+        yield hot, [loop for loop in loops if vectors_of(loop) == hot.vectors]
 
 
 def vectors_of(loop: Loop) -> tuple[int, int, int]:

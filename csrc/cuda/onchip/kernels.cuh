@@ -48,7 +48,7 @@ SIMT_FN void prepare(const Member<T>& m) {
   const int places = chip.kept + chip.ring + chip.kept_dy + chip.ring_dy;
   if (chip.aligned)
     for (int i = 0; i < places; i++) m.load_of(i)->init();
-  if (m.in_cluster()) m.mail()->init();
+  if (simt::kClusters && chip.mail) m.mail()->init();
   fill_gaps(m);
   simt::Bulk::sync_before_load();
 }

@@ -143,7 +143,7 @@ template <bool ByMail, class T, class Make>
 SIMT_FN void gather(const Member<T>& m, int turn, float* all, float* out, float* keep, Make make) {
   const OnChip& chip = m.chip;
   const int first = m.slice_begin(), rank = m.rank(), cols = chip.cols;
-  const bool mail = ByMail && chip.blocks > 1 && m.in_cluster();
+  const bool mail = ByMail && simt::kClusters && chip.mail;
   make([&](int i, float entry, float value) {
     i += first;
     if (keep) keep[i] = value;

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <iterator>
 
+#include "cuda/plan/tile.h"
 #include "sizes.h"
 
 namespace da::cuda {
@@ -18,8 +19,8 @@ bool proven(int sm) {
 // A launch takes about 2 us, in which a multiprocessor of an H100 moves 45 KB, of an H200 65 KB.
 constexpr double kLaunch = 48 << 10;
 // What one step of an image takes apart from its sweep, by barrier: masks or terms are made, and
-// the blocks of a team wait for each other twice.
-constexpr double kStep[] = {16 << 10, 30 << 10, 56 << 10};
+// the blocks of a team wait for each other twice, or once and for mail.
+constexpr double kStep[] = {16 << 10, 30 << 10, 56 << 10}, kStepByMail = 24 << 10;
 // Warp instructions that a multiprocessor can issue for each byte: 124 for 512 bytes on an H200,
 // 178 on an H100. It takes so many warps to issue that many.
 constexpr double kIssued = 124. / 512;
@@ -27,7 +28,7 @@ constexpr int kIssuing = 16;
 // Warp instructions for a vector: a sweep over x, over dy x; y, dx, of whole rows and of split
 // ones; and for each 32 pixels of a spatial mask. build_tools/cuda_limits.py has the most that they
 // may be.
-constexpr double kSum = 40, kProduct = 65, kScale[][2] = {{40, 70}, {50, 90}}, kMask = 150;
+constexpr double kSum = 40, kProduct = 65, kScale[][2] = {{40, 70}, {50, 90}}, kOfMask = 150;
 // The cost of reading from L2, as a share of reading from memory; the share of L2 to count on.
 constexpr double kFromL2 = 0.35, kUsableL2 = 0.7;
 
@@ -40,7 +41,7 @@ double instructions(const Problem& p, const OnChip& chip) {
   const double rows = ceil_div(chip.slab_rows, chip.round_rows()) * kChipRows;
   const double vectors = rows * chip.col_tiles * chip.warps;
   const double sums = chip.backward ? kProduct + (chip.steps - 1) * kSum : chip.steps * kSum;
-  const double masks = p.spatial() ? kMask * ceil_div(p.pixels(), 32 * chip.blocks) : 0;
+  const double masks = p.spatial() ? kOfMask * ceil_div(p.pixels(), 32 * chip.blocks) : 0;
   return vectors * (sums + kScale[chip.backward][chip.period > 1]) +
          masks * (chip.backward ? 2 : 1);
 }
@@ -67,24 +68,23 @@ double cost(const Problem& p, const Device& device, const OnChip& chip) {
   const double alone = issued * std::max(1., double(kIssuing) / chip.warps);
   const double path =
       moved + alone - std::min(slab, alone / (chip.steps + 1)) * (1 - 1. / chip.chunks);
-  const double steps = chip.steps * kStep[int(chip.barrier)];
+  const double steps = chip.steps * (chip.mail ? kStepByMail : kStep[int(chip.barrier)]);
   const double wave = std::max({sharing * moved, sharing * issued, path}) + steps / sharing;
   const int launches = chip.barrier == Barrier::counter ? 2 : 1;  // the first clears the counters
   return launches * kLaunch + waves * wave;
 }
 
-double cost(const Problem& p, const Device& device, const Direction& passes) {
-  const int64_t slots = device.multiprocessors * blocks_per_sm(p.element_size());
+double cost(const Problem& p, const Device& device, const Plan& plan, Way way) {
   unsigned seen = kNothing;
   double sum = 0;
-  for (const Step& step : passes.steps) {
+  for (const Step& step : plan[way].steps) {
     const int first = count(step.pass.reads & ~seen), more = count(step.pass.reads & seen);
     seen |= step.pass.reads;
     const double tensors = first + more * again(device, p.bytes() * count(seen));
     const double moved = (tensors + count(step.pass.writes)) * p.bytes() / device.multiprocessors;
-    const double waves = ceil_div(step.jobs, slots), filled = step.jobs / (waves * slots);
+    const Waves w = waves(p, device, plan, plan[way], step);
     sum += ceil_div(step.jobs, step.grid) * kLaunch;
-    if (moved > 0) sum += moved / filled + waves * kStep[0];
+    if (moved > 0) sum += moved / w.efficiency + w.waves * kStep[0];
   }
   return sum;
 }
@@ -180,7 +180,7 @@ OnChip choose(const Problem& problem, Way way, const Device& device, bool aligne
   }
   if (wish.kind == Wish::Kind::automatic && !best.refused) {
     const Plan passes = plan(problem, device, aligned, wish.limits);
-    if (cost(problem, device, passes[way]) < least) best.refused = "the passes should be faster";
+    if (cost(problem, device, passes, way) < least) best.refused = "the passes should be faster";
   }
   return best;
 }

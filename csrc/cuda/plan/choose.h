@@ -39,7 +39,7 @@ Residents typical_residents(const Device& device);
 // a multiprocessor could move from and to memory meanwhile. It counts launches, waves of blocks,
 // bytes, instructions against issue slots, and how long the blocks of a team wait for each other.
 double cost(const Problem& problem, const Device& device, const OnChip& chip);
-double cost(const Problem& problem, const Device& device, const Direction& passes);
+double cost(const Problem& problem, const Device& device, const Plan& passes, Way way);
 
 // The launch that should take least time, with images_at_once set; or `refused` says why the
 // portable passes are to run, or why there is no launch as wished.

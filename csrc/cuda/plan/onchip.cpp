@@ -80,6 +80,9 @@ const char* keep(OnChip& chip, int64_t shared_limit, const Limits& limits) {
     return x + chip.kept_dy <= limits.kept && chip.memory.bytes <= size_t(shared_limit);
   };
   cut_slab(chip, ceil_div(chip.slab_rows, limits.chunks));
+  chip.mail = chip.barrier == Barrier::cluster && chip.blocks > 1 && chip.masks.cols;
+  if (keeps(chip.chunks, chip.chunks, 0)) return nullptr;
+  chip.mail = false;  // it takes room
   if (keeps(chip.chunks, chip.chunks, 0)) return nullptr;
   if (!chip.aligned)
     return "what is not aligned must fit in shared memory, for it cannot be read again";

@@ -67,15 +67,15 @@ struct ChipMemory {
   unsigned x, dy;               // the chunks that are kept, then the ring
   unsigned row_mask, col_mask;  // of the slab's rows and of all columns; forward first their sums
   unsigned row_term, col_term;  // backward, likewise
-  unsigned col_sums;  // of all columns: there, or apart where a cluster's blocks read them
-  unsigned stencil;   // coefficients and bias; backward those of the adjoint after them
-  unsigned scratch;   // in turn: parts of rows' sums; sums by column, to be folded; a map
-                      // around the block's rows or its slice
-  unsigned zeros;     // a vector of them, for threads that have no vector of a row
-  unsigned place;     // the block's Place
-  unsigned mail;      // a simt::Mail, by which a cluster's blocks send each other masks
-  unsigned loads;     // a simt::Bulk for every place of a chunk
-  size_t bytes;       // in all
+  unsigned col_sums;            // of all columns: there, or apart where masks come by mail
+  unsigned stencil;             // coefficients and bias; backward those of the adjoint after them
+  unsigned scratch;             // in turn: parts of rows' sums; sums by column, to be folded; a map
+                                // around the block's rows or its slice
+  unsigned zeros;               // a vector of them, for threads that have no vector of a row
+  unsigned place;               // the block's Place
+  unsigned mail;                // a simt::Mail
+  unsigned loads;               // a simt::Bulk for every place of a chunk
+  size_t bytes;                 // in all
 };
 
 struct OnChip {
@@ -106,6 +106,7 @@ struct OnChip {
   bool aligned;            // x, dy, y and dx are read and written by vectors, or else by elements
   int slice;               // columns whose mask a block makes
 
+  bool mail;        // a cluster's blocks send each other the masks, or terms, by column
   Lines masks;      // those that the order has
   bool pixel_mask;  // the spatial mask is one of them
   int gate_reach;   // channels that a channel mask's value depends on to either side
@@ -161,8 +162,9 @@ DA_HD ChipMemory carve(const OnChip& chip, unsigned char* base) {
   memory.col_mask = floats(chip.cols);
   memory.row_term = floats(chip.backward ? chip.padded_rows() : 0);
   memory.col_term = floats(chip.backward ? chip.cols : 0);
-  const bool apart = chip.masks.cols && chip.blocks > 1 && chip.barrier == Barrier::cluster;
-  memory.col_sums = apart ? floats(chip.cols) : chip.backward ? memory.col_term : memory.col_mask;
+  memory.col_sums = chip.mail       ? floats(chip.cols)
+                    : chip.backward ? memory.col_term
+                                    : memory.col_mask;
   memory.stencil = floats(chip.pixel_mask ? (chip.backward ? 2 : 1) * kStencil : 0);
   memory.scratch = floats(scratch);
   memory.zeros = bytes(16);
