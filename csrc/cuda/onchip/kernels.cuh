@@ -7,6 +7,11 @@
 
 namespace da::cuda {
 
+// Blocks that share a multiprocessor, as far as registers go.
+template <class T>
+constexpr int kBlocksAtOnce =
+    kChipBlocks - (std::is_same_v<T, simt::bfloat16> && !simt::kRoundsBfloat16);
+
 // Zeros for threads that have no vector of a row, and after a slab that is no whole number of them.
 template <class T>
 SIMT_FN void fill_gaps(const Member<T>& m) {
@@ -63,7 +68,7 @@ SIMT_FN void prepare(const Member<T>& m) {
 //   y                                                             |chunk 0|chunk 1|...
 //   load                                            next image            |chunk 0|...
 template <class T>
-SIMT_KERNEL(kChipThreads, kChipBlocks)
+SIMT_KERNEL(kChipThreads, kBlocksAtOnce<T>)
 chip_forward(SIMT_PARAM ChipArgs args) {
   const OnChip& chip = args.chip;
   const Member<T> m(args);
@@ -95,7 +100,7 @@ chip_forward(SIMT_PARAM ChipArgs args) {
 //
 // A chunk of dy that was not kept is read again for dx, most likely from L2.
 template <class T>
-SIMT_KERNEL(kChipThreads, kChipBlocks)
+SIMT_KERNEL(kChipThreads, kBlocksAtOnce<T>)
 chip_backward(SIMT_PARAM ChipArgs args) {
   const OnChip& chip = args.chip;
   const Member<T> m(args);

@@ -13,6 +13,13 @@ constexpr bool kClusters = true;
 constexpr bool kClusters = false;
 #endif
 
+// Instructions that round to bfloat16 exist from sm_80 on; to do without takes registers.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+constexpr bool kRoundsBfloat16 = true;
+#else
+constexpr bool kRoundsBfloat16 = false;
+#endif
+
 }  // namespace simt
 
 #ifdef __CUDACC__
