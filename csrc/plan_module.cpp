@@ -101,7 +101,8 @@ py::list steps(const da::Problem& p, const da::cuda::Device& device, const da::c
 }
 
 // One launch as chosen, or {"refused": why there is none}.
-py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p) {
+py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p,
+                    const da::cuda::Device& device) {
   py::dict d;
   if (plan.refused) {
     d["refused"] = plan.refused;
@@ -113,6 +114,10 @@ py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p) {
   d["waves"] = (p.n + plan.images_at_once - 1) / plan.images_at_once;
   d["x_kept"] = double(plan.kept) / plan.chunks;
   d["dy_kept"] = double(plan.kept_dy) / plan.chunks;
+  d["mail"] = plan.mail;
+  d["chunks"] = plan.chunks;
+  d["rounds"] = (plan.slab_rows + plan.round_rows() - 1) / plan.round_rows();
+  d["cost"] = da::cuda::cost(p, device, plan);
   return d;
 }
 
@@ -130,10 +135,13 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   constexpr bool aligned = true;  // as PyTorch allocates tensors
   da::cuda::Plan plan = da::cuda::plan(p, device, aligned, wished.limits);
   const auto choose = [&](da::cuda::Way way, da::cuda::Direction& direction) {
+    const double passes = da::cuda::cost(p, device, plan, way);
     const da::cuda::OnChip chip =
         da::cuda::choose(p, way, device, aligned, wished, da::cuda::typical_residents(device));
     if (!chip.refused) direction = da::cuda::on_chip_direction(p, chip, wished.limits);
-    return one_launch(chip, p);
+    py::dict d = one_launch(chip, p, device);
+    d["cost_of_passes"] = passes;
+    return d;
   };
   const py::dict forward = choose(da::cuda::Way::forward, plan.forward);
   const py::dict backward = choose(da::cuda::Way::backward, plan.backward);

@@ -45,7 +45,7 @@ CUDA = _texts(
     min_reads=[2, 1],
     max_reads=[32, 1],
 )
-CUDA_ON_CHIP = _texts(chip_lanes=[2**10, 4, 8, 40], chunks=[8, 1, 2], fold_bytes=[2**13, 1, 200])
+CUDA_ON_CHIP = _texts(chip_lanes=[2**10, 4, 8, 40], chip_rows=[2**10, 8, 16], chunks=[2, 1, 8])
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def plans(draw: st.DrawFn, backend: str, call: Call) -> Plan:
         return Plan(backend, draw(st.integers(1, 4)), draw(_CPU_WAYS), draw(_CPU_SUMS))
     if backend == "cuda":
         wish = draw(st.sampled_from(["portable", "onchip"]))
-        limits = draw(CUDA), draw(CUDA_ON_CHIP), text(kept=draw(st.sampled_from([16, 0, 1, 5])))
+        limits = draw(CUDA), draw(CUDA_ON_CHIP), text(kept=draw(st.sampled_from([2**20, 0, 1, 5])))
         return Plan(backend, 1, wish, ",".join(limits))
     if backend == "triton":
         return Plan(backend, limits=draw(triton_limits(call, interpreted(backend))))

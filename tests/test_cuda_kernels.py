@@ -20,7 +20,7 @@ from .cases import (
     assert_promised,
     make,
 )
-from .plans import CUDA, CUDA_ON_CHIP
+from .plans import CUDA, CUDA_ON_CHIP, text
 from .simt.calls import OnChip, Refused, results
 
 # Whole vectors, rows that begin within one, one pixel, one channel, one element short of a vector.
@@ -182,7 +182,7 @@ TEAMS = [
     OnChip("cluster", blocks=3),
 ]
 ON_CHIP_DTYPES = [pair for pair in DTYPE_PAIRS if pair[0] != torch.float64]
-# Eight chunks of x, eight of dy.
+# Where not all are kept, eight chunks of x, eight of dy.
 CHUNKS = (2, 256, 16, 16)
 
 
@@ -207,7 +207,7 @@ def test_on_chip(kernels, team, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kept", [0, 3, 8, 11])  # none, some of x, x, x and some of dy
+@pytest.mark.parametrize("kept", [0, 3, 7, 8, 11])  # none, some of x, x, x and some of dy
 def test_on_chip_what_is_not_kept_is_read_again(kernels, kept, layout):
     for team in (OnChip(), OnChip("counter", 2)):
         calls = [
@@ -215,6 +215,20 @@ def test_on_chip_what_is_not_kept_is_read_again(kernels, kept, layout):
             for order in ("spatial_channel", "channel_spatial", "parallel")
         ]
         check(calls, results(kernels(), calls, on_chip=team._replace(kept=kept)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 4, 7])
+@pytest.mark.parametrize("team", TEAMS, ids=name)
+def test_on_chip_many_chunks_of_many_images(kernels, team, kept, layout):
+    """A ring goes on from visit to visit and from image to image; a team's last block has fewer
+    chunks than the others, or none that do not fit."""
+    calls = [
+        make((5, 136, 8, 17), order, dtype=torch.float16, layout=layout)
+        for order in ("spatial_channel", "channel_spatial", "parallel", "channel")
+    ]
+    for limits in (text(chip_rows=8), text(chip_rows=8, chip_lanes=8, chunks=8)):
+        check(calls, results(kernels(), calls, on_chip=team._replace(kept=kept), limits=limits))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -291,7 +305,7 @@ def test_on_chip_bits_depend_on_nothing_but_the_team(kernels, layout):
         ("descending", OnChip("counter", 2)),
         ("random", OnChip("counter", 2, images_at_once=3)),
         ("ascending", OnChip("cluster", 2, images_at_once=2)),
-        ("ascending", OnChip("counter", 2, kept=1)),
+        ("ascending", OnChip("counter", 2, kept=0)),
     ]:
         again = results(kernels(), calls, on_chip=team, SIMT_ORDER=order)
         for one, other in zip(once, again, strict=True):
@@ -312,11 +326,11 @@ def test_on_chip_sanitizers_find_nothing(kernels, team, layout, kind):
 
 @pytest.mark.parametrize("kind", ["address", "thread"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kept", [1, 4])  # of three: one of x, all of x and one of dy
+@pytest.mark.parametrize("kept", [1, 3, 5])  # of four: one of x, three, all of x and one of dy
 def test_on_chip_sanitizers_find_nothing_in_what_is_read_again(kernels, kept, layout, kind):
-    calls = [make((2, 128, 8, 8), dtype=torch.float16, layout=layout)]
-    team = OnChip(kept=kept)
-    check(calls, results(kernels(kind), calls, on_chip=team, SIMT_ORDER="random"))
+    calls = [make((2, 128, 8, 16), dtype=torch.float16, layout=layout)]
+    options = {"on_chip": OnChip(kept=kept), "limits": text(chip_rows=8)}
+    check(calls, results(kernels(kind), calls, **options, SIMT_ORDER="random"))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +340,7 @@ def test_on_chip_sanitizers_find_nothing_in_what_is_read_again(kernels, kept, la
         (make((1, 3, 4, 4)), OnChip("counter", 4), True, "more blocks than rows"),
         (make(), OnChip("block", 2), True, "a block's barrier is for one block"),
         (make((1, 64, 8, 8)), OnChip("cluster", 17), True, "no cluster is so large"),
-        (make(CHUNKS), OnChip(kept=9), False, "what is not aligned must fit in shared memory"),
+        (make(CHUNKS), OnChip(kept=3), False, "what is not aligned must fit in shared memory"),
     ],
 )
 def test_on_chip_says_what_it_cannot_do(kernels, call, team, aligned, why):
@@ -348,7 +362,7 @@ def test_on_chip_no_images(kernels):
     dtypes=st.sampled_from(ON_CHIP_DTYPES),
     layout=st.sampled_from(list(LAYOUTS)),
     team=st.sampled_from(TEAMS),
-    kept=st.sampled_from([16, 16, 0, 1, 2, 3]),
+    kept=st.sampled_from([2**20, 2**20, 0, 1, 2, 3]),
     aligned=st.booleans(),
     limits=CUDA_ON_CHIP,
 )

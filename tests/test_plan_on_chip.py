@@ -32,7 +32,10 @@ def chosen(shape, layout="contiguous", dtype="float16", sm=90, wish="onchip", **
 def test_hopper_serves_every_stage_and_map_in_one_launch(layout, n):
     for shape in STAGES + MAPS:
         p, forward, backward = chosen((n, *shape), layout)
-        assert "refused" not in forward and "refused" not in backward
+        assert "refused" not in forward
+        if "refused" in backward:  # eight rows of dy and x, which begin alike, and maps as large
+            assert (layout, *shape) == ("contiguous", 256, 75, 75)
+            continue
         assert len(p["forward"]) == 1 and p["backward"][0]["name"] == "on chip"
         assert len(p["backward"]) == 2  # and what finishes the parameters' gradients
         assert forward["x_kept"] == 1  # read once
@@ -41,17 +44,18 @@ def test_hopper_serves_every_stage_and_map_in_one_launch(layout, n):
 
 
 @pytest.mark.parametrize(
-    ("shape", "blocks"),  # by one or two blocks a multiprocessor; half, forward
+    ("shape", "blocks"),  # by two or three blocks a multiprocessor; half, forward
     [
-        ((256, 56, 56), {8, 16}),
-        ((512, 28, 28), {4, 8}),
-        ((1024, 14, 14), {2, 4}),
-        ((64, 56, 56), {2, 4, 8}),
-        ((2048, 7, 7), {1, 2}),
-        ((128, 28, 28), {1, 2}),
+        ((256, 56, 56), {16, 32}),
+        ((512, 28, 28), {8, 16}),
+        ((1024, 14, 14), {4, 8, 16}),
+        ((64, 56, 56), {4, 8, 16}),
+        ((2048, 7, 7), {2, 4}),
+        ((128, 28, 28), {2, 4}),
         ((256, 14, 14), {1}),
         ((512, 7, 7), {1}),
-        ((256, 75, 75), {16, 32}),
+        ((64, 14, 14), {1}),
+        ((256, 75, 75), {16, 32, 64}),
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,10 +77,10 @@ def test_what_is_planned_fits_the_architecture(sm, dtype):
                     continue
                 step = p[way][0]
                 assert step["shared_bytes"] <= SHARED_KIB[sm] * 1024
-                assert step["threads"] <= 512
-                two = 2 * (step["shared_bytes"] / 1024 + reserved) <= SHARED_KIB[sm] + reserved
+                assert step["threads"] <= 256
+                fitting = (SHARED_KIB[sm] + reserved) / (step["shared_bytes"] / 1024 + reserved)
                 # All blocks wait for one another, and so all must be there at once.
-                assert step["grid"] <= (2 if two else 1) * p["multiprocessors"]
+                assert step["grid"] <= min(3, int(fitting)) * p["multiprocessors"]
                 assert step["grid"] == launch["blocks_an_image"] * launch["images_at_once"]
                 assert launch["waves"] == -(-64 // launch["images_at_once"])
                 assert launch["barrier"] != "cluster" or sm >= 90
@@ -91,19 +95,86 @@ def test_every_order_and_gate(order, gate):
     assert sum(step["reads"] + step["writes"] for step in p["backward"]) == 3
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sm", SHARED_KIB)
+def test_a_slab_that_fits_is_cut_in_two_where_copies_go_on_behind_the_threads(sm, layout):
+    """One part is added up while the other is on its way; both of whole rounds, or as good as."""
+    small = [(64, 14, 14), (128, 7, 7), (256, 7, 7)]
+    for shape, dtype in [*((shape, "float16") for shape in small), ((128, 7, 7), "float32")]:
+        _, *both = chosen((1, *shape), layout, dtype, sm, wish="block")
+        for launch in both:
+            assert launch["x_kept"] == 1
+            assert launch["chunks"] == (1 if sm == 75 else min(2, launch["rounds"]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_of_a_cluster_send_masks_by_mail_where_there_is_room(layout):
+    for wish, mail in [("cluster:2", True), ("cluster:1", False), ("counter:2", False)]:
+        _, *both = chosen((8, 128, 14, 14), layout, wish=wish)
+        assert [launch["mail"] for launch in both] == [mail, mail]
+    by_row = "channel" if layout == "contiguous" else "spatial"
+    assert not chosen((8, 128, 14, 14), layout, order=by_row, wish="cluster:2")[1]["mail"]
+    crowded = chosen((64, 256, 56, 56), "contiguous", wish="cluster:16")[1]
+    assert crowded["x_kept"] == 1 and not crowded["mail"]
+
+
+def cost(shape, way="forward", **options):
+    _, *both = chosen(shape, **options)
+    launch = both[way == "backward"]
+    return launch["cost"], launch["cost_of_passes"]
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_the_cost_of_small_tensors_is_that_of_launches(way):
+    one, passes = cost((1, 64, 7, 7), way)
+    assert 1.5 * one < passes
+    assert cost((8, 64, 7, 7), way)[1] == pytest.approx(passes, rel=0.1)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_the_cost_grows_with_every_wave(way):
+    shape, wish = (256, 14, 14), "cluster:4"
+    _, *both = chosen((256, *shape), wish=wish)
+    at_once = both[way == "backward"]["images_at_once"]
+    costs = [cost((n, *shape), way, wish=wish)[0] for n in (at_once, at_once + 1, 2 * at_once)]
+    assert costs[0] < costs[1] == costs[2]
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_the_cost_counts_barriers_instructions_and_what_is_read_again(way):
+    shape = (64, 256, 28, 28)
+    assert cost(shape, way, wish="cluster:8")[0] < cost(shape, way, wish="counter:8")[0]
+    assert cost(shape, way, wish="cluster:8")[0] < cost(shape, way, wish="cluster:8,kept=0")[0]
+    # Two more channels a row of 49 pixels, and vectors lie in one row only.
+    whole, split = ((64, 512, 1, pixels) for pixels in (48, 49))
+    assert 1.1 * cost(whole, way, wish="block")[0] < cost(split, way, wish="block")[0]
+
+
+def test_the_cost_of_a_large_tensor_is_nearly_that_of_its_bytes():
+    """Of the passes, and of one launch, which moves 2 for each 4 of theirs."""
+    shape = (256, 256, 56, 56)
+    for layout in LAYOUTS:
+        one, passes = cost(shape, layout=layout)
+        floor = 2 * 2 * 256**2 * 56**2 / 132
+        assert floor < one < 1.3 * floor
+        assert 2 * floor < passes < 1.3 * 2 * floor
+
+
 def test_it_is_not_the_default_before_results_show_it_faster():
     for sm in SHARED_KIB:
         p, forward, _ = chosen((64, 256, 56, 56), sm=sm, wish="")
-        assert p["forward"][0]["name"] == "channel mean" and "no results" in forward["refused"]
+        assert sum(step["reads"] for step in p["forward"]) == 3
+        assert "no results" in forward["refused"]
 
 
 def test_limits_follow_a_wish():
     shape = (64, 512, 28, 28)
     assert chosen(shape, wish="cluster:8,kept=0")[1]["x_kept"] == 0
-    for wish in ("onchip,kept=9,chunks=8", "counter,kept=9"):
+    for wish in ("cluster:16,chunks=8,kept=5", "counter:16,chunks=8,kept=5"):
         _, forward, backward = chosen(shape, wish=wish)
         assert forward["x_kept"] == backward["x_kept"] == 1
-        assert backward["dy_kept"] < 1
+        assert backward["dy_kept"] == 1 / 4
+    assert chosen(shape, wish="cluster:8,chunks=4")[1]["chunks"] == 4
 
 
 def test_a_wish_is_fulfilled_or_refused_with_the_reason():

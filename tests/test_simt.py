@@ -19,6 +19,7 @@ ORDERS = {
 }
 RACE = "WARNING: ThreadSanitizer: data race"
 POISONED = "ERROR: AddressSanitizer: use-after-poison"
+EARLY = r"simt: Mail::wait\(\): mail came before the last was waited for"
 DEADLOCK = "simt: deadlock: a barrier that not all of its threads reach"
 NO_WAIT = "simt: an early launch that did not wait for the one before it"
 FOUND = {
@@ -42,6 +43,9 @@ FOUND = {
     ("late_wait_for_launch", "plain"): "wrong result",  # NaN: what is to be read is not there yet
     ("no_wait_for_launch", "plain"): NO_WAIT,
     ("some_wait_for_launch", "plain"): NO_WAIT,
+    ("no_wait_for_mail", "thread"): RACE,
+    ("mail_too_early", "thread"): f"{RACE}|{EARLY}",
+    ("mail_too_early", "plain"): EARLY,
 }
 
 

@@ -29,7 +29,7 @@ class OnChip(NamedTuple):
     barrier: str = "block"
     blocks: int = 1  # of a team
     images_at_once: int = 1
-    kept: int = 2 * 8  # chunks of x and dy, at most; the others are read again
+    kept: int = 2**20  # chunks of x, then of dy, at most; the others are read again
 
     @property
     def plan(self) -> str:

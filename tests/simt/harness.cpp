@@ -32,6 +32,8 @@ enum class Bug {
   no_wait_for_launch,
   some_wait_for_launch,
   late_wait_for_launch,
+  no_wait_for_mail,
+  mail_too_early,
 };
 
 constexpr int kThreads = 64;
@@ -217,6 +219,38 @@ cluster(float* y) {
   if (bug != Bug::peer_has_returned) simt::cluster_sync();
 }
 
+// The same by mail, in several rounds.
+struct MailArrays {
+  SIMT_HD explicit MailArrays(simt::Carver carve)
+      : mail(carve.take<simt::Mail>(1)),
+        number(carve.take<float>(kThreads)),
+        bytes(carve.bytes()) {}
+  simt::Mail* mail;
+  float* number;
+  size_t bytes;
+};
+
+template <Bug bug>
+SIMT_KERNEL(kThreads, 1)
+mail(float* y) {
+  const MailArrays arrays(simt::Carver(simt::shared()));
+  const int thread = simt::thread();
+  const unsigned block = simt::block();
+  float value = static_cast<float>(block * kThreads + thread);
+  arrays.mail->init();
+  simt::cluster_sync();
+  for (unsigned round = 0; round < 3; round++) {
+    arrays.mail->post(arrays.number + thread, (block + 1) % kTeam, value);
+    if (bug == Bug::no_wait_for_mail)
+      simt::sync();
+    else
+      arrays.mail->wait(kThreads * sizeof(float), round);
+    value = arrays.number[thread];
+    if (bug != Bug::mail_too_early && round < 2) simt::cluster_sync();
+  }
+  y[block * kThreads + thread] = value;
+}
+
 // The same through global memory, in several rounds. The counter serves all launches.
 template <Bug bug>
 SIMT_KERNEL(kThreads, 1)
@@ -255,6 +289,16 @@ bool cluster_case() {
   launch.team = kTeam;
   launch.cluster = true;
   return ran(launch, cluster<bug>, y.data()) && shifted(y, 1);
+}
+
+template <Bug bug>
+bool mail_case() {
+  Buffer<float> y(kBlocks * kThreads);
+  simt::Launch launch{kBlocks, kThreads};
+  launch.shared_bytes = MailArrays(simt::Carver()).bytes;
+  launch.team = kTeam;
+  launch.cluster = true;
+  return simt::launch(launch, mail<bug>, y.data()) == 0 && shifted(y, 1);
 }
 
 template <Bug bug>
@@ -343,6 +387,7 @@ constexpr Case kRight[] = {
     {"scale_double", scale_case<double, Bug::none>},
     {"copy", copy_case<Bug::none>},
     {"cluster", cluster_case<Bug::none>},
+    {"mail", mail_case<Bug::none>},
     {"team", team_case<Bug::none>},
     {"early", early_case<Bug::none>},
 };
@@ -366,6 +411,8 @@ constexpr Case kOther[] = {
     {"no_wait_for_launch", early_case<Bug::no_wait_for_launch>},
     {"some_wait_for_launch", early_case<Bug::some_wait_for_launch>},
     {"late_wait_for_launch", early_case<Bug::late_wait_for_launch>},
+    {"no_wait_for_mail", mail_case<Bug::no_wait_for_mail>},
+    {"mail_too_early", mail_case<Bug::mail_too_early>},
     {"wait_often", wait_often_case},
     {"widen_float16", widen_case<simt::float16>},
     {"widen_bfloat16", widen_case<simt::bfloat16>},

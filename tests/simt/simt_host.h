@@ -208,6 +208,33 @@ T* peer(T* pointer, unsigned rank) {
   return reinterpret_cast<T*>(self.team->blocks[rank]->shared + offset);
 }
 
+// Counts the bytes that have come; a message that comes too early is one too many.
+class Mail {
+ public:
+  void init() {
+    if (thread() == 0) __atomic_store_n(&come_, 0u, __ATOMIC_RELEASE);
+  }
+
+  template <class T>
+  void post(T* place, unsigned rank, T value) {
+    *peer(place, rank) = value;
+    __atomic_fetch_add(&peer(this, rank)->come_, unsigned{sizeof(T)}, __ATOMIC_RELEASE);
+  }
+
+  void wait(uint32_t bytes, unsigned before) {
+    const unsigned all = bytes * (before + 1);
+    unsigned come = __atomic_load_n(&come_, __ATOMIC_ACQUIRE);
+    for (; come != all; come = __atomic_load_n(&come_, __ATOMIC_ACQUIRE)) {
+      if (static_cast<int>(come - all) > 0)
+        host::fail("Mail::wait(): mail came before the last was waited for");
+      host::wait_while(&come_, come, "Mail::wait()");
+    }
+  }
+
+ private:
+  unsigned come_;
+};
+
 // The copy lands when it is first waited for, and no earlier: until then the target is NaN. It is
 // known to all lanes, as to the device's threads, without a barrier. As large as the device's.
 class Bulk {

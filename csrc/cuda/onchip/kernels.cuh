@@ -7,12 +7,38 @@
 
 namespace da::cuda {
 
+// Blocks that share a multiprocessor, as far as registers go.
+template <class T>
+constexpr int kBlocksAtOnce =
+    kChipBlocks - (std::is_same_v<T, simt::bfloat16> && !simt::kRoundsBfloat16);
+
+// Zeros for threads that have no vector of a row, and after a slab that is no whole number of them.
+template <class T>
+SIMT_FN void fill_gaps(const Member<T>& m) {
+  const OnChip& chip = m.chip;
+  const int t = simt::thread(), in_vector = simt::kPerVector<T>;
+  if (t >= in_vector) return;
+  m.template at<T>(chip.memory.zeros)[t] = simt::to<T>(0.f);
+  const int elements = m.rows() * chip.cols;
+  if (chip.aligned || elements % in_vector + t >= in_vector) return;
+  m.template at<T>(chip.memory.x)[elements + t] = simt::to<T>(0.f);
+  if (chip.backward) m.template at<T>(chip.memory.dy)[elements + t] = simt::to<T>(0.f);
+}
+
 // The preparations for the first load. A mask that the order lacks is a factor of one, and its term
 // is zero.
 template <class T>
 SIMT_FN void prepare(const Member<T>& m) {
   const OnChip& chip = m.chip;
-  for (int i = simt::thread(); i < chip.slab_rows; i += chip.threads) {
+  if (simt::thread() == 0) {
+    const unsigned blocks = chip.blocks, rank = simt::block() % blocks;
+    const int rows = min<int>(chip.slab_rows, chip.rows - rank * chip.slab_rows);
+    *m.template at<Place>(chip.memory.place) = {static_cast<int>(simt::block() / blocks),
+                                                static_cast<int>(rank), rows,
+                                                (rows + chip.chunk_rows - 1) / chip.chunk_rows};
+  }
+  simt::sync();
+  for (int i = simt::thread(); i < chip.padded_rows(); i += chip.threads) {
     m.row_mask()[i] = 1;
     if (chip.backward) m.row_term()[i] = 0;
   }
@@ -24,8 +50,11 @@ SIMT_FN void prepare(const Member<T>& m) {
     load_stencil<T>(m.args.call, m.stencil(), Taps::as_given);
     if (chip.backward) load_stencil<T>(m.args.call, m.stencil() + kStencil, Taps::turned);
   }
+  const int places = chip.kept + chip.ring + chip.kept_dy + chip.ring_dy;
   if (chip.aligned)
-    for (int i = 0; i < chip.kept + chip.kept_dy; i++) m.load_of(i)->init();
+    for (int i = 0; i < places; i++) m.load_of(i)->init();
+  if (simt::kClusters && chip.mail) m.mail()->init();
+  fill_gaps(m);
   simt::Bulk::sync_before_load();
 }
 
@@ -39,29 +68,21 @@ SIMT_FN void prepare(const Member<T>& m) {
 //   y                                                             |chunk 0|chunk 1|...
 //   load                                            next image            |chunk 0|...
 template <class T>
-SIMT_KERNEL(kChipThreads, kChipBlocks)
+SIMT_KERNEL(kChipThreads, kBlocksAtOnce<T>)
 chip_forward(SIMT_PARAM ChipArgs args) {
   const OnChip& chip = args.chip;
-  const int images = args.call.images;
   const Member<T> m(args);
   prepare(m);
-  if (m.team() < images)
-    for (int chunk = 0; chunk < chip.kept; chunk++) fetch<Input::x>(m, m.team(), chunk);
+  Chunks<Input::x, T>(m).begin();
 
   SIMT_ROLLED
-  for (int image = m.team(); image < images; image += chip.images_at_once) {
+  for (int turn = 0; m.has(turn); turn++) {
     SIMT_ROLLED
     for (int step = 0; step < chip.steps; step++) {
-      const Visit visit = step == 0 ? Visit::first : Visit::again;
-      add_up<Sums::forward>(m, {chip.complete[step], visit}, image);
-      make_masks(m, image, chip.complete[step]);
+      add_up<Sums::forward>(m, turn, step, chip.complete[step]);
+      make_masks(m, turn, chip.complete[step]);
     }
-    const int next = image + chip.images_at_once;
-    scale_slab<false>(m, image, [&](int chunk) {
-      if (next >= images || chunk >= chip.kept) return;
-      simt::Bulk::sync_before_load();
-      fetch<Input::x>(m, next, chunk);
-    });
+    scale_slab<false>(m, turn);
     simt::sync();  // the masks are free
   }
 }
@@ -79,37 +100,24 @@ chip_forward(SIMT_PARAM ChipArgs args) {
 //
 // A chunk of dy that was not kept is read again for dx, most likely from L2.
 template <class T>
-SIMT_KERNEL(kChipThreads, kChipBlocks)
+SIMT_KERNEL(kChipThreads, kBlocksAtOnce<T>)
 chip_backward(SIMT_PARAM ChipArgs args) {
   const OnChip& chip = args.chip;
-  const int images = args.call.images;
   const Member<T> m(args);
   prepare(m);
-  if (m.team() < images) {
-    for (int chunk = 0; chunk < chip.kept; chunk++) fetch<Input::x>(m, m.team(), chunk);
-    for (int chunk = 0; chunk < chip.kept_dy; chunk++) fetch<Input::dy>(m, m.team(), chunk);
-  }
+  Chunks<Input::x, T>(m).begin();
+  Chunks<Input::dy, T>(m).begin();
 
   SIMT_ROLLED
-  for (int image = m.team(); image < images; image += chip.images_at_once) {
-    recall_masks(m, image);
-    add_up<Sums::backward>(m, {chip.masks, Visit::first}, image);
+  for (int turn = 0; m.has(turn); turn++) {
+    recall_masks(m, m.image(turn));
+    add_up<Sums::backward>(m, turn, 0, chip.masks);
     SIMT_ROLLED
     for (int step = 0; step < chip.steps; step++) {
-      if (step > 0) add_up<Sums::through>(m, {chip.complete[step], Visit::again}, image);
-      make_terms(m, image, chip.complete[step]);
+      if (step > 0) add_up<Sums::through>(m, turn, step, chip.complete[step]);
+      make_terms(m, turn, chip.complete[step]);
     }
-
-    const int next = image + chip.images_at_once;
-    if (next < images) {
-      simt::Bulk::sync_before_load();
-      for (int chunk = 0; chunk < chip.kept; chunk++) fetch<Input::x>(m, next, chunk);
-    }
-    scale_slab<true>(m, image, [&](int chunk) {
-      if (next >= images || chunk >= chip.kept_dy) return;
-      simt::Bulk::sync_before_load();
-      fetch<Input::dy>(m, next, chunk);
-    });
+    scale_slab<true>(m, turn);
     simt::sync();  // the masks and terms are free
   }
 }

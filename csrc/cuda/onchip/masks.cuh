@@ -14,182 +14,177 @@
 
 namespace da::cuda {
 
-// A map as the stencil sees it: its values at the pixels from `pixel` on, and in their halo.
-template <class A>
-struct Surroundings {
-  const A* values;
-  uint32_t height, width;  // of the image
-  uint32_t row0, col0;     // of the pixel
+// An axis makes a map of sums. value() is what a sum stands for; `keep`, [image][i], is where
+// values are kept, or null. An entry of the map depends on the values around it, so a block makes
+// `count` entries from `first` on of a window in its scratch memory: fill() puts the values there,
+// value(i) counted from the first, all within reach, which may be other blocks' (looks_beyond());
+// make() then calls put(i, entry, value).
 
-  SIMT_FN Surroundings(const Args<A>& args, int64_t pixel, const A* values)
-      : values(values), height(args.height), width(args.width) {
-    row0 = pixel / args.width;
-    col0 = pixel % args.width;
-  }
+// An axis of pixels: the stencil's.
+struct Pixels {
+  const Args<float>& call;
+  const OnChip& chip;
+  const float* stencil;
+  float* keep;
 
-  SIMT_FN A centre(int i) const { return values[i]; }
+  SIMT_FN bool looks_beyond() const { return chip.blocks > 1; }
 
-  // visit(value) if the i-th pixel has a neighbour at this tap of the near (step 1) or far (step 3)
-  // kernel. A coordinate below zero is a large one.
-  template <class Visit>
-  SIMT_FN void neighbour(int i, int step, int tap, Visit visit) const {
-    const int down = step * (tap / 3 - 1), right = step * (tap % 3 - 1);
-    const uint32_t row = row0 + (col0 + i) / width, col = (col0 + i) % width;
-    if (row + down < height && col + right < width) visit(values[down * int(width) + i + right]);
-  }
-
-  // The sum over all taps of coefficient times value, without the bias.
-  SIMT_FN A stencil(int i, const A* coefficients) const {
-    A sum = 0;
-    for (int kernel = 0; kernel < 2; kernel++) {
-      SIMT_UNROLL
-      for (int tap = 0; tap < kTaps; tap++)
-        neighbour(i, kernel == 0 ? 1 : kReach, tap,
-                  [&](A value) { sum += coefficients[kernel * kTaps + tap] * value; });
-    }
-    return sum;
+  template <class Value>
+  SIMT_FN void fill(float* window, int first, int count, Value value) const {
+    if (count > 0) load_window(chip.halo, Places(call, first), count, chip.threads, window, value);
   }
 };
 
-// Calls keep(i, sum) for each of the 19 sums behind the spatial parameters' gradients, over these
-// pixels' share: sum_p dz[p] m[p + t] is sum_q m[q] dz[q - t], whose dz is at hand. A warp takes a
-// sum at a time.
-template <class A, class Keep>
-SIMT_FN void spatial_sums(const Surroundings<A>& dz, const A* mean, int pixels, int warps,
-                          Keep keep) {
-  const int lane = simt::thread() % simt::kWarp;
-  for (int part = simt::thread() / simt::kWarp; part < kSpatialSums; part += warps) {
-    const int step = part < kTaps ? 1 : kReach, tap = kTaps - 1 - part % kTaps;
-    A sum = 0;
+// The spatial mask s.
+struct SpatialMask : Pixels {
+  SIMT_FN float value(float sum, float) const { return sum * (1.f / call.channels); }
+  template <class Put>
+  SIMT_FN void make(const float* window, int first, int count, Put put) const {
+    const Places places(call, first);
     SIMT_ROLLED
-    for (int i = lane; i < pixels; i += simt::kWarp) {
-      if (part == 2 * kTaps)
-        sum += dz.centre(i);
-      else
-        dz.neighbour(i, step, tap, [&](A value) { sum += mean[i] * value; });
+    for (int i = simt::thread(); i < count; i += chip.threads) {
+      const float* const here = window + chip.halo.centre + places.of(i);
+      put(i, sigmoid(cuda::stencil(here, chip.halo, stencil)), *here);
     }
-    sum = warp_sum(sum);
-    if (lane == 0) keep(part, sum);
   }
-}
+};
 
-// The part of a map that a block needs, from channel or pixel `from` on.
+// From ds to dz to the term dm / C; dz also makes the spatial parameters' gradients.
+struct SpatialGradient : Pixels {
+  const float* mean;  // the image's m
+  float* parts;       // the block's share of the 19 spatial sums
+
+  SIMT_FN float value(float sum, float mask) const { return sum * sigmoid_slope(mask); }
+  template <class Put>
+  SIMT_FN void make(float* window, int first, int count, Put put) const {
+    const Places places(call, first);
+    SpatialSums<float> sums;
+    SIMT_ROLLED
+    for (int i = simt::thread(); i < count; i += chip.threads) {
+      const float* const here = window + chip.halo.centre + places.of(i);
+      const float dm = sums.stencil(here, chip.halo, stencil, mean[first + i], 1.f);
+      put(i, dm * (1.f / call.channels), *here);
+    }
+    float* const warps = window + chip.halo.pieces * chip.halo.length;
+    warps[simt::thread()] = sums.by_lane();
+    simt::sync();
+    add_spatial_sums(warps, chip.warps, [&](int part, float sum) { parts[part] = sum; });
+  }
+};
+
+// The part of a map that a block needs, from channel `from` on.
 struct Window {
   const float* data;
   int64_t from;
   SIMT_FN float operator[](int64_t i) const { return data[i - from]; }
 };
 
-// What the stencil sees of a window, which is one piece: window[0] is pixel `first`.
-SIMT_FN Surroundings<float> around(const Args<float>& call, int first, const float* window) {
-  return {call, first, window};
-}
-
-// An axis makes a map of sums. value() is what a sum stands for; `keep`, [image][i], is where
-// values are kept, or null. at(window, i, first) is the map's entry `first` + i, made of the values
-// around it: window[0] is the value of `first`, and window has all within reach. finish() is called
-// once over a block's entries, with the same window.
-
-// The spatial mask s.
-struct SpatialMask {
+// An axis of channels: the gate's.
+template <class T>
+struct Channels {
   const Args<float>& call;
-  const float* stencil;
+  const OnChip& chip;
   float* keep;
 
-  SIMT_FN float value(float sum, float) const { return sum * (1.f / call.channels); }
-  SIMT_FN float at(const float* window, int i, int first) const {
-    const Surroundings<float> m = around(call, first, window);
-    return sigmoid(m.stencil(i, stencil) + stencil[2 * kTaps]);
+  SIMT_FN int margin() const { return chip.margin(); }
+  SIMT_FN bool looks_beyond() const { return margin() > 0; }
+  SIMT_FN Parameter<T> weight() const { return {call.parameters.gate, call.wide}; }
+
+  template <class Value>
+  SIMT_FN void fill(float* window, int first, int count, Value value) const {
+    if (count <= 0) return;
+    const int end = min<int>(call.channels, first + count + margin());
+    SIMT_ROLLED
+    for (int c = max(0, first - margin()) + simt::thread(); c < end; c += chip.threads)
+      window[c - first + margin()] = value(c - first);
   }
-  SIMT_FN void finish(const float*, int, int) const {}
 };
 
 // The channel mask c.
 template <class T>
-struct ChannelMask {
-  const Args<float>& call;
-  float* keep;
-
-  SIMT_FN float value(float sum, float) const { return sum * (1.f / call.pixels); }
-  SIMT_FN float at(const float* window, int i, int first) const {
-    const Parameter<T> weight{call.parameters.gate, call.wide};
+struct ChannelMask : Channels<T> {
+  SIMT_FN float value(float sum, float) const { return sum * (1.f / this->call.pixels); }
+  SIMT_FN float at(Window pooled, int channel) const {
+    const Args<float>& call = this->call;
     const Parameter<T> bias{call.parameters.gate_bias, call.wide};
-    return sigmoid(gate_logit<float>(call.gate, weight, bias, call.kernel_size,
-                                     Window{window, first}, call.channels, first + i));
+    return sigmoid(gate_logit<float>(call.gate, this->weight(), bias, call.kernel_size, pooled,
+                                     call.channels, channel));
   }
-  SIMT_FN void finish(const float*, int, int) const {}
-};
-
-// From ds to dz to the term dm / C; dz also makes the spatial parameters' gradients.
-struct SpatialGradient {
-  const Args<float>& call;
-  const float* stencil;  // the adjoint's
-  float* keep;
-  const float* mean;  // the image's m
-  float* parts;       // the block's share of the 19 spatial sums
-  int warps;
-
-  SIMT_FN float value(float sum, float mask) const { return sum * sigmoid_slope(mask); }
-  SIMT_FN float at(const float* window, int i, int first) const {
-    const Surroundings<float> dz = around(call, first, window);
-    return dz.stencil(i, stencil) * (1.f / call.channels);
-  }
-  SIMT_FN void finish(const float* window, int first, int count) const {
-    const Surroundings<float> dz = around(call, first, window);
-    spatial_sums(dz, mean + first, count, warps, [&](int part, float sum) { parts[part] = sum; });
+  template <class Put>
+  SIMT_FN void make(const float* window, int first, int count, Put put) const {
+    window += this->margin();
+    SIMT_ROLLED
+    for (int i = simt::thread(); i < count; i += this->chip.threads)
+      put(i, at({window, first}, first + i), window[i]);
   }
 };
 
 // From dc to dt to the term dg / P.
 template <class T>
-struct ChannelGradient {
-  const Args<float>& call;
-  float* keep;
-
+struct ChannelGradient : Channels<T> {
   SIMT_FN float value(float sum, float mask) const { return sum * sigmoid_slope(mask); }
-  SIMT_FN float at(const float* window, int i, int first) const {
-    const Parameter<T> weight{call.parameters.gate, call.wide};
-    return gate_transposed<float>(call.gate, weight, call.kernel_size, Window{window, first},
-                                  call.channels, first + i) *
-           (1.f / call.pixels);
+  template <class Put>
+  SIMT_FN void make(const float* window, int first, int count, Put put) const {
+    const Args<float>& call = this->call;
+    window += this->margin();
+    SIMT_ROLLED
+    for (int i = simt::thread(); i < count; i += this->chip.threads) {
+      const float dg = gate_transposed<float>(call.gate, this->weight(), call.kernel_size,
+                                              Window{window, first}, call.channels, first + i);
+      put(i, dg * (1.f / call.pixels), window[i]);
+    }
   }
-  SIMT_FN void finish(const float*, int, int) const {}
 };
 
-// out[i] for all columns: own(i - first) for the block's slice, and for the others what their
-// blocks make. They meet in `all`, [column].
-template <class T, class Own>
-SIMT_FN void gather(const Member<T>& m, float* all, float* out, Own own) {
-  const int cols = m.chip.cols, first = m.slice_begin(), last = m.slice_end();
-  for (int i = first + simt::thread(); i < last; i += m.chip.threads) {
-    const float value = own(i - first);
-    if (m.chip.blocks == 1)
-      out[i] = value;
-    else
-      simt::store_fresh(all + i, value);
+// out[i] for all columns: make(put) calls put(i, entry, value) for those of the block's slice, and
+// its team's blocks make the others. They meet in `all`, [column]; or in a cluster come by mail, if
+// its blocks met since they used `out`, and with the barrier between all was read that they read.
+template <bool ByMail, class T, class Make>
+SIMT_FN void gather(const Member<T>& m, int turn, float* all, float* out, float* keep, Make make) {
+  const OnChip& chip = m.chip;
+  const int first = m.slice_begin(), rank = m.rank(), cols = chip.cols;
+  const bool mail = ByMail && simt::kClusters && chip.mail;
+  make([&](int i, float entry, float value) {
+    i += first;
+    if (keep) keep[i] = value;
+    if (chip.blocks > 1 && !mail) {
+      simt::store_fresh(all + i, entry);
+      return;
+    }
+    out[i] = entry;
+    if (!mail) return;
+    SIMT_ROLLED
+    for (int to = 0; to < chip.blocks; to++)
+      if (to != rank) m.mail()->post(out + i, to, entry);
+  });
+  if (mail) {
+    const int others = cols - (m.slice_end() - first);
+    m.mail()->wait(others * sizeof(float), turn);
+    simt::sync();
+    return;
   }
   m.sync();
-  if (m.chip.blocks == 1) return;
-  for (int i = simt::thread(); i < cols; i += m.chip.threads) out[i] = simt::load_fresh(all + i);
+  if (chip.blocks == 1) return;
+  for (int i = simt::thread(); i < cols; i += chip.threads) out[i] = simt::load_fresh(all + i);
   simt::sync();
 }
 
 // Turns the blocks' sums by column into what `axis` makes of them.
 template <class T, class Axis>
-SIMT_FN void through_columns(const Member<T>& m, const Axis& axis, float* all, float* sums) {
+SIMT_FN void through_columns(const Member<T>& m, int turn, const Axis& axis, float* all,
+                             float* out) {
   const OnChip& chip = m.chip;
-  const int cols = chip.cols, reach = chip.col_reach, margin = chip.margin(reach);
-  const int first = m.slice_begin(), last = m.slice_end();
+  const int cols = chip.cols, first = m.slice_begin(), count = m.slice_end() - first;
+  float* const sums = m.col_sums();
   float* const partials = m.args.partials + int64_t(m.team()) * chip.blocks * cols;
   simt::sync();
   if (chip.blocks > 1 && !m.in_cluster())
     for (int i = simt::thread(); i < cols; i += chip.threads)
       simt::store_fresh(partials + int64_t(m.rank()) * cols + i, sums[i]);
-  m.sync();
+  if (chip.blocks > 1) m.sync();
 
-  float* const window = m.scratch() + margin;
-  const int end = min(cols, last + reach);
-  for (int i = max(0, first - reach) + simt::thread(); i < end; i += chip.threads) {
+  axis.fill(m.scratch(), first, count, [&](int i) {
+    i += first;
     float sum = 0;
     if (chip.blocks == 1)
       sum = sums[i];
@@ -197,13 +192,11 @@ SIMT_FN void through_columns(const Member<T>& m, const Axis& axis, float* all, f
       for (int rank = 0; rank < chip.blocks; rank++)
         sum += m.in_cluster() ? *simt::peer(sums + i, rank)
                               : simt::load_fresh(partials + int64_t(rank) * cols + i);
-    const float value = axis.value(sum, m.col_mask()[i]);
-    window[i - first] = value;
-    if (axis.keep && first <= i && i < last) axis.keep[i] = value;
-  }
+    return axis.value(sum, m.col_mask()[i]);
+  });
   simt::sync();
-  axis.finish(window, first, last - first);
-  gather(m, all, sums, [&](int i) { return axis.at(window, i, first); });
+  gather<true>(m, turn, all, out, axis.keep,
+               [&](auto put) { axis.make(m.scratch(), first, count, put); });
 }
 
 // Turns the block's sums by row into what `axis` makes of them. Neighbours find its values where
@@ -211,27 +204,23 @@ SIMT_FN void through_columns(const Member<T>& m, const Axis& axis, float* all, f
 template <class T, class Axis>
 SIMT_FN void through_rows(const Member<T>& m, const Axis& axis, float* sums) {
   const OnChip& chip = m.chip;
-  const int reach = chip.row_reach, margin = chip.margin(reach);
   const int row0 = m.row0(), rows = m.rows();
+  const auto put = [&](int r, float entry, float) { sums[r] = entry; };
   simt::sync();
   for (int r = simt::thread(); r < rows; r += chip.threads) {
     const float value = axis.value(sums[r], m.row_mask()[r]);
     if (axis.keep) simt::store_fresh(axis.keep + row0 + r, value);
     sums[r] = value;
-    if (reach == 0) sums[r] = axis.at(sums, r, row0);
   }
-  if (reach > 0) {
+  if (axis.looks_beyond())
     m.sync();
-    float* const window = m.scratch() + margin;
-    const int end = min(chip.rows, row0 + rows + margin);
-    for (int i = max(0, row0 - margin) + simt::thread(); i < end; i += chip.threads) {
-      const int r = i - row0;
-      window[r] = 0 <= r && r < rows ? sums[r] : simt::load_fresh(axis.keep + i);
-    }
+  else
     simt::sync();
-    axis.finish(window, row0, rows);
-    for (int r = simt::thread(); r < rows; r += chip.threads) sums[r] = axis.at(window, r, row0);
-  }
+  axis.fill(m.scratch(), row0, rows, [&](int r) {
+    return 0 <= r && r < rows ? sums[r] : simt::load_fresh(axis.keep + row0 + r);
+  });
+  simt::sync();
+  axis.make(m.scratch(), row0, rows, put);
   simt::sync();
 }
 
@@ -243,36 +232,36 @@ SIMT_FN A* of_image(A* maps, int image, int64_t entries) {
 
 // Turns forward's sums into masks, in place.
 template <class T>
-SIMT_FN void make_masks(const Member<T>& m, int image, const Lines& which) {
+SIMT_FN void make_masks(const Member<T>& m, int turn, const Lines& which) {
+  const int image = m.image(turn);
   const Args<float>& call = m.args.call;
-  const SpatialMask spatial{call, m.stencil(), of_image(call.channel_mean, image, call.pixels)};
-  const ChannelMask<T> channel{call, of_image(call.pooled, image, call.channels)};
+  const SpatialMask spatial{
+      {call, m.chip, m.stencil(), of_image(call.channel_mean, image, call.pixels)}};
+  const ChannelMask<T> channel{{call, m.chip, of_image(call.pooled, image, call.channels)}};
   float* const all = of_image(m.args.col_masks, image, m.chip.cols);
   const bool rows = which.rows, cols = which.cols;
   if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_mask());
   if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_mask());
-  if (cols && m.chip.channels_last) through_columns(m, channel, all, m.col_mask());
-  if (cols && !m.chip.channels_last) through_columns(m, spatial, all, m.col_mask());
+  if (cols && m.chip.channels_last) through_columns(m, turn, channel, all, m.col_mask());
+  if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_mask());
 }
 
 // Turns backward's sums into terms of dx, in place.
 template <class T>
-SIMT_FN void make_terms(const Member<T>& m, int image, const Lines& which) {
+SIMT_FN void make_terms(const Member<T>& m, int turn, const Lines& which) {
+  const int image = m.image(turn);
   const Args<float>& call = m.args.call;
   const SpatialGradient spatial{
-      call,
-      m.stencil() + kStencil,
-      of_image(m.args.row_gradients, image, m.chip.rows),
+      {call, m.chip, m.stencil() + kStencil, of_image(m.args.row_gradients, image, m.chip.rows)},
       of_image(call.channel_mean, image, call.pixels),
-      of_image(call.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialSums),
-      m.chip.warps};
-  const ChannelGradient<T> channel{call, of_image(call.d_logit, image, call.channels)};
+      of_image(call.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialSums)};
+  const ChannelGradient<T> channel{{call, m.chip, of_image(call.d_logit, image, call.channels)}};
   float* const all = of_image(m.args.col_terms, image, m.chip.cols);
   const bool rows = which.rows, cols = which.cols;
   if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_term());
   if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_term());
-  if (cols && m.chip.channels_last) through_columns(m, channel, all, m.col_term());
-  if (cols && !m.chip.channels_last) through_columns(m, spatial, all, m.col_term());
+  if (cols && m.chip.channels_last) through_columns(m, turn, channel, all, m.col_term());
+  if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_term());
 }
 
 // Makes both masks anew, from the maps that forward saved.
@@ -280,22 +269,28 @@ template <class T>
 SIMT_FN void recall_masks(const Member<T>& m, int image) {
   const OnChip& chip = m.chip;
   const Args<float>& call = m.args.call;
-  const SpatialMask spatial{call, m.stencil(), nullptr};
-  const ChannelMask<T> channel{call, nullptr};
+  const SpatialMask spatial{{call, m.chip, m.stencil(), nullptr}};
+  const ChannelMask<T> channel{{call, m.chip, nullptr}};
   const float* const mean = of_image(call.channel_mean, image, call.pixels);
-  const float* const pooled = of_image(call.pooled, image, call.channels);
-  const int row0 = m.row0(), rows = m.rows();
-  if (chip.masks.rows)
-    for (int r = simt::thread(); r < rows; r += chip.threads)
-      m.row_mask()[r] = chip.channels_last ? spatial.at(mean + row0, r, row0)
-                                           : channel.at(pooled + row0, r, row0);
-  if (chip.masks.cols && chip.channels_last) {
-    for (int i = simt::thread(); i < chip.cols; i += chip.threads)
-      m.col_mask()[i] = channel.at(pooled, i, 0);
-  } else if (chip.masks.cols) {
-    const int first = m.slice_begin();
-    gather(m, of_image(m.args.col_masks, image, chip.cols), m.col_mask(),
-           [&](int i) { return spatial.at(mean + first, i, first); });
+  const Window pooled{of_image(call.pooled, image, call.channels), 0};
+  const bool last = chip.channels_last;
+  const int first = last ? m.row0() : m.slice_begin();
+  const int count = last ? m.rows() : m.slice_end() - first;  // of pixels
+  if (call.masks.pixels) {
+    spatial.fill(m.scratch(), first, count, [&](int i) { return mean[first + i]; });
+    simt::sync();
+    const auto make = [&](auto put) { spatial.make(m.scratch(), first, count, put); };
+    if (last)
+      make([&](int r, float mask, float) { m.row_mask()[r] = mask; });
+    else
+      gather<false>(m, 0, of_image(m.args.col_masks, image, chip.cols), m.col_mask(), nullptr,
+                    make);
+  }
+  if (call.masks.channels) {
+    float* const out = last ? m.col_mask() : m.row_mask();
+    const int channel0 = last ? 0 : m.row0(), channels = last ? chip.cols : m.rows();
+    for (int i = simt::thread(); i < channels; i += chip.threads)
+      out[i] = channel.at(pooled, channel0 + i);
   }
   simt::sync();
 }

@@ -16,10 +16,16 @@
 
 namespace da::cuda {
 
-static_assert(sizeof(simt::Bulk) == kBulkBytes, "");
+static_assert(sizeof(simt::Bulk) == kBulkBytes && sizeof(simt::Mail) <= kBulkBytes, "");
 
-// A block as a member of the team that owns an image. It computes what it is asked for when it is
-// asked, for between the sweeps registers are scarcer than time.
+// Which block of which team this is, with so many rows of an image, in so many chunks: kept in
+// shared memory, for registers are scarce, and divisions take many instructions.
+struct Place {
+  int team, rank, rows, chunks;
+};
+static_assert(sizeof(Place) == kPlaceBytes, "");
+
+// A block as a member of the team that owns an image.
 template <class T>
 struct Member {
   static constexpr int E = simt::kPerVector<T>;  // elements of a vector
@@ -28,22 +34,22 @@ struct Member {
 
   SIMT_FN explicit Member(const ChipArgs& args) : args(args), chip(args.chip) {}
 
-  SIMT_FN int team() const { return block() / static_cast<unsigned>(chip.blocks); }
-  SIMT_FN int rank() const { return block() % static_cast<unsigned>(chip.blocks); }
+  // Of the team's images, in turns, the one of this turn.
+  SIMT_FN int image(int turn) const { return team() + simt::opaque(turn) * chip.images_at_once; }
+  SIMT_FN bool has(int turn) const { return image(turn) < args.call.images; }
+  SIMT_FN int team() const { return place().team; }
+  SIMT_FN int rank() const { return place().rank; }
   SIMT_FN int row0() const { return rank() * chip.slab_rows; }
-  SIMT_FN int rows() const { return min(chip.slab_rows, chip.rows - row0()); }
-  // The parity of a chunk's loads, as Bulk::wait() asks for it: it flips with each image.
-  SIMT_FN unsigned parity(int image) const {
-    return static_cast<unsigned>(simt::opaque(image)) / chip.images_at_once & 1;
-  }
+  SIMT_FN int rows() const { return place().rows; }
+  SIMT_FN int chunks() const { return place().chunks; }
 
-  // Where the slab of an image begins in a full-size tensor.
-  SIMT_FN int64_t slab(int image) const {
-    return (int64_t(simt::opaque(image)) * chip.rows + row0()) * chip.cols;
+  // Where the slab of this turn's image begins in a full-size tensor.
+  SIMT_FN int64_t slab(int turn) const {
+    return (int64_t(image(turn)) * chip.rows + row0()) * chip.cols;
   }
-  SIMT_FN const T* x(int image) const { return static_cast<const T*>(args.call.x) + slab(image); }
-  SIMT_FN const T* dy(int image) const { return static_cast<const T*>(args.call.dy) + slab(image); }
-  SIMT_FN T* out(int image) const { return static_cast<T*>(args.call.out) + slab(image); }
+  SIMT_FN const T* x(int turn) const { return static_cast<const T*>(args.call.x) + slab(turn); }
+  SIMT_FN const T* dy(int turn) const { return static_cast<const T*>(args.call.dy) + slab(turn); }
+  SIMT_FN T* out(int turn) const { return static_cast<T*>(args.call.out) + slab(turn); }
   SIMT_FN int chunk_begin(int chunk) const { return simt::opaque(chunk) * chip.chunk_rows; }
   SIMT_FN int chunk_end(int chunk) const {
     return min(chunk_begin(chunk) + chip.chunk_rows, rows());
@@ -61,15 +67,15 @@ struct Member {
   SIMT_FN V* at(unsigned offset) const {
     return reinterpret_cast<V*>(simt::shared() + offset);
   }
-  SIMT_FN T* kept_x() const { return at<T>(chip.memory.x); }
-  SIMT_FN T* kept_dy() const { return at<T>(chip.memory.dy); }
   SIMT_FN float* row_mask() const { return at<float>(chip.memory.row_mask); }
   SIMT_FN float* col_mask() const { return at<float>(chip.memory.col_mask); }
   SIMT_FN float* row_term() const { return at<float>(chip.memory.row_term); }
   SIMT_FN float* col_term() const { return at<float>(chip.memory.col_term); }
+  SIMT_FN float* col_sums() const { return at<float>(chip.memory.col_sums); }
+  SIMT_FN simt::Mail* mail() const { return at<simt::Mail>(chip.memory.mail); }
   SIMT_FN float* stencil() const { return at<float>(chip.memory.stencil); }
   SIMT_FN float* scratch() const { return at<float>(chip.memory.scratch); }
-  SIMT_FN simt::Bulk* load_of(int chunk) const { return at<simt::Bulk>(chip.memory.loads) + chunk; }
+  SIMT_FN simt::Bulk* load_of(int place) const { return at<simt::Bulk>(chip.memory.loads) + place; }
 
   SIMT_FN bool in_cluster() const { return simt::kClusters && chip.barrier == Barrier::cluster; }
   // The team's barrier: what its blocks wrote before, all of them see after it.
@@ -83,50 +89,117 @@ struct Member {
   }
 
  private:
-  static SIMT_FN unsigned block() { return simt::opaque(simt::block()); }
+  SIMT_FN const Place& place() const { return *at<Place>(chip.memory.place); }
 };
 
 enum class Input { x, dy };
 
-// Begins to bring a chunk of the input into its place in shared memory.
+// The chunks of an input on their way through shared memory. An image is gone through `visits`
+// times. A chunk that is kept comes for the first visit and stays until the last; each of the
+// others comes for each visit, to a place of the ring whose chunk was used before it.
 template <Input Of, class T>
-SIMT_FN void fetch(const Member<T>& m, int image, int chunk) {
-  constexpr bool dy = Of == Input::dy;
-  const int begin = m.chunk_begin(chunk) * m.chip.cols, end = m.chunk_end(chunk) * m.chip.cols;
-  if (begin >= end) return;
-  T* const to = (dy ? m.kept_dy() : m.kept_x()) + begin;
-  const T* const from = (dy ? m.dy(image) : m.x(image)) + begin;
-  if (m.chip.aligned) {
-    m.load_of(dy ? m.chip.kept + chunk : chunk)->load(to, from, (end - begin) * sizeof(T));
-  } else {
-    for (int i = simt::thread(); i < end - begin; i += m.chip.threads)
-      to[i] = simt::load_once(from + i);
+struct Chunks {
+  static constexpr bool dy = Of == Input::dy;
+  const Member<T>& m;
+
+  SIMT_FN explicit Chunks(const Member<T>& m) : m(m) {}
+
+  SIMT_FN int kept() const { return dy ? m.chip.kept_dy : m.chip.kept; }
+  SIMT_FN int ring() const { return dy ? m.chip.ring_dy : m.chip.ring; }
+  SIMT_FN int visits() const { return dy ? m.chip.visits_dy : m.chip.visits; }
+
+  // Begins to bring the team's first image.
+  SIMT_FN void begin() const {
+    if (!m.has(0)) return;
+    const int first = min(kept(), m.chunks());
+    const int count = m.chunks() > first ? first + ring() : first;
+    SIMT_ROLLED
+    for (int i = 0; i < count; i++) {
+      int turn = 0, visit = 0, chunk = min(i, first);
+      go_on(turn, visit, chunk, i - chunk);
+      if (m.has(turn)) fetch(turn, visit, chunk);
+    }
   }
-}
 
-// Waits until a load is done. Loads are counted by chunk, those of dy after those of x.
-template <class T>
-SIMT_FN void wait_for(const Member<T>& m, int image, int load) {
-  if (m.chip.aligned)
-    m.load_of(load)->wait(m.parity(image));
-  else
-    simt::sync();
-}
+  // Waits until the chunk is there: bytes from the beginning of shared memory to it.
+  SIMT_FN unsigned wait(int turn, int visit, int chunk) const {
+    const unsigned use = uses_before(turn, visit, chunk);
+    const int place = place_of(use, chunk);
+    if (visit == 0 || chunk >= kept()) {
+      if (m.chip.aligned)
+        load_of(place)->wait((chunk < kept() ? turn : use >> (ring() - 1)) & 1);
+      else
+        simt::sync();
+    }
+    return offset(place);
+  }
 
-// Adds up N values over the lanes of a row. Each lane ends up with one of the N sums, the
-// `which`-th.
+  // The block needs the chunk no more in this visit: begins to bring what comes to its place next.
+  SIMT_FN void release(int turn, int visit, int chunk) const {
+    if (chunk >= kept()) {
+      go_on(turn, visit, chunk, ring());
+    } else {
+      if (visit + 1 < visits()) return;
+      turn++, visit = 0;
+    }
+    if (!m.has(turn)) return;
+    simt::Bulk::sync_before_load();
+    fetch(turn, visit, chunk);
+  }
+
+ private:
+  SIMT_FN simt::Bulk* load_of(int place) const {
+    return m.load_of(dy ? m.chip.kept + m.chip.ring + place : place);
+  }
+  SIMT_FN unsigned offset(int place) const {
+    const unsigned chunk_bytes = m.chip.chunk_rows * m.chip.cols * sizeof(T);
+    return (dy ? m.chip.memory.dy : m.chip.memory.x) + place * chunk_bytes;
+  }
+  // How many chunks passed through the ring before; modulo 2^32, of which its places are a divisor.
+  SIMT_FN unsigned uses_before(int turn, int visit, int chunk) const {
+    const unsigned visits_before = simt::opaque(turn) * visits() + visit;
+    return visits_before * (m.chunks() - kept()) + chunk - kept();
+  }
+  SIMT_FN int place_of(unsigned use, int chunk) const {
+    return chunk < kept() ? chunk : kept() + (use & (ring() - 1));
+  }
+  // Goes on to the chunk so many uses of the ring later.
+  SIMT_FN void go_on(int& turn, int& visit, int& chunk, int uses) const {
+    chunk += uses;
+    SIMT_ROLLED
+    for (; chunk >= m.chunks(); visit++) chunk -= m.chunks() - kept();
+    SIMT_ROLLED
+    for (; visit >= visits(); turn++) visit -= visits();
+  }
+  SIMT_FN void fetch(int turn, int visit, int chunk) const {
+    const int place = place_of(uses_before(turn, visit, chunk), chunk);
+    const int begin = m.chunk_begin(chunk) * m.chip.cols, end = m.chunk_end(chunk) * m.chip.cols;
+    T* const to = m.template at<T>(offset(place));
+    const T* const from = (dy ? m.dy(turn) : m.x(turn)) + begin;
+    if (m.chip.aligned) {
+      load_of(place)->load(to, from, (end - begin) * sizeof(T));
+    } else {
+      SIMT_ROLLED
+      for (int i = simt::thread(); i < end - begin; i += m.chip.threads)
+        to[i] = simt::load_once(from + i);
+    }
+  }
+};
+
+// Adds up N values over the lanes of a row. Each lane ends up with one of the N sums: the first
+// lanes with that of value[0], and so on.
 template <int N, class A>
-SIMT_FN A sum_over_lanes(const A* value, int lanes, int& which) {
-  static_assert(N == 2 || N == 4, "");
+SIMT_FN A sum_over_lanes(const A* value, int lanes) {
+  static_assert(N == 4, "");
   const auto exchange = [](A low, A high, int apart) {
     const bool upper = simt::thread() & apart;
     return (upper ? high : low) + simt::shuffle_xor(upper ? low : high, apart);
   };
-  A sum = exchange(value[0], value[N / 2], lanes / 2);
-  if (N == 4) sum = exchange(sum, exchange(value[1], value[N - 1], lanes / 2), lanes / 4);
+  const A even = exchange(value[0], value[2], lanes / 2);
+  const A odd = exchange(value[1], value[3], lanes / 2);
+  A sum = exchange(even, odd, lanes / 4);
   SIMT_ROLLED
-  for (int step = lanes / (2 * N); step > 0; step /= 2) sum += simt::shuffle_xor(sum, step);
-  which = simt::thread() / (lanes / N) % N;
+  for (int step = lanes / 8; step > 0; step /= 2) sum += simt::shuffle_xor(sum, step);
   return sum;
 }
 
@@ -136,141 +209,119 @@ SIMT_FN A sum_over_lanes(const A* value, int lanes, int& which) {
 //   forward    x, weighted with the other mask if there is one yet   -> masks
 //   backward   dy x, weighted with the masks                         -> terms
 //   through    x, weighted with the terms                            -> terms, added to those there
-enum class Visit : bool { again, first };  // the first one waits for what arrives of the image
-struct Sweep {
-  Lines sums;
-  Visit visit;
-};
-
-// A thread's share of a sweep over columns that the block spans at once.
+//
+// Here is a thread's share of one over columns that the block spans at once.
 template <class T, Sums Kind>
 struct Tally {
   static constexpr int E = simt::kPerVector<T>;
   using V = Access<T, E>;
   static constexpr bool product = Kind == Sums::backward;
-  static constexpr int kRows = Kind == Sums::forward ? 4 : 2;  // in flight, as registers allow
   const Member<T>& m;
-  const Sweep& sweep;
-  const bool weighted;  // or else all weights are 1
-  unsigned mine;        // a bit for each element of the thread's vectors, 0 if it is another row's
-  int first;            // the thread's row among those that the block adds up at once
-  int place;            // elements from the first of these rows to the thread's vector
+  const bool weighted;      // or else all weights are 1
+  typename V::Raw mask;     // the vector's bits that are the thread's, none if it has no vector
   float weight[E], sum[E];  // of the thread's columns
+  unsigned place;           // bytes from the first row that the block adds up at once to the vector
+  int row;                  // the thread's row among these,
+  int summed;               // and the one among those of a round whose sum it ends up with
+  static constexpr unsigned kNowhere = ~0u;
 
   static SIMT_FN float* row_weights(const Member<T>& m) {
     return Kind == Sums::through ? m.row_term() : m.row_mask();
   }
-  static SIMT_FN float* col_weights(const Member<T>& m) {
-    return Kind == Sums::through ? m.col_term() : m.col_mask();
+  static SIMT_FN float* row_sums(const Member<T>& m) {
+    return Kind == Sums::forward ? m.row_mask() : m.row_term();
   }
-
-  SIMT_FN Tally(const Member<T>& m, const Sweep& sweep, int tile)
-      : m(m),
-        sweep(sweep),
-        weighted(Kind != Sums::forward || sweep.visit == Visit::again),
-        mine(0) {
+  static SIMT_FN float* col_weights(const Member<T>& m, int tile) {
+    return (Kind == Sums::through ? m.col_term() : m.col_mask()) + tile * m.chip.width;
+  }
+  SIMT_FN Tally(const Member<T>& m, int step, int tile)
+      : m(m), weighted(Kind != Sums::forward || step > 0) {
     const Lane lane = m.lane_of_row(tile);
-    first = lane.super_row * m.chip.period + lane.phase;
-    place = lane.super_row * m.chip.period * m.chip.cols + static_cast<int>(lane.offset);
+    const int begin = lane.active ? lane.begin : 0, end = lane.active ? lane.end : 0;
+    mask = V::mask(begin, end);
     SIMT_UNROLL
     for (int j = 0; j < E; j++) {
-      const bool own = lane.active && lane.begin <= j && j < lane.end;
-      mine |= own << j;
-      weight[j] = own ? 1.f : 0.f;
+      weight[j] = begin <= j && j < end ? 1.f : 0.f;
       sum[j] = 0;
     }
-    if (weighted) load_columns<E>(col_weights(m) + tile * m.chip.width, lane, weight);
+    if (weighted) load_columns<E>(col_weights(m, tile), lane, weight);
+    const int from = lane.super_row * m.chip.period * m.chip.cols + static_cast<int>(lane.offset);
+    place = lane.active ? from * sizeof(T) : kNowhere;
+    row = lane.super_row * m.chip.period + lane.phase;
+    const int lanes = min(m.chip.lanes, simt::kWarp);
+    summed = simt::thread() / (lanes / kChipRows) % kChipRows * m.chip.at_once + row;
   }
 
-  // Adds a row's vector to the columns' sums, and returns its part in the row's sum.
-  SIMT_FN float add_row(const typename V::Raw& raw, const typename V::Raw& raw_dy, int row,
-                        int end) {
-    float value[E];
-    V::unpack(raw, value);
-    if (product) {
-      float gradient[E];
-      V::unpack(raw_dy, gradient);
-      SIMT_UNROLL
-      for (int j = 0; j < E; j++) value[j] *= gradient[j];
-    }
-    if (mine != (1u << E) - 1) {
-      SIMT_UNROLL
-      for (int j = 0; j < E; j++)
-        if (!(mine >> j & 1)) value[j] = 0;
-    }
-    if (sweep.sums.cols) {
-      const float row_weight = !weighted ? 1.f : row < end ? row_weights(m)[row] : 0.f;
-      SIMT_UNROLL
-      for (int j = 0; j < E; j++) sum[j] += row_weight * value[j];
-    }
-    float dot = 0;
-    if (sweep.sums.rows) {
-      SIMT_UNROLL
-      for (int j = 0; j < E; j++) dot += weight[j] * value[j];
-    }
-    return dot;
-  }
-
-  // Adds rows [begin, end) of the slab that begins at x, and at dy.
-  template <bool Kept, bool KeptDy>
-  SIMT_FN void add(int begin, int end, const T* x, const T* dy) {
-    // What comes from global memory is asked for before it is needed.
-    constexpr int kAhead = Kept && (KeptDy || !product) ? 1 : 2;
-    const int at_once = m.chip.at_once;
+  // Adds the slab's rows [begin, end), which lie at x and dy in shared memory. A thread without a
+  // vector of a row reads zeros, so that all threads do the same. What moves from row to row stays
+  // in registers; other addresses would be computed anew for every vector.
+  template <Adds What>
+  SIMT_FN void add(int begin, int end, unsigned x, unsigned dy, bool more) {
+    constexpr bool adds_rows = What != Adds::cols, adds_cols = What != Adds::rows;
+    const OnChip& chip = m.chip;
+    const unsigned row_bytes = chip.cols * sizeof(T), zeros = chip.memory.zeros, to_dy = dy - x;
+    const unsigned stride = place == kNowhere ? 0 : chip.at_once * row_bytes;
+    const unsigned past = x + ((end - begin) * row_bytes + 15) / 16 * 16;
+    unsigned at = place == kNowhere ? kNowhere : x + place;
+    const float* row_weight = row_weights(m) + begin + row;
+    const bool writes = simt::thread() % (min(chip.lanes, simt::kWarp) / kChipRows) == 0;
+    const int part = simt::thread() % chip.lanes / simt::kWarp;
+    float* to =
+        (chip.row_parts > 1 ? m.scratch() + part : row_sums(m)) + (begin + summed) * chip.row_parts;
+    int left = writes ? end - begin - summed : 0;  // rows to the chunk's end from the one summed
     SIMT_ROLLED
-    for (int row0 = begin; row0 < end; row0 += kRows * at_once) {
-      const auto live = [&](int d) { return mine && row0 + d * at_once + first < end; };
-      float dot[kRows];
+    for (int row0 = begin; row0 < end; row0 += chip.round_rows()) {
+      float dot[kChipRows];
       SIMT_UNROLL
-      for (int ahead = 0; ahead < kRows; ahead += kAhead) {
-        typename V::Raw raw[kAhead], raw_dy[kAhead];
-        SIMT_UNROLL
-        for (int i = 0; i < kAhead; i++) {
-          const int from = (row0 + (ahead + i) * at_once) * m.chip.cols + place;
-          if (!Kept) raw[i] = live(ahead + i) ? V::load_once(x + from) : V::zero();
-          if (product && !KeptDy) raw_dy[i] = live(ahead + i) ? V::load_once(dy + from) : V::zero();
+      for (int d = 0; d < kChipRows; d++) {
+        const bool live = at < past;
+        float value[E];
+        V::unpack(V::keep(V::load(m.template at<T>(live ? at : zeros)), mask), value);
+        if (product) {
+          float gradient[E];
+          V::unpack(V::keep(V::load(m.template at<T>(live ? at + to_dy : zeros)), mask), gradient);
+          SIMT_UNROLL
+          for (int j = 0; j < E; j++) value[j] *= gradient[j];
         }
-        SIMT_UNROLL
-        for (int i = 0; i < kAhead; i++) {
-          const int d = ahead + i, from = (row0 + d * at_once) * m.chip.cols + place;
-          if (Kept) raw[i] = live(d) ? V::load(x + from) : V::zero();
-          if (product && KeptDy) raw_dy[i] = live(d) ? V::load(dy + from) : V::zero();
-          const bool any = row0 + d * at_once < end;  // of the block's rows
-          dot[d] = any ? add_row(raw[i], raw_dy[i], row0 + d * at_once + first, end) : 0.f;
+        at += stride;
+        if (adds_cols) {
+          const float weight_of_row = weighted ? *row_weight : 1.f;
+          row_weight += chip.at_once;
+          SIMT_UNROLL
+          for (int j = 0; j < E; j++) sum[j] += weight_of_row * value[j];
+        }
+        dot[d] = 0;
+        if (adds_rows) {
+          SIMT_UNROLL
+          for (int j = 0; j < E; j++) dot[d] += weight[j] * value[j];
         }
       }
-      if (sweep.sums.rows) {
-        const int lanes = min(m.chip.lanes, simt::kWarp);
-        int d;
-        const float total = sum_over_lanes<kRows>(dot, lanes, d);
-        const int row = row0 + d * at_once + first;
-        const int part = simt::thread() % m.chip.lanes / simt::kWarp;
-        if (simt::thread() % (lanes / kRows) == 0 && row < end)
-          m.scratch()[row * m.chip.row_parts + part] = total;
+      if (adds_rows) {
+        const float total = sum_over_lanes<kChipRows>(dot, min(chip.lanes, simt::kWarp));
+        if (left > 0) *to = more ? *to + total : total;
+        to += chip.round_rows() * chip.row_parts, left -= chip.round_rows();
       }
     }
   }
 };
 
-enum class Onto { nothing, sums };  // what new sums are added to
-
-// Makes the rows' sums of their parts.
+// Makes the rows' sums of the parts that warps made.
 template <class T>
-SIMT_FN void fold_rows(const Member<T>& m, float* out, Onto onto) {
-  const bool more = onto == Onto::sums;
+SIMT_FN void fold_rows(const Member<T>& m, float* out, bool more) {
   const int parts = m.chip.row_parts, rows = m.rows();
+  simt::sync();
   for (int r = simt::thread(); r < rows; r += m.chip.threads) {
     float total = more ? out[r] : 0.f;
     for (int i = 0; i < parts; i++) total += m.scratch()[r * parts + i];
     out[r] = total;
   }
+  simt::sync();
 }
 
 // Makes a tile's sums by column of the threads' sums, in the order of the rows that the block adds
-// up at once.
+// up at once. Several lanes of a warp share a column.
 template <class T>
-SIMT_FN void fold_columns(const Member<T>& m, const float* sum, int tile, float* out, Onto onto) {
-  const bool more = onto == Onto::sums;
+SIMT_FN void fold_columns(const Member<T>& m, const float* sum, int tile, float* out, bool more) {
   constexpr int E = simt::kPerVector<T>;
   const OnChip& chip = m.chip;
   const Lane lane = m.lane_of_row(tile);
@@ -284,53 +335,53 @@ SIMT_FN void fold_columns(const Member<T>& m, const float* sum, int tile, float*
     store_columns<E>(out, lane, total);
     return;
   }
+  store_columns<E>(m.scratch() + lane.segment * pitch, lane, sum);
+  simt::sync();
+  const int apart = simt::kWarp / chip.fold_lanes;  // columns of a warp
+  const int part = simt::thread() % simt::kWarp / apart;
+  const int first = simt::thread() / simt::kWarp * apart + simt::thread() % apart;
   SIMT_ROLLED
-  for (int first = 0; first < segments; first += chip.fold) {
-    simt::sync();
-    if (first <= lane.segment && lane.segment < first + chip.fold)
-      store_columns<E>(m.scratch() + (lane.segment - first) * pitch, lane, sum);
-    simt::sync();
-    const int count = min(chip.fold, segments - first);
-    for (int i = simt::thread(); i < cols; i += chip.threads) {
-      float total = more || first > 0 ? out[i] : 0.f;
-      for (int s = 0; s < count; s++) total += m.scratch()[s * pitch + i];
-      out[i] = total;
-    }
+  for (int i0 = 0; i0 < cols; i0 += chip.warps * apart) {
+    const int i = i0 + first;
+    float total = 0;
+    if (i < cols)
+      for (int s = part; s < segments; s += chip.fold_lanes) total += m.scratch()[s * pitch + i];
+    SIMT_ROLLED
+    for (int step = apart; step < simt::kWarp; step *= 2) total += simt::shuffle_xor(total, step);
+    if (part == 0 && i < cols) out[i] = more ? out[i] + total : total;
   }
 }
 
-// Runs a sweep. The caller syncs before it uses the sums.
+// Adds up these lines of the slab, in the direction's step so and so. The caller syncs before it
+// uses the sums.
 template <Sums Kind, class T>
-SIMT_FN void add_up(const Member<T>& m, const Sweep& sweep, int image) {
+SIMT_FN void add_up(const Member<T>& m, int turn, int step, const Lines& lines) {
   using Own = Tally<T, Kind>;
   const OnChip& chip = m.chip;
+  const Chunks<Input::x, T> x(m);
+  const Chunks<Input::dy, T> dy(m);
   SIMT_ROLLED
   for (int tile = 0; tile < chip.col_tiles; tile++) {
-    Own own(m, sweep, tile);
+    const int visit = step * chip.col_tiles + tile;
+    const bool more_cols = Kind == Sums::through, more_rows = more_cols || tile > 0;
+    const bool more_parts = more_rows && chip.row_parts == 1;
+    Own own(m, step, tile);
     SIMT_ROLLED
-    for (int chunk = 0; chunk < chip.chunks; chunk++) {
+    for (int chunk = 0; chunk < m.chunks(); chunk++) {
       const int begin = m.chunk_begin(chunk), end = m.chunk_end(chunk);
-      if (begin >= end) break;
-      if (sweep.visit == Visit::first && tile == 0) {
-        if (chunk < chip.kept) wait_for(m, image, chunk);
-        if (Own::product && chunk < chip.kept_dy) wait_for(m, image, chip.kept + chunk);
-      }
-      if (Own::product && chunk < chip.kept_dy)
-        own.template add<true, true>(begin, end, m.kept_x(), m.kept_dy());
-      else if (chunk < chip.kept)
-        own.template add<true, false>(begin, end, m.kept_x(), m.dy(image));
-      else
-        own.template add<false, false>(begin, end, m.x(image), m.dy(image));
+      const unsigned at = x.wait(turn, visit, chunk);
+      const unsigned at_dy = Own::product ? dy.wait(turn, visit, chunk) : 0;
+      if (!lines.cols)
+        own.template add<Adds::rows>(begin, end, at, at_dy, more_parts);
+      else if (!lines.rows)
+        own.template add<Adds::cols>(begin, end, at, at_dy, more_parts);
+      else if constexpr (Kind != Sums::through)  // which is for one mask at a time
+        own.template add<Adds::any>(begin, end, at, at_dy, more_parts);
+      x.release(turn, visit, chunk);
+      if (Own::product) dy.release(turn, visit, chunk);
     }
-    constexpr Onto onto = Kind == Sums::through ? Onto::sums : Onto::nothing;
-    if (sweep.sums.rows) {
-      simt::sync();
-      fold_rows(m, Kind == Sums::forward ? m.row_mask() : m.row_term(),
-                tile > 0 ? Onto::sums : onto);
-    }
-    if (sweep.sums.cols)
-      fold_columns(m, own.sum, tile,
-                   (Kind == Sums::forward ? m.col_mask() : m.col_term()) + tile * chip.width, onto);
+    if (lines.rows && chip.row_parts > 1) fold_rows(m, Own::row_sums(m), more_rows);
+    if (lines.cols) fold_columns(m, own.sum, tile, m.col_sums() + tile * chip.width, more_cols);
     if (tile + 1 < chip.col_tiles) simt::sync();
   }
 }
@@ -340,8 +391,8 @@ SIMT_FN void add_up(const Member<T>& m, const Sweep& sweep, int image) {
 template <bool Backward, class T>
 SIMT_FN void scale_elements(const Member<T>& m, int begin, int end, const T* in, T* out) {
   const unsigned cols = m.chip.cols;
-  for (unsigned i = begin * cols + simt::thread(); i < end * cols; i += m.chip.threads) {
-    const unsigned row = i / cols, col = i % cols;
+  for (unsigned i = simt::thread(); i < (end - begin) * cols; i += m.chip.threads) {
+    const unsigned row = begin + i / cols, col = i % cols;
     const float row_mask = m.row_mask()[row], col_mask = m.col_mask()[col];
     float value = simt::to<float>(in[i]) * (col_mask * row_mask);
     if (Backward)
@@ -351,44 +402,41 @@ SIMT_FN void scale_elements(const Member<T>& m, int begin, int end, const T* in,
   }
 }
 
-// Makes y of x, or dx of dy, over the slab; done(chunk) is called when a chunk has been used,
-// before any barrier.
-template <bool Backward, class T, class Done>
-SIMT_FN void scale_slab(const Member<T>& m, int image, Done done) {
-  constexpr int E = simt::kPerVector<T>, depth = Backward ? 1 : 4;
+// Makes y of x, or dx of dy, over the slab.
+template <bool Backward, class T>
+SIMT_FN void scale_slab(const Member<T>& m, int turn) {
+  constexpr int E = simt::kPerVector<T>;
   using V = Access<T, E>;
   const OnChip& chip = m.chip;
-  const T* const kept = Backward ? m.kept_dy() : m.kept_x();
+  const Chunks<Backward ? Input::dy : Input::x, T> chunks(m);
   SIMT_ROLLED
   for (int tile = 0; tile < chip.col_tiles; tile++) {
-    const int col = tile * chip.width;
+    const int col = tile * chip.width, visit = chunks.visits() - chip.col_tiles + tile;
     const Lane lane = chip.by_super_row
                           ? Lane::of_super_row<E>(chip.cols, chip.period, chip.scaled_super_rows)
                           : m.lane_of_row(tile);
     const int mine = lane.super_row * chip.period + lane.phase;
     const int place = lane.super_row * chip.period * chip.cols + static_cast<int>(lane.offset);
+    const int at_once = chip.scaled_super_rows * chip.period, stride = at_once * chip.cols;
     const Scaling<T, E, Backward> scaling(chip.outer, lane, m.col_mask() + col, m.col_term() + col,
                                           m.row_mask(), m.row_term());
     SIMT_ROLLED
-    for (int chunk = 0; chunk < chip.chunks; chunk++) {
+    for (int chunk = 0; chunk < m.chunks(); chunk++) {
       const int begin = m.chunk_begin(chunk), end = m.chunk_end(chunk);
-      if (begin >= end) break;
-      const int at_once = chip.scaled_super_rows * chip.period, stride = at_once * chip.cols;
-      const int start = begin * chip.cols + place;
+      const T* const in = m.template at<T>(chunks.wait(turn, visit, chunk));
+      T* const out = m.out(turn) + begin * chip.cols;
+      const auto load = [](const T* p) { return V::load(p); };
       const int last = lane.active ? end : 0;
       if (!chip.aligned) {
-        if (tile == 0) scale_elements<Backward>(m, begin, end, kept, m.out(image));
-      } else if (chunk < (Backward ? chip.kept_dy : chip.kept)) {
-        scaling.template rows<depth, Fit::split>(lane, begin + mine, last, at_once, stride,
-                                                 kept + start, m.out(image) + start,
-                                                 [](const T* p) { return V::load(p); });
+        if (tile == 0) scale_elements<Backward>(m, begin, end, in, out);
+      } else if (chip.period == 1) {
+        scaling.template rows<Backward ? 2 : 4, Fit::whole>(lane, begin + mine, last, at_once,
+                                                            stride, in + place, out + place, load);
       } else {
-        scaling.template rows<depth, Fit::split>(lane, begin + mine, last, at_once, stride,
-                                                 (Backward ? m.dy(image) : m.x(image)) + start,
-                                                 m.out(image) + start,
-                                                 [](const T* p) { return V::load_once(p); });
+        scaling.template rows<Backward ? 1 : 2, Fit::split>(lane, begin + mine, last, at_once,
+                                                            stride, in + place, out + place, load);
       }
-      if (tile + 1 == chip.col_tiles) done(chunk);
+      chunks.release(turn, visit, chunk);
     }
   }
 }

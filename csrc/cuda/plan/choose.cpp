@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <iterator>
 
+#include "cuda/plan/tile.h"
 #include "sizes.h"
 
 namespace da::cuda {
@@ -13,33 +14,80 @@ bool proven(int sm) {
   return std::any_of(proofs().begin(), proofs().end(), [=](const Proof& p) { return p.sm == sm; });
 }
 
-// Estimates: bytes that a multiprocessor moves while a team waits for itself once, by its barrier;
-// the cost of reading from L2, as a share of reading from memory; and the share of L2 to count on.
-constexpr int64_t kWaiting[] = {8 << 10, 32 << 10, 64 << 10};
+// Estimates, in bytes that a multiprocessor moves from and to memory meanwhile.
+//
+// A launch takes about 2 us, in which a multiprocessor of an H100 moves 45 KB, of an H200 65 KB.
+constexpr double kLaunch = 48 << 10;
+// What one step of an image takes apart from its sweep, by barrier: masks or terms are made, and
+// the blocks of a team wait for each other twice, or once and for mail.
+constexpr double kStep[] = {16 << 10, 30 << 10, 56 << 10}, kStepByMail = 24 << 10;
+// Warp instructions that a multiprocessor can issue for each byte: 124 for 512 bytes on an H200,
+// 178 on an H100. It takes so many warps to issue that many.
+constexpr double kIssued = 124. / 512;
+constexpr int kIssuing = 16;
+// Warp instructions for a vector: a sweep over x, over dy x; y, dx, of whole rows and of split
+// ones; and for each 32 pixels of a spatial mask. build_tools/cuda_limits.py has the most that they
+// may be.
+constexpr double kSum = 40, kProduct = 65, kScale[][2] = {{40, 70}, {50, 90}}, kOfMask = 150;
+// The cost of reading from L2, as a share of reading from memory; the share of L2 to count on.
 constexpr double kFromL2 = 0.35, kUsableL2 = 0.7;
 
-// How often a block reads again what it does not keep of x.
-int rereads(const Problem& p) { return sum_passes(schedule(p.order, false)); }
+double again(const Device& device, double bytes) {
+  return bytes < kUsableL2 * device.l2_bytes ? kFromL2 : 1;
+}
 
-// Bytes that a multiprocessor moves until the launch is done; its waiting is counted as bytes.
-double cost(const Problem& p, const Device& device, const OnChip& chip) {
-  const int64_t waves = ceil_div(p.n, chip.images_at_once);
-  const int64_t blocks = int64_t(chip.blocks) * chip.images_at_once;
-  const int64_t sharing = ceil_div(blocks, device.multiprocessors);  // blocks of a multiprocessor
-  const double image = double(p.rows() * p.cols()) * p.element_size();
-  const double again = rereads(p) * (1 - double(chip.kept) / chip.chunks) +
-                       (chip.backward ? 1 - double(chip.kept_dy) / chip.chunks : 0);
-  const bool in_l2 = chip.images_at_once * image * again < kUsableL2 * device.l2_bytes;
-  const double passes = (chip.backward ? 3 : 2) + again * (in_l2 ? kFromL2 : 1);
-  // While a block waits, others of its multiprocessor work.
-  const double waiting = double(kWaiting[int(chip.barrier)]) / sharing;
-  return waves * (passes * sharing * image / chip.blocks + waiting);
+// Warp instructions of a block for an image.
+double instructions(const Problem& p, const OnChip& chip) {
+  const double rows = ceil_div(chip.slab_rows, chip.round_rows()) * kChipRows;
+  const double vectors = rows * chip.col_tiles * chip.warps;
+  const double sums = chip.backward ? kProduct + (chip.steps - 1) * kSum : chip.steps * kSum;
+  const double masks = p.spatial() ? kOfMask * ceil_div(p.pixels(), 32 * chip.blocks) : 0;
+  return vectors * (sums + kScale[chip.backward][chip.period > 1]) +
+         masks * (chip.backward ? 2 : 1);
 }
 
 // The numbers of blocks that are tried; others differ too little from these.
 constexpr int kBlocks[] = {2, 4, 8, 16, 32, 64};
 
 }  // namespace
+
+double cost(const Problem& p, const Device& device, const OnChip& chip) {
+  const double waves = ceil_div(p.n, chip.images_at_once);
+  const double sharing =  // blocks of a multiprocessor
+      ceil_div(int64_t(chip.blocks) * chip.images_at_once, device.multiprocessors);
+  const double image = double(p.rows() * p.cols()) * p.element_size(), slab = image / chip.blocks;
+  const double reread =
+      (chip.visits - 1) * (1 - double(chip.kept) / chip.chunks) +
+      (chip.visits_dy - 1) * (1 - double(chip.kept_dy) / chip.chunks) * chip.backward;
+  const double passes =
+      (chip.backward ? 3 : 2) +
+      reread * again(device, chip.images_at_once * image * (chip.backward ? 2 : 1));
+  const double moved = slab * passes, issued = instructions(p, chip) / kIssued;
+  // While a block loads, or waits for its team, others of its multiprocessor work. Alone it has few
+  // warps; and what it adds up while more arrives is all but one chunk.
+  const double alone = issued * std::max(1., double(kIssuing) / chip.warps);
+  const double path =
+      moved + alone - std::min(slab, alone / (chip.steps + 1)) * (1 - 1. / chip.chunks);
+  const double steps = chip.steps * (chip.mail ? kStepByMail : kStep[int(chip.barrier)]);
+  const double wave = std::max({sharing * moved, sharing * issued, path}) + steps / sharing;
+  const int launches = chip.barrier == Barrier::counter ? 2 : 1;  // the first clears the counters
+  return launches * kLaunch + waves * wave;
+}
+
+double cost(const Problem& p, const Device& device, const Plan& plan, Way way) {
+  unsigned seen = kNothing;
+  double sum = 0;
+  for (const Step& step : plan[way].steps) {
+    const int first = count(step.pass.reads & ~seen), more = count(step.pass.reads & seen);
+    seen |= step.pass.reads;
+    const double tensors = first + more * again(device, p.bytes() * count(seen));
+    const double moved = (tensors + count(step.pass.writes)) * p.bytes() / device.multiprocessors;
+    const Waves w = waves(p, device, plan, plan[way], step);
+    sum += ceil_div(step.jobs, step.grid) * kLaunch;
+    if (moved > 0) sum += moved / w.efficiency + w.waves * kStep[0];
+  }
+  return sum;
+}
 
 bool parse(const std::string& all, Wish& wish) {
   using Kind = Wish::Kind;
@@ -58,9 +106,9 @@ bool parse(const std::string& all, Wish& wish) {
                                                                {"min_reads", &l.min_reads, 1},
                                                                {"max_reads", &l.max_reads, 1},
                                                                {"chip_lanes", &l.chip_lanes, 4},
+                                                               {"chip_rows", &l.chip_rows, 8},
                                                                {"chunks", &l.chunks, 1},
-                                                               {"kept", &l.kept, 0},
-                                                               {"fold_bytes", &l.fold_bytes, 1}}))
+                                                               {"kept", &l.kept, 0}}))
     return false;
   const auto is = [&](const char* name, Kind kind) {
     if (text == name) wish.kind = kind;
@@ -85,9 +133,8 @@ bool parse(const std::string& all, Wish& wish) {
 Residents typical_residents(const Device& device) {
   return [device](const OnChip& chip) -> int {
     const auto bytes = static_cast<int64_t>(chip.memory.bytes);
-    const int fitting = bytes <= shared_limit(device.sm, 2)   ? 2
-                        : bytes <= shared_limit(device.sm, 1) ? 1
-                                                              : 0;
+    int fitting = kChipBlocks;
+    while (fitting > 0 && bytes > shared_limit(device.sm, fitting)) fitting--;
     if (chip.barrier != Barrier::cluster) return fitting * device.multiprocessors / chip.blocks;
     constexpr int kProcessors = 16;  // of a part of the GPU, in which a cluster lies
     return device.multiprocessors / kProcessors * (fitting * kProcessors / chip.blocks);
@@ -104,10 +151,12 @@ OnChip choose(const Problem& problem, Way way, const Device& device, bool aligne
   else if (wish.kind == Wish::Kind::automatic && !proven(device.sm))
     best.refused = "no results show it faster on this architecture (DA_OPS_PLAN=onchip tries it)";
   if (best.refused != kNone) return best;
+  Limits limits = wish.limits;
+  if (!loads_behind(device.sm)) limits.chunks = 1;
   double least = 0;
   const auto consider = [&](Barrier barrier, int blocks, int blocks_per_sm) {
     OnChip chip = on_chip(problem, way, aligned, barrier, blocks,
-                          shared_limit(device.sm, blocks_per_sm), wish.limits);
+                          shared_limit(device.sm, blocks_per_sm), limits);
     if (chip.refused) {
       if (best.refused == kNone) best.refused = chip.refused;
       return;
@@ -115,8 +164,8 @@ OnChip choose(const Problem& problem, Way way, const Device& device, bool aligne
     const int teams = residents(chip);
     if (teams < 1) return;
     chip.images_at_once = std::clamp<int64_t>(problem.n, 1, teams);
-    const double bytes = cost(problem, device, chip);
-    if (best.refused || bytes < least) best = chip, least = bytes;
+    const double takes = cost(problem, device, chip);
+    if (best.refused || takes < least) best = chip, least = takes;
   };
   for (Barrier barrier : {Barrier::block, Barrier::cluster, Barrier::counter}) {
     if (wish.kind == Wish::Kind::exact && wish.barrier != barrier) continue;
@@ -129,6 +178,10 @@ OnChip choose(const Problem& problem, Way way, const Device& device, bool aligne
         consider(barrier, std::max(wish.blocks, 1), per_sm);
       else
         for (int blocks : kBlocks) consider(barrier, blocks, per_sm);
+  }
+  if (wish.kind == Wish::Kind::automatic && !best.refused) {
+    const Plan passes = plan(problem, device, aligned, wish.limits);
+    if (cost(problem, device, passes, way) < least) best.refused = "the passes should be faster";
   }
   return best;
 }

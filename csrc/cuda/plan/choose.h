@@ -35,6 +35,12 @@ using Residents = std::function<int(const OnChip&)>;
 // What a typical GPU of the architecture should hold, for showing plans without one.
 Residents typical_residents(const Device& device);
 
+// What a launch on the chip, or a direction of the passes, should take: an estimate, in bytes that
+// a multiprocessor could move from and to memory meanwhile. It counts launches, waves of blocks,
+// bytes, instructions against issue slots, and how long the blocks of a team wait for each other.
+double cost(const Problem& problem, const Device& device, const OnChip& chip);
+double cost(const Problem& problem, const Device& device, const Plan& passes, Way way);
+
 // The launch that should take least time, with images_at_once set; or `refused` says why the
 // portable passes are to run, or why there is no launch as wished.
 OnChip choose(const Problem& problem, Way way, const Device& device, bool aligned, const Wish& wish,

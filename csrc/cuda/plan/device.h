@@ -34,6 +34,9 @@ inline Device typical_device(int sm) {
 // The part of L2 to count on: others use it too, and it is not replaced in strict order.
 inline double usable_l2(const Device& device) { return 0.7 * double(device.l2_bytes); }
 
+// Copies into shared memory that go on behind the threads' backs begin with Ampere.
+inline bool loads_behind(int sm) { return sm >= 80; }
+
 // Clusters begin with Hopper.
 inline bool has_clusters(int sm) { return sm >= 90; }
 

@@ -20,9 +20,9 @@ struct Limits {
       8 << 10;  // of a gate's numbers, by image and channel, that a block adds up at least
   // The launch that keeps an image on the chip:
   int64_t chip_lanes = 1 << 10;  // vectors that cover a tile's row
-  int64_t chunks = 8;            // chunks of a slab
+  int64_t chip_rows = 1 << 10;   // rows that a block reads at once
+  int64_t chunks = 2;            // chunks of a slab that is kept: one is added up, one on its way
   int64_t kept = 1 << 20;        // chunks of x, then of dy, in shared memory, if there is room
-  int64_t fold_bytes = 8 << 10;  // bytes of partial sums by column that a round of folding adds up
 };
 
 }  // namespace da::cuda

@@ -28,6 +28,8 @@ void set_geometry(OnChip& chip, const Problem& p, bool aligned, const Limits& li
   const int vector = 16 / p.element_size();
   chip.aligned = aligned && holds_vectors(chip, vector);
   cut_rows(chip, vector, kChipThreads, limits.chip_lanes, shuffled_lanes);
+  const int64_t most = limits.chip_rows / 8 * 8;  // a multiple, so that threads are whole warps
+  chip.super_rows = std::min<int64_t>(chip.super_rows, ceil_div(most, chip.period));
   chip.at_once = chip.super_rows * chip.period;
   chip.threads = chip.lanes * chip.at_once;
   chip.warps = chip.threads / 32;
@@ -35,13 +37,13 @@ void set_geometry(OnChip& chip, const Problem& p, bool aligned, const Limits& li
   chip.scaled_super_rows =
       chip.by_super_row ? chip.threads * vector / (chip.period * chip.cols) : chip.super_rows;
   chip.row_parts = std::max(chip.lanes / 32, 1);
-  chip.fold = chip.at_once == 1
-                  ? 0
-                  : std::clamp<int>(limits.fold_bytes / (4 * chip.pitch()), 1, chip.at_once);
+  // As many threads to a column as there are, in powers of two.
+  const auto spare = [&](int lanes) {
+    return lanes <= std::min(32, chip.at_once) && lanes * chip.width <= chip.threads;
+  };
+  for (chip.fold_lanes = 1; spare(2 * chip.fold_lanes);) chip.fold_lanes *= 2;
 
   chip.slab_rows = round_up(ceil_div(chip.rows, chip.blocks), chip.period);
-  chip.chunk_rows = round_up(ceil_div(chip.slab_rows, limits.chunks), chip.at_once);
-  chip.chunks = ceil_div(chip.slab_rows, chip.chunk_rows);
   chip.slice = ceil_div(chip.cols, chip.blocks);
 }
 
@@ -52,29 +54,46 @@ void set_steps(OnChip& chip, const Problem& p) {
   for (int step = 0; step < chip.steps; step++)
     chip.complete[step] = lines(passes.passes[step].complete, chip.channels_last);
   chip.masks = lines(da::masks(p.order), chip.channels_last);
+  const int sweeps = chip.backward ? chip.steps : chip.steps + 1;  // that x is for
+  chip.visits = sweeps * chip.col_tiles;
+  chip.visits_dy = chip.backward ? 2 * chip.col_tiles : 0;
   chip.outer = outer(da::outer(p.order), chip.channels_last);
   chip.pixel_mask = p.spatial();
-  const int by_pixel = std::min(kReach * (p.w + 1), p.pixels());
-  const int by_channel = p.gate == Gate::eca ? std::min(p.kernel_size / 2, p.c) : 0;
-  chip.row_reach = chip.channels_last ? by_pixel : by_channel;
-  chip.col_reach = chip.channels_last ? by_channel : by_pixel;
+  chip.halo = halo(chip.channels_last ? chip.slab_rows : chip.slice, p.w);
+  chip.gate_reach = p.gate == Gate::eca ? std::min(p.kernel_size / 2, p.c) : 0;
 }
 
-// Keeps as many chunks of x, then of dy, as fit. Null, or why the launch is impossible.
+// Cuts the slab into chunks of so many rows, and more to make up whole rounds.
+void cut_slab(OnChip& chip, int64_t rows) {
+  chip.chunk_rows = round_up(rows, chip.round_rows());
+  chip.chunks = ceil_div(chip.slab_rows, chip.chunk_rows);
+}
+
+// Keeps all of x and dy, or else as many chunks of x, then of dy, as fit. Null, or why the launch
+// is impossible.
 const char* keep(OnChip& chip, int64_t shared_limit, const Limits& limits) {
-  const auto fits = [&] { return carve(chip, nullptr).bytes <= size_t(shared_limit); };
-  const auto fill = [&](int& kept, int64_t most) {
-    for (kept = std::min<int64_t>(chip.chunks, most); kept > 0 && !fits();) kept--;
+  const auto keeps = [&](int x, int dy, int places) {
+    const auto ring = [&](int kept) { return std::min(places, chip.chunks - kept); };
+    chip.kept = x, chip.kept_dy = chip.backward ? dy : 0;
+    chip.ring = ring(x), chip.ring_dy = chip.backward ? ring(dy) : 0;
+    chip.memory = carve(chip, nullptr);
+    return x + chip.kept_dy <= limits.kept && chip.memory.bytes <= size_t(shared_limit);
   };
-  fill(chip.kept, limits.kept);
-  if (!fits()) return "not even the masks fit in shared memory";
-  const bool all_of_x = chip.kept == chip.chunks;
-  if (chip.backward && all_of_x) fill(chip.kept_dy, limits.kept - chip.kept);
-  const bool all = all_of_x && (!chip.backward || chip.kept_dy == chip.chunks);
-  if (!all && !chip.aligned)
+  cut_slab(chip, ceil_div(chip.slab_rows, limits.chunks));
+  chip.mail = chip.barrier == Barrier::cluster && chip.blocks > 1 && chip.masks.cols;
+  if (keeps(chip.chunks, chip.chunks, 0)) return nullptr;
+  chip.mail = false;  // it takes room
+  if (keeps(chip.chunks, chip.chunks, 0)) return nullptr;
+  if (!chip.aligned)
     return "what is not aligned must fit in shared memory, for it cannot be read again";
-  chip.memory = carve(chip, nullptr);
-  return nullptr;
+  cut_slab(chip, 1);
+  for (int places : {2, 1}) {  // of a ring: one is filled while the other is used
+    for (int dy = chip.chunks; chip.backward && dy >= 0; dy--)
+      if (keeps(chip.chunks, dy, places)) return nullptr;
+    for (int x = chip.chunks; x >= 0; x--)
+      if (keeps(x, 0, places)) return nullptr;
+  }
+  return "not even the masks fit in shared memory";
 }
 
 }  // namespace

@@ -10,6 +10,11 @@
 //        +------------+
 //     1  |   slab     |  = chunks of rows, which are loaded one by one
 //        +------------+
+//
+// Where a block has no room for its slab, some chunks stay in shared memory, and the others pass
+// through a ring of one or two places there, each time that the image is gone through:
+//
+//     x   |chunk 0|chunk 1|chunk 2| ring  | ring  |    chunks 3, 5, 7, ...  and 4, 6, 8, ...
 #pragma once
 
 #include <cstddef>
@@ -17,6 +22,7 @@
 
 #include "cuda/plan/limits.h"
 #include "cuda/plan/matrix.h"
+#include "cuda/plan/padded.h"
 #include "cuda/simt/carver.h"
 #include "formula.h"
 
@@ -29,11 +35,14 @@ enum class Way { forward, backward };
 enum class Barrier { block, cluster, counter };
 constexpr const char* kBarriers[] = {"block", "cluster", "counter"};
 
-// The kernels' launch bounds, which leave a thread 72 registers. With 512 threads it would have 64,
-// too few for backward's first sweep, which holds a vector's weights and sums beside what it reads.
-constexpr int kChipThreads = 448, kChipBlocks = 2;
+// The kernels' launch bounds, which leave a thread 80 registers: backward's first sweep holds a
+// vector's weights and sums beside what it reads. Three blocks hide each other's waiting better
+// than two larger ones do.
+constexpr int kChipThreads = 256, kChipBlocks = 3;
+constexpr int kChipRows = 4;             // rows that a thread adds up in a round
 constexpr int kMaxCluster = 16;          // blocks; more than 8 only where the GPU agrees
-constexpr size_t kBulkBytes = 8;         // of a simt::Bulk
+constexpr size_t kBulkBytes = 8;         // of a simt::Bulk, and of a simt::Mail
+constexpr size_t kPlaceBytes = 16;       // of a Place
 constexpr int kCounterStride = 32;       // words from one team's counter to the next one's
 constexpr int kStencil = 2 * kTaps + 2;  // the stencil's coefficients and bias, whole vectors
 
@@ -55,13 +64,17 @@ DA_HD Outer outer(Axes axis, bool channels_last) {
 
 // Where each array of a block lies in its shared memory: bytes from the beginning.
 struct ChipMemory {
-  unsigned x, dy;               // the chunks that are kept
+  unsigned x, dy;               // the chunks that are kept, then the ring
   unsigned row_mask, col_mask;  // of the slab's rows and of all columns; forward first their sums
   unsigned row_term, col_term;  // backward, likewise
+  unsigned col_sums;            // of all columns: there, or apart where masks come by mail
   unsigned stencil;             // coefficients and bias; backward those of the adjoint after them
   unsigned scratch;             // in turn: parts of rows' sums; sums by column, to be folded; a map
                                 // around the block's rows or its slice
-  unsigned loads;               // a simt::Bulk for every kept chunk
+  unsigned zeros;               // a vector of them, for threads that have no vector of a row
+  unsigned place;               // the block's Place
+  unsigned mail;                // a simt::Mail
+  unsigned loads;               // a simt::Bulk for every place of a chunk
   size_t bytes;                 // in all
 };
 
@@ -83,29 +96,38 @@ struct OnChip {
   int scaled_super_rows;  // super-rows that a block writes at once
   int warps;              // of a block
   int row_parts;          // numbers that a row's sum over a tile comes in, one from each warp
+  int fold_lanes;         // of a warp, that add up the block's sums of a column
 
   int slab_rows;           // rows of a block, or fewer in the last block
-  int chunk_rows, chunks;  // rows of a chunk, chunks of a slab
-  int kept, kept_dy;       // chunks of x and of dy in shared memory; the others are read again
+  int chunk_rows, chunks;  // rows of a chunk, whole rounds; chunks of a slab
+  int kept, kept_dy;       // chunks of x and of dy that stay in shared memory
+  int ring, ring_dy;       // places there for the others, by turns
+  int visits, visits_dy;   // times that an image's x, and dy, are gone through
   bool aligned;            // x, dy, y and dx are read and written by vectors, or else by elements
   int slice;               // columns whose mask a block makes
 
-  Lines masks;               // those that the order has
-  bool pixel_mask;           // the spatial mask is one of them
-  int row_reach, col_reach;  // rows, and columns, that a mask's values depend on to either side
-  int steps;                 // turns of sums and the masks, or terms, that are made of them
+  bool mail;        // a cluster's blocks send each other the masks, or terms, by column
+  Lines masks;      // those that the order has
+  bool pixel_mask;  // the spatial mask is one of them
+  int gate_reach;   // channels that a channel mask's value depends on to either side
+  int steps;        // turns of sums and the masks, or terms, that are made of them
+  Halo halo;        // the window of the pixels whose mask a block makes
   Outer outer;
   Lines complete[2];  // the masks or terms of each step
-  int fold;           // rows of partial sums, a tile wide, that a round of folding adds up
   ChipMemory memory;
 
-  // Elements of a row of partial sums: each row begins at 16 bytes.
-  DA_HD int pitch() const { return (width + 3) / 4 * 4; }
-  DA_HD int kept_rows(int kept_chunks) const {
-    return kept_chunks == chunks ? slab_rows : kept_chunks * chunk_rows;
+  // Elements of a row of partial sums: each row begins at 16 bytes, and where lanes of a warp read
+  // several of them these lie in different banks.
+  DA_HD int pitch() const { return (width + 3) / 4 * 4 + (fold_lanes > 1 ? 8 : 0); }
+  DA_HD int round_rows() const { return kChipRows * at_once; }  // that a block adds up in a round
+  // Rows of the arrays by row: whole rounds.
+  DA_HD int padded_rows() const {
+    return (slab_rows + round_rows() - 1) / round_rows() * round_rows();
   }
-  // Entries of a map that a block needs before and after its own; a team's only block has all.
-  DA_HD int margin(int reach) const { return blocks == 1 ? 0 : reach; }
+  // Rows that so many places of chunks hold.
+  DA_HD int rows_of(int places) const { return places >= chunks ? slab_rows : places * chunk_rows; }
+  // Channels that a block needs before and after its own; a team's only block has all.
+  DA_HD int margin() const { return blocks == 1 ? 0 : gate_reach; }
 };
 
 // Sizes and carves a block's shared memory. Kernels read offsets with the rest of the plan; as
@@ -116,14 +138,16 @@ DA_HD ChipMemory carve(const OnChip& chip, unsigned char* base) {
   const auto larger = [](int one, int other) { return one < other ? other : one; };
   int scratch = 0;
   if (chip.masks.rows) {
-    scratch = larger(scratch, chip.slab_rows * chip.row_parts);
-    if (chip.row_reach > 0)
-      scratch = larger(scratch, chip.slab_rows + 2 * chip.margin(chip.row_reach));
+    if (chip.row_parts > 1) scratch = larger(scratch, chip.padded_rows() * chip.row_parts);
+    if (!chip.channels_last) scratch = larger(scratch, chip.slab_rows + 2 * chip.margin());
   }
   if (chip.masks.cols) {
-    scratch = larger(scratch, chip.fold * chip.pitch());
-    scratch = larger(scratch, chip.slice + 2 * chip.margin(chip.col_reach));
+    if (chip.at_once > 1) scratch = larger(scratch, chip.at_once * chip.pitch());
+    if (chip.channels_last) scratch = larger(scratch, chip.slice + 2 * chip.margin());
   }
+  if (chip.pixel_mask)
+    scratch =
+        larger(scratch, chip.halo.pieces * chip.halo.length + (chip.backward ? chip.threads : 0));
   simt::Carver carver(base);
   const auto bytes = [&](size_t count) {
     const size_t at = carver.bytes();
@@ -132,15 +156,21 @@ DA_HD ChipMemory carve(const OnChip& chip, unsigned char* base) {
   };
   const auto floats = [&](int count) { return bytes(count * sizeof(float)); };
   ChipMemory memory;
-  memory.x = bytes(vectors(chip.kept_rows(chip.kept) * row_bytes));
-  memory.dy = bytes(vectors(chip.kept_rows(chip.kept_dy) * row_bytes));
-  memory.row_mask = floats(chip.slab_rows);
+  memory.x = bytes(vectors(chip.rows_of(chip.kept + chip.ring) * row_bytes));
+  memory.dy = bytes(vectors(chip.rows_of(chip.kept_dy + chip.ring_dy) * row_bytes));
+  memory.row_mask = floats(chip.padded_rows());
   memory.col_mask = floats(chip.cols);
-  memory.row_term = floats(chip.backward ? chip.slab_rows : 0);
+  memory.row_term = floats(chip.backward ? chip.padded_rows() : 0);
   memory.col_term = floats(chip.backward ? chip.cols : 0);
+  memory.col_sums = chip.mail       ? floats(chip.cols)
+                    : chip.backward ? memory.col_term
+                                    : memory.col_mask;
   memory.stencil = floats(chip.pixel_mask ? (chip.backward ? 2 : 1) * kStencil : 0);
   memory.scratch = floats(scratch);
-  memory.loads = bytes((chip.kept + chip.kept_dy) * kBulkBytes);
+  memory.zeros = bytes(16);
+  memory.place = bytes(kPlaceBytes);
+  memory.mail = bytes(kBulkBytes);
+  memory.loads = bytes((chip.kept + chip.ring + chip.kept_dy + chip.ring_dy) * kBulkBytes);
   memory.bytes = carver.bytes();
   return memory;
 }

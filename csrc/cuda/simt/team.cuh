@@ -13,6 +13,13 @@ constexpr bool kClusters = true;
 constexpr bool kClusters = false;
 #endif
 
+// Instructions that round to bfloat16 exist from sm_80 on; to do without takes registers.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+constexpr bool kRoundsBfloat16 = true;
+#else
+constexpr bool kRoundsBfloat16 = false;
+#endif
+
 }  // namespace simt
 
 #ifdef __CUDACC__
@@ -64,6 +71,71 @@ SIMT_FN T* peer(T* pointer, unsigned rank) {
 #endif
 }
 
+// Numbers that blocks of a cluster put into each other's shared memory, without a fence or a
+// barrier of all; lives in shared memory, at the same place in each block. Between a block's wait()
+// and its peers' next post() to it lies a barrier of the cluster, as between init() and the first
+// one.
+class Mail {
+ public:
+  // All threads of the block call it.
+  SIMT_FN void init() {
+#if __CUDA_ARCH__ >= 900
+    if (thread() != 0) return;
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier()) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+
+  // Any thread: puts the value into the same place in the shared memory of the block `rank`.
+  template <class T>
+  SIMT_FN void post(T* place, unsigned rank, T value) {
+    static_assert(sizeof(T) == 4);
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .b32 place, mail;\n"
+        "mapa.shared::cluster.u32 place, %0, %2;\n"
+        "mapa.shared::cluster.u32 mail, %1, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [place], %3, [mail];\n"
+        "}" ::"r"(detail::shared_address(place)),
+        "r"(barrier()), "r"(rank), "r"(detail::bit_cast<unsigned>(value))
+        : "memory");
+#else
+    static_cast<void>(place), static_cast<void>(rank), static_cast<void>(value);
+    __trap();
+#endif
+  }
+
+  // All threads of the block, after so many waits before: until so many bytes have come since the
+  // last one.
+  SIMT_FN void wait(uint32_t bytes, unsigned before) {
+#if __CUDA_ARCH__ >= 900
+    if (thread() == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier()), "r"(bytes)
+                   : "memory");
+    unsigned done;
+    do {
+      asm volatile(
+          "{\n"
+          ".reg .pred done;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, done;\n"
+          "}"
+          : "=r"(done)
+          : "r"(barrier()), "r"(before & 1)
+          : "memory");
+    } while (!done);
+#else
+    static_cast<void>(bytes), static_cast<void>(before);
+    __trap();
+#endif
+  }
+
+ private:
+  SIMT_FN unsigned barrier() const { return detail::shared_address(&barrier_); }
+  uint64_t barrier_;
+};
+
 // One copy at a time from global to shared memory, behind the threads' back; lives in shared
 // memory. All threads of the block make each call. The source, the target and the size are
 // multiples of 16 bytes. The parity is that of the number of copies waited for before, so 0 for the
@@ -108,8 +180,19 @@ class Bulk {
                    : "memory");
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier()) : "memory");
 #else
-    for (uint32_t at = thread() * 16; at < bytes; at += threads() * 16)
-      store16(static_cast<char*>(to) + at, load16_once(static_cast<const char*>(from) + at));
+    constexpr int kInFlight = 4;
+    const uint32_t step = threads() * 16;
+    SIMT_ROLLED
+    for (uint32_t at = thread() * 16; at < bytes; at += kInFlight * step) {
+      Vector some[kInFlight];
+      SIMT_UNROLL
+      for (int i = 0; i < kInFlight; i++)
+        if (at + i * step < bytes)
+          some[i] = load16_once(static_cast<const char*>(from) + at + i * step);
+      SIMT_UNROLL
+      for (int i = 0; i < kInFlight; i++)
+        if (at + i * step < bytes) store16(static_cast<char*>(to) + at + i * step, some[i]);
+    }
 #endif
   }
 
