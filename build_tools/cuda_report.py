@@ -202,7 +202,7 @@ def hot_loops(kernels: list[Kernel], archs: list[str]) -> Iterator[list[str]]:
                 f"{name} {hot.name}",
                 "+".join(f"{count}" for count in hot.vectors),
                 *(loop_cell(hot, found.get(arch, [])) for arch in archs),
-                str(hot.limit[cuda_limits.column(size)]),
+                str(cuda_limits.limit_of(hot, size, "bfloat16" in name)),
                 *(loop_share(hot, found.get("sm_90", []), gpu) if size < 8 else "" for gpu in gpus),
             ]
         if base in cuda_limits.MOVED:

@@ -17,9 +17,11 @@ struct Allocator {
   }
 };
 
-// Blocks that add up a part of a scalar or eca gate's gradients, each some of the images.
+// Blocks that add up a part of a scalar or eca gate's gradients, each some of the images: one where
+// there is none.
 int shares(const Problem& p, const Limits& limits) {
   constexpr int64_t kMost = 64;
+  if (gate_parts(p) == 0) return 1;
   return std::clamp<int64_t>(p.n * p.c / limits.share, 1, std::clamp<int64_t>(p.n, 1, kMost));
 }
 
