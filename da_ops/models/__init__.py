@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .attention import ATTENTIONS, ECAModule, SEModule, SGEModule
+from .fuse import fuse
 from .insert import insert_attention
 from .resnet import (
     da_resnet18,
@@ -48,6 +49,7 @@ __all__ = [
     "eca_resnet34",
     "eca_resnet50",
     "eca_resnet101",
+    "fuse",
     "insert_attention",
     "resnet18",
     "resnet34",
