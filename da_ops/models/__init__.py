@@ -1,6 +1,7 @@
 """ResNets with the DA layer, or with those that its paper compares it with.
 
-``resnet50(attention="da")`` builds one; ``insert_attention`` puts layers into an existing network.
+``resnet50(attention="da")`` builds one; ``insert_attention`` puts layers into an existing network;
+``fuse`` makes one operator of the tail of each residual block.
 """
 
 try:
@@ -11,7 +12,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .attention import ATTENTIONS, ECAModule, SEModule, SGEModule
-from .fuse import fuse
+from .fuse import fuse, unfused_blocks
 from .insert import insert_attention
 from .resnet import (
     da_resnet18,
@@ -63,4 +64,5 @@ __all__ = [
     "sge_resnet34",
     "sge_resnet50",
     "sge_resnet101",
+    "unfused_blocks",
 ]

@@ -76,7 +76,7 @@ class Tail(NamedTuple):
 def tail_of(block: Any) -> Tail:
     last = 3 if hasattr(block, "conv3") else 2
     conv, norm = getattr(block, f"conv{last}"), getattr(block, f"bn{last}")
-    if isinstance(block, tuple(_OURS)):
+    if _torchvisions(block):
         return Tail(conv, norm, getattr(block, "attention", None), None, block.relu)
     return Tail(conv, norm, block.se, block.drop_path, getattr(block, f"act{last}"))
 
@@ -93,17 +93,21 @@ def own(block: Any) -> None:
     """Give the block this package's class, a subclass that differs in forward alone: keys, hooks
     and references live on."""
     block.__class__ = _ours().get(type(block), type(block))
-    if isinstance(block, tuple(_OURS)) and not hasattr(block, "attention"):
+    if _torchvisions(block) and not hasattr(block, "attention"):
         block.attention = None
 
 
 def set_attention(block: Any, layer: nn.Module) -> None:
     """At the end of the residual branch."""
-    if isinstance(block, tuple(_OURS)):
+    if _torchvisions(block):
         own(block)
         block.attention = layer
     else:
         block.se = layer
+
+
+def _torchvisions(block: Any) -> bool:
+    return isinstance(block, tuple(_OURS))
 
 
 def _ours() -> dict[type[nn.Module], type[nn.Module]]:

@@ -7,10 +7,12 @@ from collections import defaultdict
 
 from torch import nn
 
-from ..residual.functional import unfit
+from ..residual import functional
 from .blocks import Tail, own, residual_blocks, tail_of
 
 logger = logging.getLogger("da_ops")
+
+FUSIBLE = ("da", None)  # attentions
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -23,7 +25,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     A block stays as it is, and a warning of the logger ``da_ops`` says why, where its last norm is
     no ``nn.BatchNorm2d`` or ``FrozenBatchNorm2d``, its activation no ``nn.ReLU``, its attention
-    another than DA, or it drops paths. Fusing once more changes nothing.
+    another than DA, or it drops paths; :func:`unfused_blocks` tells which. Fusing once more changes
+    nothing.
 
     Args:
         model: any network with torchvision's or timm's ``BasicBlock`` or ``Bottleneck``: ResNet,
@@ -54,15 +57,32 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
+def unfused_blocks(model: nn.Module) -> dict[str, str]:
+    """Why residual blocks of ``model`` call the modules of their tail one by one: reasons by name;
+    empty where :func:`fuse` has fused all, and nothing has come between since."""
+    reasons = {}
+    for name, block in residual_blocks(model):
+        tail = tail_of(block)
+        reason = _unfit(tail)
+        if reason is None and not getattr(block, "fused", False):
+            reason = "fuse(model) was not called"
+        elif reason is None:
+            device = tail.conv.weight.device.type
+            reason = functional.unfused(tail.norm, tail.attention, device, tail.activation)
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
 def _unfit(tail: Tail) -> str | None:
     if tail.drop_path is not None:
         return f"there is a {type(tail.drop_path).__name__} before the addition"
-    return unfit(tail.norm, tail.attention, tail.activation)
+    return functional.unfit(tail.norm, tail.attention, tail.activation)
 
 
 def check_fusible(fused: bool, attention: str | None, caller: str) -> None:
     """ValueError where ``fused`` is asked for with an attention that cannot be fused."""
-    if fused and attention not in ("da", None):
+    if fused and attention not in FUSIBLE:
         raise ValueError(
             f"{caller}: fused=True goes with DA or without attention, got attention="
             f"{attention!r}; leave it out"

@@ -31,7 +31,7 @@ class BasicBlock(_Added, timm.BasicBlock):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        out = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
         u = self.conv2(out)
         if torch.jit.is_scripting():
             return self.act2(self._added(self.bn2(u), x))
@@ -47,7 +47,7 @@ class Bottleneck(_Added, timm.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act1(self.bn1(self.conv1(x)))
-        out = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(out)))))
+        out = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(out)))))  # type: ignore[misc]
         u = self.conv3(out)
         if torch.jit.is_scripting():
             return self.act3(self._added(self.bn3(u), x))
