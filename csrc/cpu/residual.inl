@@ -49,42 +49,60 @@ void column_moments(const T* u, int64_t rows, int64_t cols, const Moments<A>& to
   block(std::integral_constant<int, 1>());
 }
 
-// Adds up the deviations from a centre, and their squares, over a row.
-template <class T, class A = accumulate_t<T>>
-DA_INLINE void deviations(const T* row, const Tail<T>& tail, A centre, double (&sums)[2]) {
+// A few rows' sums of deviations from their centres, and of the deviations' squares if asked for.
+template <bool kSquares, int kBlock, class T, class A = accumulate_t<T>>
+DA_INLINE void deviations(const T* row, int64_t cols, const Tail<T>& tail, const A* centre, A* sums,
+                          A* squares) {
   constexpr int64_t lanes = Vector<A>::lanes;
-  vec<A> sum[2] = {};
-  const auto add = [&](vec<A> v) DA_LAMBDA_INLINE { sum[0] += v, sum[1] += v * v; };
-  const auto keep = [&]() DA_LAMBDA_INLINE {
-    A chunk[2];
-    for (int i = 0; i < 2; i++) {
-      sum_lanes<1, A>(sum + i, chunk + i);
-      sums[i] += chunk[i];
-      sum[i] = vec<A>{};
+  vec<A> total[2][kBlock] = {};
+  for (int b = 0; b < kBlock; b++, row += cols) {
+    const auto add = [&](vec<A> v, vec<A>(&to)[2]) DA_LAMBDA_INLINE {
+      to[0] += v;
+      if constexpr (kSquares) to[1] += v * v;
+    };
+    const auto keep = [&](const vec<A>(&from)[2]) DA_LAMBDA_INLINE {
+      total[0][b] += from[0];
+      if constexpr (kSquares) total[1][b] += from[1];
+    };
+    for (int64_t q = 0; q < tail.full;) {
+      const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
+      vec<A> even[2] = {}, odd[2] = {};
+      for (; q + lanes < end; q += 2 * lanes) {
+        add(load(row + q) - centre[b], even);
+        add(load(row + q + lanes) - centre[b], odd);
+      }
+      if (q < end) add(load(row + q) - centre[b], even), q += lanes;
+      keep(even), keep(odd);
     }
-  };
-  for (int64_t q = 0; q < tail.full;) {
-    const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
-    for (; q < end; q += lanes) add(load(row + q) - centre);
-    keep();
+    vec<A> last[2] = {};
+    if (tail.n) add(tail.keep_fresh(tail.read(row) - centre[b]), last), keep(last);
   }
-  if (tail.n) add(tail.keep_fresh(tail.read(row) - centre)), keep();
+  sum_lanes<kBlock, A>(total[0], sums);
+  if constexpr (kSquares) sum_lanes<kBlock, A>(total[1], squares);
 }
 
 // Of each row: once for a centre near its mean, and from cache again for the deviations from it.
 template <class T, class A = accumulate_t<T>>
 void row_moments(const T* u, int64_t rows, int64_t cols, const Moments<A>& to) {
   const Tail<T> tail(cols);
-  for (int64_t r = 0; r < rows; r++) {
-    const T* row = u + r * cols;
-    double rough[2] = {}, sums[2] = {};
-    deviations(row, tail, A(0), rough);
-    const A near = rough[0] / cols;
-    deviations(row, tail, near, sums);
-    const double off = sums[0] / cols;
-    to.mean[r] = near + off;
-    to.squares[r] = sums[1] - off * sums[0];
-  }
+  int64_t r = 0;
+  const auto block = [&](auto size) DA_LAMBDA_INLINE {
+    constexpr int kSize = decltype(size)::value;
+    for (; r + kSize <= rows; r += kSize) {
+      const T* row = u + r * cols;
+      A centre[kSize], sums[kSize] = {}, squares[kSize];
+      deviations<false, kSize>(row, cols, tail, sums, centre, squares);
+      for (int b = 0; b < kSize; b++) centre[b] /= cols;
+      deviations<true, kSize>(row, cols, tail, centre, sums, squares);
+      for (int b = 0; b < kSize; b++) {
+        const double off = double(sums[b]) / cols;
+        to.mean[r + b] = centre[b] + off;
+        to.squares[r + b] = squares[b] - off * sums[b];
+      }
+    }
+  };
+  block(std::integral_constant<int, 4>());
+  block(std::integral_constant<int, 1>());
 }
 
 template <class T>
@@ -146,9 +164,8 @@ void rectify(const T* u, const T* shortcut, T* out, int64_t rows, int64_t cols, 
 
 // The first read of backward. A row has sums of its own, and adds to those of the columns: of d and
 // of d (u - centre), weighted, there, where the channels are; of d x where the pixels are.
-template <bool kChannelsLast, bool kPixelSums, bool kStream, int kBlock, class T,
-          class A = accumulate_t<T>>
-DA_INLINE void gradients_block(const Gradients<T>& g, int64_t r, const Tail<T>& tail,
+template <bool kChannelsLast, bool kPixelSums, int kBlock, class T, class A = accumulate_t<T>>
+DA_INLINE void gradients_block(const Gradients<T>& g, int64_t r, const Tail<T>& tail, bool streamed,
                                vec<A> (&tail_sums)[2]) {
   constexpr int64_t lanes = Vector<A>::lanes;
   constexpr int kRowSums = kChannelsLast ? 1 : 2, kColSums = 3 - kRowSums;
@@ -187,7 +204,8 @@ DA_INLINE void gradients_block(const Gradients<T>& g, int64_t r, const Tail<T>& 
       for (int i = 0; kCols && i < kColSums; i++) col[i] = load(cols[i] + q);
       columns(
           q, [=](const T* in) DA_LAMBDA_INLINE { return load(in + q); },
-          [=](T* to, vec<A> v) DA_LAMBDA_INLINE { kStream ? stream(to + q, v) : store(to + q, v); },
+          [=](T* to, vec<A> v)
+              DA_LAMBDA_INLINE { streamed ? stream(to + q, v) : store(to + q, v); },
           [&](vec<A> v) DA_LAMBDA_INLINE { return v; }, col);
       for (int i = 0; kCols && i < kColSums; i++) store(cols[i] + q, col[i]);
     }
@@ -214,16 +232,13 @@ void gradients_slab(const Gradients<T>& g) {
   vec<A> tail_sums[2] = {};
   for (int i = 0; kCols && i < kColSums; i++)
     __builtin_memset(cols[i], 0, padded(g.cols) * sizeof(A));
-  const auto all = [&](auto stream) DA_LAMBDA_INLINE {
-    constexpr bool kStream = decltype(stream)::value;
-    int64_t r = 0;
-    for (; r + 4 <= g.rows; r += 4)
-      gradients_block<kChannelsLast, kPixelSums, kStream, 4>(g, r, tail, tail_sums);
-    for (; r < g.rows; r++)
-      gradients_block<kChannelsLast, kPixelSums, kStream, 1>(g, r, tail, tail_sums);
-    if constexpr (kStream) finish_streams();
-  };
-  streams(g.d, tail, g.stores) ? all(std::true_type()) : all(std::false_type());
+  const bool streamed = streams(g.d, tail, g.stores);
+  int64_t r = 0;
+  for (; r + 4 <= g.rows; r += 4)
+    gradients_block<kChannelsLast, kPixelSums, 4>(g, r, tail, streamed, tail_sums);
+  for (; r < g.rows; r++)
+    gradients_block<kChannelsLast, kPixelSums, 1>(g, r, tail, streamed, tail_sums);
+  if (streamed) finish_streams();
   for (int i = 0; kCols && tail.n && i < kColSums; i++)
     store(cols[i] + tail.begin, load(cols[i] + tail.begin) + tail_sums[i]);
 }
