@@ -224,6 +224,8 @@ def test_autocast(name):
     assert seen[0] == seen[1]
     assert all(p.grad.dtype == torch.float32 for p in fused.parameters())
     with torch.autocast("cpu", torch.bfloat16):
+        # A frozen norm makes float32 of half precision, and is called.
+        assert fused_in(fused, x) == ([] if name == "frozen" else list(blocks_of(fused)))
         torch.testing.assert_close(
             fused.eval()(x).float(), plain.eval()(x).float(), rtol=0.1, atol=0.1
         )

@@ -11,11 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 import da_ops
+from da_ops.residual import functional
 from da_ops.residual.functional import residual_attention, tail, unfused
 
 from .test_residual_layer import is_fused, layer_of, norm_of, one_by_one, tensors
 
-pytestmark = pytest.mark.usefixtures("fused_cpu")
+
+@pytest.fixture(autouse=True)
+def _forget(fused_cpu):
+    functional._told.clear()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -64,6 +68,12 @@ def test_a_block_with_an_activation_of_its_own(activation, reason):
     activation.register_forward_hook(lambda module, args, out: seen.append(out))
     out = tail(u, shortcut, norm, layer, activation)
     assert seen == [out] and not is_fused(out)
+
+
+def test_nothing_is_said_where_nothing_is_computed(caplog):
+    with torch.device("meta"):
+        out = da_ops.DAResidual(6)(torch.empty(2, 6, 5, 4), torch.empty(2, 6, 5, 4))
+    assert out.shape == (2, 6, 5, 4) and not caplog.records
 
 
 def test_a_compiled_layer_under_checkpointing():

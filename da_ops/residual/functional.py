@@ -172,7 +172,7 @@ def _fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
         return False
     if torch.jit.is_tracing() or transformed() or torch.compiler.is_exporting():
         return False
-    if torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or u.is_meta:
         return False
     same = u.shape == shortcut.shape and u.dtype is shortcut.dtype and u.device == shortcut.device
     if not same or u.dim() != 4 or u.layout is not torch.strided or shortcut.layout is not u.layout:
