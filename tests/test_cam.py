@@ -131,21 +131,22 @@ def two_blocks(block, attention):
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(wide, 7)),
     )
     options = {"sge": {"groups": 4}}.get(attention, {})
-    models.insert_attention(network, attention, **options)
+    name, fused = attention.removesuffix(", fused"), attention.endswith("fused")
+    models.insert_attention(network, name, fused=fused, **options)
     for p in network.parameters():  # gates that start at 0 would show little
         p.data.add_(torch.rand_like(p), alpha=0.2)
     return network.eval()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("attention", [*models.ATTENTIONS, "da, fused"])
 def test_layers_into_whose_output_the_network_writes(attention, block):
     network, x = two_blocks(BLOCKS[block], attention), torch.randn(2, 3, 32, 24)
     stem, blocks, _ = network
     shown = 0
     for last in blocks:
         layer = last.se if "timm" in block else last.attention
-        for looked_at in (layer, last.bn1, last.bn2, stem[1]):
+        for looked_at in (last, layer, last.bn1, last.bn2, stem[1]):
             expected = defined(looked_at, picked, lambda: network(x))
             shown += bool(expected.amax())
             assert_close(cam.grad_cam(network, x, [3, 5], looked_at), resampled(expected, 32, 24))

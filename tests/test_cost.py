@@ -14,6 +14,7 @@ from da_ops import DAModule, cost, models
 from da_ops.cli import main
 from da_ops.cost import tables
 from da_ops.cost.paper import PRINTED
+from da_ops.residual import functional
 
 from .conftest import need
 
@@ -100,6 +101,19 @@ def test_a_changed_da_layer_is_counted_by_its_children():
     layer.conv = nn.Sequential(layer.conv, nn.Conv2d(1, 1, 5, padding=2, bias=False))
     got = counted(nn.Sequential(layer), 2, 6, 5, 7)
     assert got.macs_torch == got.macs_torchstat == (20 + 25) * 2 * 5 * 7
+
+
+@pytest.mark.parametrize("attention", ["da", None])
+def test_a_fused_network_costs_what_it_did_before(fused_cpu, attention, caplog):
+    """And is fused again after; nothing is said of hooks that are not the user's."""
+    functional._told.clear()
+    network = models.resnet18(attention).eval()
+    want = cost.count(network, torch.randn(1, 3, 32, 32))
+    assert cost.count(models.fuse(network), torch.randn(1, 3, 32, 32)) == want
+    assert not models.unfused_blocks(network) and not caplog.records
+    with pytest.raises(RuntimeError):
+        cost.count(network, torch.randn(1, 2, 32, 32))
+    assert not models.unfused_blocks(network)
 
 
 def test_rivals():

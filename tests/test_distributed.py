@@ -25,8 +25,10 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import BasicBlock
 
 from da_ops import DAModule
+from da_ops.models import insert_attention, unfused_blocks
 
 from .conftest import need
 from .test_module import randomised
@@ -132,7 +134,32 @@ def data_parallel(rank, mesh, backend, memory_format, as_view):
     return gradients
 
 
+def fused_network(rank, mesh, how, fused):
+    """Gradients and statistics after two steps of a network, each process's own."""
+    torch.manual_seed(9)
+    stem = nn.Conv2d(6, 8, 3, padding=1)
+    net = nn.Sequential(stem, BasicBlock(8, 8), BasicBlock(8, 8))
+    for p in insert_attention(net, fused=fused).parameters():
+        p.data.add_(torch.rand_like(p), alpha=0.1)
+    assert unfused_blocks(net) == {} or not fused
+    if how == "fully_shard":
+        for module in (net[1], net[2], net):
+            fully_shard(module, mesh=mesh)
+        model = net
+    else:
+        model = DistributedDataParallel(net, broadcast_buffers=how == "broadcast")
+    x, _ = (share(t, rank) for t in batch())
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    gradients = {name: whole(p.grad) for name, p in net.named_parameters()}
+    return {**gradients, **{name: whole(b) for name, b in net.named_buffers()}}
+
+
 BACKENDS = ("cpu", "eager")
+NETWORKS = ("broadcast", "own buffers", "fully_shard")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TENSORS = [
     ("spatial_channel", "contiguous", Shard(0)),
@@ -159,6 +186,11 @@ WORK = {
         for backend in BACKENDS
         for layout, memory_format in FORMATS.items()
         for as_view in (False, True)
+    },
+    **{
+        f"network {how} {fused}": (fused_network, how, fused)
+        for how in NETWORKS
+        for fused in (False, True)
     },
 }
 
@@ -258,3 +290,16 @@ def test_distributed_data_parallel(answers, backend, layout, as_view):
     """Gradients have their parameters' strides, and no warning says otherwise."""
     need(backend)
     assert_as_alone(answers[f"ddp {backend} {layout} {as_view}"], alone(bias=True))
+
+
+@pytest.mark.parametrize("how", NETWORKS)
+def test_a_network_with_fused_blocks(fused_cpu, answers, how):
+    """Each process has what it has where the blocks are not fused."""
+    fused, plain = (answers[f"network {how} {fused}"] for fused in (True, False))
+    for rank in range(SIZE):
+        assert isinstance(fused[rank], dict), fused[rank]
+        assert fused[rank].keys() == plain[rank].keys()
+        for name, want in plain[rank].items():
+            torch.testing.assert_close(
+                torch.from_numpy(fused[rank][name]), torch.from_numpy(want), msg=name
+            )

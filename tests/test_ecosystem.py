@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import da_ops
 from da_ops import DAModule
 from da_ops.functional import attention
-from da_ops.models import ATTENTIONS, ECAModule, SEModule, SGEModule, resnet18
+from da_ops.models import ATTENTIONS, ECAModule, SEModule, SGEModule, fuse, resnet18
 
 from .cases import CASES
 from .test_module import randomised
@@ -165,13 +166,34 @@ def test_a_scripted_layer(order, gate, bias, traced):
     torch.testing.assert_close(scripted(half), layer(half), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_a_network_prepared_for_quantisation(attention):
+@pytest.mark.parametrize("tool", ["thop", "torchinfo", "ptflops"])
+def test_counting_a_fused_network(tool):
+    """What is counted is what the modules do."""
+    module = pytest.importorskip(tool)
+    net = network("da").float()
+    counts = []
+    for counted in (net, fuse(copy.deepcopy(net))):
+        if tool == "thop":
+            counts.append(module.profile(counted, (images(32).float(),), verbose=False))
+        elif tool == "torchinfo":
+            summary = module.summary(counted, (2, 3, 32, 32), verbose=0)
+            counts.append((summary.total_mult_adds, summary.total_params))
+        else:
+            options = {"as_strings": False, "print_per_layer_stat": False, "backend": "pytorch"}
+            counts.append(module.get_model_complexity_info(counted, (3, 32, 32), **options))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("attention", "fused"), [*((name, False) for name in ATTENTIONS), ("da", True), (None, True)]
+)
+def test_a_network_prepared_for_quantisation(attention, fused):
     """Observers change nothing; what can be quantised is, the operator stays as it is."""
     quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     from torch.ao.quantization import get_default_qconfig_mapping
 
-    net, x = network(attention).float(), images().float()
+    net = network(attention, partial(resnet18, fused=fused)).float()
+    x = images().float()
     prepared = quantize_fx.prepare_fx(copy.deepcopy(net), get_default_qconfig_mapping(), (x,))
     torch.testing.assert_close(prepared(x), net(x), rtol=1e-4, atol=1e-4)
     quantised = quantize_fx.convert_fx(prepared)

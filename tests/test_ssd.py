@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models.resnet import resnet18 as plain_resnet18
 from torchvision.ops import box_iou
 
-from da_ops.models import da_resnet18
+from da_ops.models import da_resnet18, unfused_blocks
 from da_ops.models.ssd import MAPPINGS, feature_sides, ssd, ssd300
 
 CLASSES = 4  # with the background
@@ -182,6 +182,26 @@ def test_autocast_keeps_losses_and_boxes_in_float32(mapping):
     assert found["boxes"].dtype == found["scores"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("attention", ["da", None, "se"])
+def test_blocks_are_fused_where_that_is_the_same(fused_cpu, attention):
+    torch.manual_seed(1)
+    plain = small(attention, fused=False).double()
+    fused = small(attention).double()
+    fused.load_state_dict(plain.state_dict())
+    plain.load_state_dict(fused.state_dict())
+    assert len(unfused_blocks(plain)) == 6  # the network ends after layer3
+    assert len(unfused_blocks(fused)) == (6 if attention == "se" else 0)
+    images, wanted = (
+        [torch.rand(3, 64, 64).double() for _ in range(2)],
+        [targets((4, 4, 30, 40))] * 2,
+    )
+    losses = [model(images, wanted) for model in (plain, fused)]
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss, rtol=1e-6, atol=1e-8)
+    found = [model.eval()(images[:1])[0]["scores"] for model in (plain, fused)]
+    torch.testing.assert_close(*found)
+
+
 def test_learns_one_image():
     torch.manual_seed(0)
     model = small(size=32)
@@ -189,7 +209,7 @@ def test_learns_one_image():
     image[0, 5:20, 10:25] = 1
     box = (10.0, 5.0, 25.0, 20.0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(15):
+    for _ in range(20):
         optimizer.zero_grad()
         sum(model([image, image], [targets(box)] * 2).values()).backward()
         optimizer.step()

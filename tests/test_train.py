@@ -27,6 +27,7 @@ from da_ops.detection.optimisation import NotFiniteError, parameter_groups, step
 from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
 from da_ops.detection.voc import VOCDetection, read_classes
+from da_ops.models.blocks import residual_blocks
 
 TINY = Settings(backbone="resnet18", size=32, batch_size=2, steps=4, warmup=2, lr=1e-3, seed=3)
 OPTIONS = ["--backbone", "resnet18", "--size", "32", "--batch-size", "2", "--workers", "0"]
@@ -183,6 +184,26 @@ def test_mixed_precision_and_channels_last_train_alike(run, data, tmp_path, opti
     conv = weights(tmp_path / "run")["backbone.body.layer1.0.conv1.weight"]
     assert conv.dtype == torch.float32
     assert conv.is_contiguous(memory_format=layout)
+
+
+def test_fused_and_not_train_alike_and_load_each_others_checkpoints(run, data, tmp_path):
+    settings = dataclasses.replace(TINY, steps=1, fused=False)
+    training.train(data, tmp_path / "run", settings)
+    (first,) = rows(tmp_path / "run" / "train.csv")
+    assert float(first["loss"]) == pytest.approx(
+        float(rows(run / "train.csv")[0]["loss"]), rel=1e-5
+    )
+    for fused, folder in ((True, run), (False, tmp_path / "run")):
+        model = checkpoint.load_detector(folder).model
+        assert all(block.fused == fused for _, block in residual_blocks(model))
+        other = dataclasses.replace(settings, fused=not fused)
+        checkpoint.build_model(other, read_classes(data)).load_state_dict(weights(folder))
+
+
+def test_settings_of_a_run_from_before_fusing():
+    stored = TINY.to_dict()
+    del stored["fused"]
+    assert Settings.from_dict(stored) == TINY
 
 
 # The command line

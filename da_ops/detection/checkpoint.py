@@ -166,6 +166,7 @@ def build_model(settings: Settings, classes: Sequence[str], *, pretrained: bool 
             order=settings.order,
             gate=settings.gate,
             backend=settings.backend,
+            fused=settings.fused,
             weights=settings.weights if pretrained else None,
         )
 

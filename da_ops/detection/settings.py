@@ -35,6 +35,7 @@ class Settings:
     order: str = _setting("spatial_channel", "of DA's halves", choices=ORDERS)
     gate: str = _setting("affine", "form of DA's channel mask", choices=GATES)
     backend: str = _setting("auto", "kernels that compute DA", choices=("auto", *NAMES))
+    fused: bool = _setting(True, "norm, DA, addition and ReLU of a block as one operator")
     size: int = _setting(300, "side of the network's square input, pixels")
     mapping: str = _setting("c4", "stages that feed SSD", choices=("c4", "c3c4c5"))
     weights: str | None = _setting(

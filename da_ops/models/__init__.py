@@ -1,6 +1,7 @@
 """ResNets with the DA layer, or with those that its paper compares it with.
 
-``resnet50(attention="da")`` builds one; ``insert_attention`` puts layers into an existing network.
+``resnet50(attention="da")`` builds one; ``insert_attention`` puts layers into an existing network;
+``fuse`` makes one operator of the tail of each residual block.
 """
 
 try:
@@ -11,6 +12,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .attention import ATTENTIONS, ECAModule, SEModule, SGEModule
+from .fuse import fuse, unfused_blocks
 from .insert import insert_attention
 from .resnet import (
     da_resnet18,
@@ -48,6 +50,7 @@ __all__ = [
     "eca_resnet34",
     "eca_resnet50",
     "eca_resnet101",
+    "fuse",
     "insert_attention",
     "resnet18",
     "resnet34",
@@ -61,4 +64,5 @@ __all__ = [
     "sge_resnet34",
     "sge_resnet50",
     "sge_resnet101",
+    "unfused_blocks",
 ]

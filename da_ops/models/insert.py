@@ -1,53 +1,30 @@
 """Attention in the residual blocks of a network that exists."""
 
-# Annotations are no strings here: FX copies those of `forward`, and TorchScript reads them.
+from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models import resnet as tv
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..module import DAModule
 from .attention import ECAModule, SEModule, SGEModule, make_attention
+from .blocks import BasicBlock, Bottleneck, residual_blocks, set_attention, tail_of
+from .fuse import check_fusible, fuse
 
-
-class BasicBlock(tv.BasicBlock):
-    """torchvision's, with ``attention`` at the end of the residual branch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.attention(self.bn2(self.conv2(out)))
-        # Not in place: a hook may have kept the attention's result.
-        out = out + (x if self.downsample is None else self.downsample(x))
-        return self.relu(out)
-
-
-class Bottleneck(tv.Bottleneck):
-    """torchvision's, with ``attention`` at the end of the residual branch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.attention(self.bn3(self.conv3(out)))
-        # Not in place: a hook may have kept the attention's result.
-        out = out + (x if self.downsample is None else self.downsample(x))
-        return self.relu(out)
-
-
-_WITH_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
-    tv.BasicBlock: BasicBlock,
-    tv.Bottleneck: Bottleneck,
-}
+__all__ = ["BasicBlock", "Bottleneck", "insert_attention"]  # networks were pickled with the blocks
 
 
 def insert_attention(
-    model: nn.Module, attention: str = "da", *, preserve_function: bool = False, **options: Any
+    model: nn.Module,
+    attention: str = "da",
+    *,
+    preserve_function: bool = False,
+    fused: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Put an attention layer into every residual block of ``model``, in place.
 
@@ -67,6 +44,7 @@ def insert_attention(
             0, SE with ``fc2``, ECA with ``conv``, SGE with ``weight``. Layers before a weight at 0
             get their first gradient after a step has moved that weight; so it is, too, with the
             last norms of a network that starts its branches at 0.
+        fused: :func:`fuse` the blocks too, which goes with DA.
         options: keyword arguments of the layer, such as ``order``, ``gate`` and ``backend`` of
             :class:`da_ops.DAModule`.
 
@@ -77,7 +55,8 @@ def insert_attention(
         ValueError: ``model`` has no such block, one of them has attention already, an option does
             not go with ``attention``, or the function cannot be preserved. ``model`` is unchanged.
     """
-    blocks = list(_residual_blocks(model))
+    check_fusible(fused, attention, "insert_attention")
+    blocks = list(residual_blocks(model))
     if not blocks:
         raise ValueError(
             "insert_attention: model must have residual blocks of torchvision or timm (BasicBlock "
@@ -86,12 +65,12 @@ def insert_attention(
         )
     layers, factors = [], []
     for name, block in blocks:  # everything that can fail comes before the first change
-        if (present := _present(block)) is not None:
+        conv, norm, present, *_ = tail_of(block)
+        if present is not None:
             raise ValueError(
                 f"insert_attention: {name} has attention already, {type(present).__name__}; pass a "
                 "network without"
             )
-        conv, norm = _end_of_branch(block)
         layer = make_attention(
             attention,
             conv.out_channels,
@@ -106,36 +85,13 @@ def insert_attention(
             factors.append(_make_constant(layer))
 
     for (_, block), layer in zip(blocks, layers):
-        if type(block) in _WITH_ATTENTION:
-            # A subclass that differs in forward alone: keys, hooks and references live on.
-            block.__class__ = _WITH_ATTENTION[type(block)]
-            block.attention = layer
-        else:
-            block.se = layer
+        set_attention(block, layer)
     for (_, block), factor in zip(blocks, factors):
-        _, norm = _end_of_branch(block)
+        norm = tail_of(block).norm
         with torch.no_grad():
             norm.weight.div_(factor)
             norm.bias.div_(factor)
-    return model
-
-
-def _residual_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    known = {*_WITH_ATTENTION, *_WITH_ATTENTION.values()}
-    timm = sys.modules.get("timm.models.resnet")  # never imported, no block of it
-    if timm is not None:
-        known |= {timm.BasicBlock, timm.Bottleneck}
-    # By exact type: a subclass may have a forward of its own.
-    return ((name, module) for name, module in model.named_modules() if type(module) in known)
-
-
-def _present(block: Any) -> nn.Module | None:
-    return getattr(block, "attention", getattr(block, "se", None))
-
-
-def _end_of_branch(block: Any) -> tuple[nn.Conv2d, Any]:
-    """The last convolution of the residual branch, and the normalisation after it."""
-    return (block.conv3, block.bn3) if hasattr(block, "conv3") else (block.conv2, block.bn2)
+    return fuse(model) if fused else model
 
 
 def _check_foldable(norm: nn.Module, block: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchvision.models import ResNet, get_model
 
+from .fuse import check_fusible, fuse
 from .insert import insert_attention
 from .weights import Weights, load_weights
 
@@ -16,6 +17,9 @@ _DOCUMENTATION = """torchvision's ``{name}`` with attention at the end of every 
     Args:
         attention: ``"da"``, ``"se"``, ``"sge"``, ``"eca"``, or None for torchvision's network.
         order, gate, backend: of the DA layer; see :class:`da_ops.DAModule`.
+        fused: compute the last norm, DA, the addition and the ReLU of each block as one operator,
+            to the same result but for rounding; see :func:`da_ops.models.fuse`. With DA or None.
+            Off by default: what a network gave before, it gives bit for bit.
         weights: torchvision's weights (an enum, or its name such as ``"IMAGENET1K_V1"``), the path
             of a checkpoint of torchvision, timm or this library (``.safetensors`` too), or a state
             dict. What torch.compile and DistributedDataParallel put before its keys is taken off,
@@ -48,6 +52,7 @@ def _constructor(name: str) -> Callable[..., ResNet]:
         order: str = _DEFAULTS["order"],
         gate: str = _DEFAULTS["gate"],
         backend: str = _DEFAULTS["backend"],
+        fused: bool = False,
         weights: Weights = None,
         num_classes: int = 1000,
         **kwargs: Any,
@@ -56,9 +61,12 @@ def _constructor(name: str) -> Callable[..., ResNet]:
         if attention != "da":
             _check_unused(options, attention, name)
             options = {}
+        check_fusible(fused, attention, name)
         model: ResNet = get_model(name, weights=None, num_classes=num_classes, **kwargs)
         if attention is not None:
             insert_attention(model, attention, **options)
+        if fused:
+            fuse(model)
         if weights is not None:
             load_weights(model, weights, name)
         return model

@@ -15,6 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.transforms.v2.functional import resize
 
 from . import resnet
+from .fuse import FUSIBLE
 from .weights import Weights, load_weights
 
 # By backbone: how many times wider its blocks' outputs are than those of a basic block.
@@ -36,6 +37,7 @@ def ssd(
     order: str = "spatial_channel",
     gate: str = "affine",
     backend: str = "auto",
+    fused: bool = True,
     weights: Weights = None,
     **kwargs: Any,
 ) -> SSD:
@@ -59,6 +61,8 @@ def ssd(
             maps come from extra stages. ``"c3c4c5"``: the first three maps are those of layer2,
             layer3 and layer4 as they are.
         order, gate, backend: of the DA layer; see :class:`da_ops.DAModule`.
+        fused: compute the tail of each residual block as one operator, with DA or None; see
+            :func:`da_ops.models.fuse`.
         weights: of the backbone; see :func:`da_ops.models.resnet50`. Its classifier is not used.
         kwargs: of :class:`torchvision.models.detection.SSD`, for instance ``score_thresh``.
 
@@ -89,7 +93,8 @@ def ssd(
     boxes = _default_boxes(size, len(sides))
     head = _Head(widths, boxes.num_anchors_per_location(), num_classes)
 
-    net = getattr(resnet, backbone)(attention, order=order, gate=gate, backend=backend)
+    fused = fused and attention in FUSIBLE
+    net = getattr(resnet, backbone)(attention, order=order, gate=gate, backend=backend, fused=fused)
     if weights is not None:
         load_weights(net, weights, backbone, head=False)
     if mapping == "c4":

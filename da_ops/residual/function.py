@@ -16,11 +16,14 @@ from .reference import Norm
 
 class ResidualFunction(torch.autograd.Function):
     """``apply(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, eps, *parameters, order,
-    gate, backend) -> (out, mean, var)``, the residual tail with its hand-written backward.
+    gate, backend, track=None) -> (out, mean, var)``, the residual tail with its hand-written
+    backward.
 
     ``mean`` and ``var`` (biased) are the batch's where ``norm_mean`` and ``norm_var`` are None, and
     else empty. The six parameters are those of :class:`da_ops.DAFunction`, all None with the order
-    "none", which leaves attention out. Between forward and backward it keeps ``u``, ``out``, the
+    "none", which leaves attention out. ``track(mean, var)`` is called within forward: checkpointing
+    stops to compute again as soon as what is kept is there, and running statistics come before
+    that, as with ``nn.BatchNorm2d``. Between forward and backward it keeps ``u``, ``out``, the
     parameters and small maps.
     """
 
@@ -36,7 +39,7 @@ class ResidualFunction(torch.autograd.Function):
         eps: float,
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        *parameters, order, gate, backend = rest
+        parameters, (order, gate, backend, *track) = rest[:6], rest[6:]
         served = CHOICE.implementation(backend, u.device.type)
         assert served.residual_forward is not None  # residual_attention asked
         u = dense(u)
@@ -44,6 +47,8 @@ class ResidualFunction(torch.autograd.Function):
         out, mean, var, channel_mean, pooled = served.residual_forward(
             u, like(shortcut, u), *norm, eps, *parameters, order, gate
         )
+        for update in filter(None, track):
+            update(mean, var)
         batch = norm_mean is None
         ctx.options = order, gate, served, eps, batch
         ctx.set_materialize_grads(False)
@@ -56,7 +61,7 @@ class ResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 3  # the order, the gate, the backend
+        nothing = (None,) * 4  # the order, the gate, the backend, track
         if dout is None:
             return (None,) * 13 + nothing
         order, gate, served, eps, batch = ctx.options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,28 +49,43 @@ def residual_attention(
     Raises:
         what the modules raise, such as ValueError for one value a channel in training.
     """
+    return tail(u, shortcut, norm, attention, None)
+
+
+def tail(
+    u: Tensor,
+    shortcut: Tensor,
+    norm: nn.Module,
+    attention: DAModule | None,
+    activation: nn.Module | None,
+) -> Tensor:
+    """:func:`residual_attention` in a block with an activation module of its own, which is called
+    where its hooks, or what has become of it, ask for that."""
     parameters: Unnamed | None = None
     if _fusible_now(u, shortcut, norm):
-        reason = unfused(norm, attention, u.device.type)
+        reason = unfused(norm, attention, u.device.type, activation)
         if reason is None:
             parameters = _NONE if attention is None else attention.fused_parameters()
         else:
             _tell(reason)
     if parameters is None:
         x = norm(u)
-        return torch.relu((x if attention is None else attention(x)) + shortcut)
+        x = (x if attention is None else attention(x)) + shortcut
+        return torch.relu(x) if activation is None else activation(x)
     order, gate, backend = _options(attention)
     if attention is not None:
         check_arguments(u, parameters, order, gate)
     weight, bias, running_mean, running_var = _norm_tensors(norm)
     batch = type(norm) is nn.BatchNorm2d and (norm.training or running_mean is None)
     statistics = (None, None) if batch else (running_mean, running_var)
-    call = torch.ops.da_ops.residual.default if torch.compiler.is_compiling() else fused
-    out, mean, var = call(
-        u, shortcut, weight, bias, *statistics, norm.eps, *parameters, order, gate, backend
-    )
-    if batch and norm.track_running_stats and running_mean is not None:
-        _track(norm, mean, var, u.numel() // u.shape[1])
+    tracked = batch and norm.track_running_stats and running_mean is not None
+    track = partial(_track, norm, u.numel() // u.shape[1]) if tracked else None
+    arguments = u, shortcut, weight, bias, *statistics, norm.eps, *parameters, order, gate, backend
+    if not torch.compiler.is_compiling():
+        return fused(*arguments, track)[0]
+    out, mean, var = torch.ops.da_ops.residual.default(*arguments)
+    if track is not None:
+        track(mean, var)
     return out
 
 
@@ -87,7 +103,7 @@ def _norm_tensors(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | Non
 
 
 @torch.no_grad()
-def _track(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
+def _track(norm: Any, count: int, mean: Tensor, var: Tensor) -> None:
     """Update the running statistics as ``nn.BatchNorm2d`` does."""
     momentum = norm.momentum
     if norm.num_batches_tracked is not None:
@@ -103,17 +119,20 @@ def _track(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
     norm.running_var.lerp_((var * (count / (count - 1))).to(kept), momentum)
 
 
-def unfused(norm: nn.Module, attention: nn.Module | None, device_type: str = "cpu") -> str | None:
+def unfused(
+    norm: nn.Module,
+    attention: Any,
+    device_type: str = "cpu",
+    activation: nn.Module | None = None,
+) -> str | None:
     """Why :func:`residual_attention` calls these modules one by one; None where it fuses them.
 
     >>> unfused(nn.GroupNorm(1, 8), None)
     'the norm is a GroupNorm, expected nn.BatchNorm2d'
     """
-    if type(norm) is not nn.BatchNorm2d and not _is_frozen(norm):
-        return f"the norm is a {type(norm).__name__}, expected nn.BatchNorm2d"
-    if attention is not None and type(attention) is not DAModule:
-        return f"the attention is a {type(attention).__name__}, expected DAModule"
-    for name, module in (("norm", norm), ("attention", attention)):
+    if (reason := unfit(norm, attention, activation)) is not None:
+        return reason
+    for name, module in (("norm", norm), ("attention", attention), ("activation", activation)):
         if module is None:
             continue
         own = module.__dict__
@@ -131,6 +150,17 @@ def unfused(norm: nn.Module, attention: nn.Module | None, device_type: str = "cp
     return None
 
 
+def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | None) -> str | None:
+    """Which of a tail's modules is of another kind than those that can be fused; None if none."""
+    if type(norm) is not nn.BatchNorm2d and not _is_frozen(norm):
+        return f"the norm is a {type(norm).__name__}, expected nn.BatchNorm2d"
+    if attention is not None and type(attention) is not DAModule:
+        return f"the attention is a {type(attention).__name__}, expected DAModule"
+    if activation is not None and type(activation) is not nn.ReLU:
+        return f"the activation is a {type(activation).__name__}, expected nn.ReLU"
+    return None
+
+
 def _is_frozen(norm: nn.Module) -> bool:
     known = sys.modules.get("torchvision.ops.misc")  # never imported, none of its norms
     return known is not None and type(norm) is known.FrozenBatchNorm2d
@@ -142,7 +172,7 @@ def _fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
         return False
     if torch.jit.is_tracing() or transformed() or torch.compiler.is_exporting():
         return False
-    if torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or u.is_meta:
         return False
     same = u.shape == shortcut.shape and u.dtype is shortcut.dtype and u.device == shortcut.device
     if not same or u.dim() != 4 or u.layout is not torch.strided or shortcut.layout is not u.layout:
@@ -150,11 +180,13 @@ def _fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
     # A batch of nothing, and one value a channel, are the norm's to refuse or to take.
     if u.numel() <= u.shape[1] or u.dtype not in _DTYPES:
         return False
+    # A frozen norm of float32 makes half precision float32.
+    mixed = u.dtype in _HALF and not _is_frozen(norm)
     for t in _norm_tensors(norm) if hasattr(norm, "running_mean") else ():
         if t is not None and (
             t.shape != u.shape[1:2]
             or t.device != u.device
-            or (t.dtype is not u.dtype and not (u.dtype in _HALF and t.dtype is torch.float32))
+            or (t.dtype is not u.dtype and not (mixed and t.dtype is torch.float32))
         ):
             return False
     return True

@@ -1,0 +1,119 @@
+"""torchvision's residual blocks with attention, and which blocks of a network are residual."""
+
+# Annotations are no strings here: FX copies those of `forward`, and TorchScript reads them.
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet as tv
+
+from ..residual.functional import tail
+
+
+class _Added:
+    """Of both blocks: the branch with attention, and the shortcut."""
+
+    fused = False
+
+    def _added(self: Any, out: Tensor, x: Tensor) -> Tensor:
+        if self.attention is not None:
+            out = self.attention(out)
+        # Not in place: a hook may have kept the attention's result.
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class BasicBlock(_Added, tv.BasicBlock):
+    """torchvision's, with ``attention``, which may be None, at the end of the residual branch.
+
+    Where it is ``fused``, the last norm, attention, addition and ReLU are one operator.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        if torch.jit.is_scripting():
+            return self.relu(self._added(self.bn2(u), x))
+        else:  # TorchScript compiles code after a return, but not this branch
+            if not self.fused:
+                return self.relu(self._added(self.bn2(u), x))
+            shortcut = x if self.downsample is None else self.downsample(x)
+            return tail(u, shortcut, self.bn2, self.attention, self.relu)
+
+
+class Bottleneck(_Added, tv.Bottleneck):
+    """torchvision's, as :class:`BasicBlock` is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        u = self.conv3(self.relu(self.bn2(self.conv2(out))))
+        if torch.jit.is_scripting():
+            return self.relu(self._added(self.bn3(u), x))
+        else:  # TorchScript compiles code after a return, but not this branch
+            if not self.fused:
+                return self.relu(self._added(self.bn3(u), x))
+            shortcut = x if self.downsample is None else self.downsample(x)
+            return tail(u, shortcut, self.bn3, self.attention, self.relu)
+
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    tv.BasicBlock: BasicBlock,
+    tv.Bottleneck: Bottleneck,
+}
+
+
+class Tail(NamedTuple):
+    """What a block does after its last convolution; ``drop_path`` is timm's."""
+
+    conv: nn.Conv2d
+    norm: Any
+    attention: Any
+    drop_path: Any
+    activation: Any
+
+
+def tail_of(block: Any) -> Tail:
+    last = 3 if hasattr(block, "conv3") else 2
+    conv, norm = getattr(block, f"conv{last}"), getattr(block, f"bn{last}")
+    if _torchvisions(block):
+        return Tail(conv, norm, getattr(block, "attention", None), None, block.relu)
+    return Tail(conv, norm, block.se, block.drop_path, getattr(block, f"act{last}"))
+
+
+def residual_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """torchvision's and timm's, and those that this package made of them, by name."""
+    ours = _ours()
+    known = {*ours, *ours.values()}
+    # By exact type: a subclass may have a forward of its own.
+    return ((name, module) for name, module in model.named_modules() if type(module) in known)
+
+
+def own(block: Any) -> None:
+    """Give the block this package's class, a subclass that differs in forward alone: keys, hooks
+    and references live on."""
+    block.__class__ = _ours().get(type(block), type(block))
+    if _torchvisions(block) and not hasattr(block, "attention"):
+        block.attention = None
+
+
+def set_attention(block: Any, layer: nn.Module) -> None:
+    """At the end of the residual branch."""
+    if _torchvisions(block):
+        own(block)
+        block.attention = layer
+    else:
+        block.se = layer
+
+
+def _torchvisions(block: Any) -> bool:
+    return isinstance(block, tuple(_OURS))
+
+
+def _ours() -> dict[type[nn.Module], type[nn.Module]]:
+    """By the class that this package's is made of."""
+    if "timm.models.resnet" not in sys.modules:  # never imported, no block of it
+        return _OURS
+    from . import timm_blocks
+
+    return _OURS | timm_blocks.OURS
