@@ -45,11 +45,12 @@ def times(value: float | None) -> str:
 
 def ms(seconds: float) -> str:
     value = 1e3 * seconds
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+    size = abs(value)
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.4f}"
 
 
 def mib(size: float) -> str:
-    return f"{size / 2**20:.1f}" if size >= 2**20 / 10 else f"{size / 2**20:.4f}"
+    return f"{size / 2**20:.1f}" if abs(size) >= 2**20 / 10 else f"{size / 2**20:.4f}"
 
 
 def device_line(results: Results) -> str:

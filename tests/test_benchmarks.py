@@ -354,7 +354,8 @@ def test_losses_are_listed():
 def test_digest_follows_the_kernel_sources(tmp_path):
     names = ["csrc/ops.cpp", "csrc/cpu/forward.cpp", "csrc/cuda/portable/masks.cuh"]
     backends = ("__init__.py", "base.py", "cpu.py", "cuda.py", "triton/passes.py")
-    names += ["da_ops/function.py", *(f"da_ops/backends/{name}" for name in backends)]
+    names += ["da_ops/function.py", "da_ops/residual/function.py"]
+    names += [f"da_ops/backends/{name}" for name in backends]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")

@@ -326,3 +326,11 @@ def test_results_without_tails_are_read():
         assert report.device_block(together, "a.png")
         for results in together.values():
             assert report.text(results)
+
+
+def test_times_and_sizes_below_zero_read_as_those_above():
+    for value in (-55.5628, -0.123456, 0.05):
+        assert report.tables.ms(value / 1e3) == "-" * (value < 0) + report.tables.ms(
+            abs(value) / 1e3
+        )
+    assert report.tables.mib(-(2.0**21)) == "-2.0"
