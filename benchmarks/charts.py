@@ -273,7 +273,7 @@ def draw(together: dict[str, Results], path: Path) -> bool:
             title, subtitle = found, f"{title}.\n{subtitle}" if records else ""
         if bars:
             labels = [bar_label(r, part) for part in network["layouts"] for r in part["results"]]
-            indent = max(left + 0.85, 0.25 + 0.07 * max(map(len, labels)))  # inches a letter
+            indent = max(left + 0.85, 0.25 + 0.075 * max(map(len, labels)))  # inches a letter
             network_panel(panel(indent, cost_top, width - indent - 0.3, cost_height), network)
         write(0.35, title, fontsize=14.5, fontweight="bold")
         write(0.7, subtitle, fontsize=10, color=QUIET)
