@@ -1,7 +1,8 @@
 """Benchmarks of the fused layer against what PyTorch offers, on the user's own machine.
 
-`python -m benchmarks.op`        one layer: time, memory and correctness, over shapes and layouts
-`python -m benchmarks.network`   training steps of a ResNet-50 on photographs
+`python -m benchmarks.op`        one layer, and the tail of a residual block: time, memory and
+                                 correctness, over shapes and layouts
+`python -m benchmarks.network`   training steps and inference of a ResNet-50 on photographs
 `python -m benchmarks.gpu`       on a machine with a GPU: build, test and measure in one go
 `python -m benchmarks.report`    tables, charts and the README block, from results files alone
 """

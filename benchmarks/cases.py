@@ -26,6 +26,7 @@ STAGES: tuple[Shape, ...] = (  # ResNet-50: the stem's map, then the four stages
     (16, 2048, 7, 7),
 )
 QUICK: tuple[Shape, ...] = (STAGES[0], STAGES[3])
+QUICK_TAIL = STAGES[3]
 SSD: tuple[Shape, ...] = (  # SSD300 on a ResNet cut after layer3, and its first stage
     (8, 256, 75, 75),
     (8, 1024, 38, 38),
@@ -38,6 +39,8 @@ SSD: tuple[Shape, ...] = (  # SSD300 on a ResNet cut after layer3, and its first
 SINGLE: tuple[Shape, ...] = ((1, 256, 56, 56), (1, 1024, 14, 14))
 OVERHEAD: Shape = (1, 8, 4, 4)
 GPU_BATCH, GPU_BATCHES = 64, (1, 8, 32, 256)  # the main batch size, and the others
+ASKED = {"layer": "asked", "tail": "asked tail"}  # what can be measured, and in which role
+TAILS = ("tail", "asked tail")  # roles in which it is the tail of a residual block
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Case:
 
     Roles: "stage" (those that means are taken over), "ssd", "single" (one image), "half",
     "batch" and "dtype" (a stage at another batch size or in another type), "overhead" (so small
-    that only Python and dispatch are left), "asked" (by --shapes).
+    that only Python and dispatch are left), "asked" (by --shapes). In the roles "tail" (of the
+    stages, means of their own) and "asked tail" it is not the layer alone, but the tail of a
+    residual block.
     """
 
     shape: Shape
@@ -58,28 +63,36 @@ class Case:
     compiled: bool = True  # whether what is compiled for each case takes part
     launches: tuple[str, ...] = ("stream",)
 
+    @property
+    def subject(self) -> str:
+        """ "layer" or "tail"."""
+        return "tail" if self.role in TAILS else "layer"
+
     def __str__(self) -> str:
         suffix = f" {self.threads} thread(s)" if self.threads else ""
+        suffix += ", tail" if self.subject == "tail" else ""
         return f"{'x'.join(map(str, self.shape))} {self.dtype}{suffix}"
 
 
 def preset(name: str) -> list[Case]:
-    """The cases of "quick" (about a minute and a half) or "full" (everything)."""
+    """The cases of "quick" (about two minutes) or "full" (everything)."""
     if name == "quick":
         return [
             *(Case(shape, "stage") for shape in QUICK),
             Case(OVERHEAD, "overhead", layouts=("contiguous",), compiled=False),
+            Case(QUICK_TAIL, "tail"),
         ]
-    threads = {1, torch.get_num_threads()}
+    threads = sorted({1, torch.get_num_threads()})
     return [
         *(Case(shape, "stage", regimes=REGIMES) for shape in STAGES),
         *(Case(shape, "ssd") for shape in SSD),
-        *(Case(shape, "single", threads=n) for shape, n in product(SINGLE, sorted(threads))),
+        *(Case(shape, "single", threads=n) for shape, n in product(SINGLE, threads)),
         *(
             Case(shape, "half", dtype=dtype)
             for shape, dtype in product((STAGES[1], STAGES[3]), ("float16", "bfloat16"))
         ),
         Case(OVERHEAD, "overhead", layouts=("contiguous",)),
+        *(Case(shape, "tail", threads=n) for n, shape in product(reversed(threads), STAGES)),
     ]
 
 
@@ -99,6 +112,7 @@ def gpu_preset(name: str) -> list[Case]:
         *(Case(shape, "stage", "float16", compiled=full, **both) for shape in stages),
         Case(OVERHEAD, "overhead", layouts=("contiguous",), compiled=full),
         *(Case(shape, "stage", "float16", **both) for shape in (() if full else few)),
+        *(Case(s, "tail", "float16", compiled=full, launches=LAUNCHES) for s in few),
         *(Case(shape, "dtype", k, compiled=full, **both) for k, shape in product(kinds[1:], few)),
         *(Case(shape, "batch", "float16", compiled=full, **both) for shape in batches),
         *(Case(shape, "ssd", "float16", compiled=full, launches=LAUNCHES) for shape in SSD),
@@ -134,18 +148,20 @@ def from_options(options: argparse.Namespace) -> list[Case]:
     layouts = choose("--layouts", options.layouts or ",".join(LAYOUTS), list(LAYOUTS))
     dtypes = choose("--dtypes", options.dtypes, list(DTYPES)) if options.dtypes else None
     regimes = choose("--regimes", options.regimes, list(REGIMES)) if options.regimes else None
+    subjects = choose("--subjects", options.subjects or ",".join(ASKED), list(ASKED))
     launches = LAUNCHES if options.device == "cuda" else LAUNCHES[:1]
     if options.shapes:
+        shapes, kinds = parse_shapes(options.shapes), dtypes or ("float32",)
         return [
-            Case(shape, "asked", dtype, layouts, regimes or ("warm",), launches=launches)
-            for shape, dtype in product(parse_shapes(options.shapes), dtypes or ("float32",))
+            Case(shape, ASKED[subject], dtype, layouts, regimes or ("warm",), launches=launches)
+            for subject, shape, dtype in product(subjects, shapes, kinds)
         ]
     cases = []
     found = gpu_preset(options.preset) if options.device == "cuda" else preset(options.preset)
     for case in found:
         kept = tuple(layout for layout in case.layouts if layout in layouts)
         held = tuple(regime for regime in case.regimes if regime in (regimes or REGIMES))
-        if kept and held and (dtypes is None or case.dtype in dtypes):
+        if case.subject in subjects and kept and held and case.dtype in (dtypes or DTYPES):
             cases.append(replace(case, layouts=kept, regimes=held))
     if not cases:
         raise BenchmarkError(

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from benchmarks import tables
-from benchmarks.summary import FUSED, geomean, select
+from benchmarks.cases import TAILS
+from benchmarks.summary import FUSED, PLAIN, TAIL, geomean, select
 
 INK, QUIET, GRID = "#1f2933", "#6b7785", "#e4e8ed"
 FUSED_COLOURS = {"contiguous": "#0f6f8c", "channels_last": "#6fb7c9"}
@@ -37,23 +38,32 @@ STYLE: Any = {
 
 PANEL_TITLE: Any = {"loc": "left", "fontsize": 11, "fontweight": "bold", "pad": 8}
 PARTS = {"inference": "Inference (forward)", "training": "Training (forward and backward)"}
+TAIL_PARTS = {
+    "inference": "Norm, attention, shortcut, ReLU: inference",
+    "training": "The same: training",
+}
 
 Results = dict[str, Any]
 
 
-def compile_speedup(record: Results, layout: str, part: str) -> float | None:
-    """The fastest compiled rival against eager, both in this layout, by their medians."""
+def compile_speedup(record: Results, layout: str, part: str, prefix: str = "") -> float | None:
+    """The fastest compiled rival against eager, both in this layout, by their medians; PLAIN as
+    prefix: both without attention."""
     medians = {
         r["rival"]: r["seconds"][part]["median"]
         for r in select(record["results"], layout=layout)
         if "seconds" in r
     }
-    compiled = [value for name, value in medians.items() if name.startswith("compile")]
-    return medians["eager"] / min(compiled) if compiled and "eager" in medians else None
+    compiled = [value for name, value in medians.items() if name.startswith(f"{prefix}compile")]
+    eager = medians.get(f"{prefix}eager")
+    return eager / min(compiled) if compiled and eager is not None else None
 
 
-def speedup_panel(axes: Axes, records: list[Results], fused: str, part: str) -> None:
-    """Grouped bars, one group per shape and one bar per layout, with compile's mark on each."""
+def speedup_panel(
+    axes: Axes, records: list[Results], fused: str, part: str, prefix: str = ""
+) -> None:
+    """Grouped bars, one group per shape and one bar per layout, with compile's mark on each. PLAIN
+    as prefix: against what has no attention."""
     layouts = [
         name
         for name in FUSED_COLOURS
@@ -64,10 +74,10 @@ def speedup_panel(axes: Axes, records: list[Results], fused: str, part: str) -> 
     for row, record in enumerate(records):
         for slot, layout in enumerate(layouts):
             y = row + (slot - (len(layouts) - 1) / 2) * height
-            value = tables.ratio(record, fused, layout, part, "eager", "same")
+            value = tables.ratio(record, fused, layout, part, f"{prefix}eager", "same")
             if value is None:
                 continue
-            mark = compile_speedup(record, layout, part)
+            mark = compile_speedup(record, layout, part, prefix)
             axes.barh(y, value, height * 0.9, color=FUSED_COLOURS[layout])
             longest = max(longest, value, mark or 0)
             if mark is not None:
@@ -87,7 +97,11 @@ def speedup_panel(axes: Axes, records: list[Results], fused: str, part: str) -> 
     axes.tick_params(length=0)
     axes.grid(axis="x", color=GRID)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_xlabel("times as fast as eager PyTorch")
+    axes.set_xlabel(f"times as fast as eager PyTorch{' without attention' if prefix else ''}")
+
+
+def bar_label(result: Results, part: Results) -> str:
+    return f"{tables.name_of(result['variant'])}, {part['layout']}"
 
 
 def network_panel(axes: Axes, results: Results) -> None:
@@ -105,8 +119,8 @@ def network_panel(axes: Axes, results: Results) -> None:
         gap += 0.5 if last and layout != last else 0
         last = layout
         y = index + gap
-        ticks.append((y, f"{tables.name_of(r['variant'])}, {layout}"))
-        fused = r["variant"].startswith(FUSED)
+        ticks.append((y, bar_label(r, {"layout": layout})))
+        fused = r["variant"].startswith((FUSED, TAIL))
         name = r["variant"].split(":")[0]
         colour = FUSED_COLOURS[layout] if fused else RIVAL_COLOURS[name]
         cost = 1e3 * r["cost"]["median"]
@@ -130,11 +144,34 @@ def network_panel(axes: Axes, results: Results) -> None:
     low_end = min([0.0, *(1e3 * r["cost"]["p10"] for *_, r in rows)])
     axes.set_xlim(low_end * 1.1, longest + 0.4 * (longest - low_end))
     axes.set_xlabel(
-        "added to a training step by the attention layers, ms (line: 10th to 90th percentile)"
+        "added to a training step without attention, ms (line: 10th to 90th percentile)"
     )
     net = results["network"]
     what = f"batch {net['batch']} of {net['size']}x{net['size']} photographs"
     axes.set_title(f"In {net['name']}: {net['layers']} layers, {what}", **PANEL_TITLE)
+
+
+def mean_speed(records: list[Results], fused: str, part: str, rival: str) -> float | None:
+    """The geometric mean over these cases in all layouts; None if a case lacks it."""
+    values = [
+        tables.ratio(record, fused, r["layout"], part, rival, "same")
+        for record in records
+        for r in select(record["results"], rival=fused, status="ok")
+    ]
+    return geomean(values) if values and None not in values else None
+
+
+def tail_finding(fused: str, records: list[Results]) -> str:
+    """What fused tails do to a network without attention, in words, from the data; empty where that
+    was not measured."""
+    speeds = [mean_speed(records, fused, p, f"{PLAIN}eager") for p in ("training", "inference")]
+    if None in speeds:
+        return ""
+    training, inference = map(tables.times, speeds)
+    return (
+        f"Fused tails with attention train {training}, infer {inference} as fast as eager PyTorch's"
+        " without"
+    )
 
 
 def finding(results: Results, fused: str, records: list[Results]) -> tuple[str, str]:
@@ -143,13 +180,8 @@ def finding(results: Results, fused: str, records: list[Results]) -> tuple[str, 
     def speeds(part: str) -> str:
         found = []
         for rival, name in (("eager", "eager PyTorch"), ("compile", "torch.compile")):
-            values = [
-                tables.ratio(record, fused, r["layout"], part, rival, "same")
-                for record in records
-                for r in select(record["results"], rival=fused, status="ok")
-            ]
-            if values and None not in values:
-                found.append(f"{tables.times(geomean(values))} as fast as {name}")
+            if (mean := mean_speed(records, fused, part, rival)) is not None:
+                found.append(f"{tables.times(mean)} as fast as {name}")
         return ", ".join(found)
 
     training, inference = speeds("training"), speeds("inference")
@@ -161,13 +193,29 @@ def finding(results: Results, fused: str, records: list[Results]) -> tuple[str, 
     return title, (f"Inference: {inference}. " if inference else "") + over + quick
 
 
+def warm(results: Results) -> list[Results]:
+    """The cases that were measured warm, with calls launched one by one."""
+    found = select(results["cases"], regime="warm")
+    return [r for r in found if r.get("launch", "stream") == "stream"]
+
+
+def tails(results: Results) -> tuple[str, list[Results]]:
+    """The first fused contender and the tails to show: those of the stages, else what was asked
+    for, of the first one's dtype and with as many threads."""
+    cases = select(warm(results), role="tail") or select(warm(results), role="asked tail")
+    for first in cases:
+        for name in (str(ratio["fused"]) for ratio in first["speedups"]):
+            if name.startswith(FUSED):
+                alike = select(cases, dtype=first["dtype"], threads=first["threads"])
+                return name, [r for r in alike if select(r["speedups"], fused=name)]
+    return "", []
+
+
 def stages(results: Results) -> tuple[str, list[Results]]:
     """The first fused contender and the cases to show: the stages, else what was asked for."""
-    warm = [
-        r for r in select(results["cases"], regime="warm") if r.get("launch", "stream") == "stream"
-    ]
-    asked = select(warm, role="asked", dtype="float32")
-    chosen = select(warm, role="stage") or asked or results["cases"]
+    asked = select(warm(results), role="asked", dtype="float32")
+    layers = [r for r in results["cases"] if r["role"] not in TAILS]
+    chosen = select(warm(results), role="stage") or asked or layers
     for record in chosen:
         for ratio in record["speedups"]:
             name = str(ratio["fused"])
@@ -178,16 +226,23 @@ def stages(results: Results) -> tuple[str, list[Results]]:
 def draw(together: dict[str, Results], path: Path) -> bool:
     """Write the PNG; False where the results hold nothing to draw."""
     fused, records = stages(together["op"]) if "op" in together else ("", [])
+    tail, tailed = tails(together["op"]) if "op" in together else ("", [])
     network = together.get("network", {"layouts": []})
     bars = [r for part in network["layouts"] for r in part["results"] if "cost" in r]
-    if not records and not bars:
+    if not records and not tailed and not bars:
         return False
     # Inches from the top: title, legend, panels, footer.
     width, left, gap = 11.0, 1.6, 0.25
-    speed_height = 0.6 * len(records) if records else 0.0
+    rows = [  # of two panels: contender, cases, what precedes the rivals' names, titles
+        (fused, records, "", PARTS),
+        (tail, tailed, PLAIN, TAIL_PARTS),
+    ]
+    rows = [row for row in rows if row[1]]
+    tops, cost_top = [], 1.55 if rows else 1.0
+    for _, cases, *_ in rows:
+        tops.append(cost_top)
+        cost_top += 0.6 * len(cases) + 1.15
     cost_height = 0.34 * len(bars) + 0.25 if bars else 0.0
-    speed_top = 1.55
-    cost_top = speed_top + speed_height + 1.15 if records else 1.0
     words = footer(together)
     foot = 0.4 + 0.15 * words.count("\n")
     height = cost_top + cost_height + (0.6 if bars else -0.55) + foot
@@ -202,21 +257,26 @@ def draw(together: dict[str, Results], path: Path) -> bool:
             figure.text(0.25 / width, 1 - y / height, words, va="center", **style)
 
         title, subtitle = "What the attention layers cost in training", ""
+        each = (width - left - gap - 0.3) / 2
+        for (name, cases, prefix, titles), top in zip(rows, tops, strict=True):
+            for column, part in enumerate(("inference", "training")):
+                axes = panel(left + column * (each + gap), top, each, 0.6 * len(cases))
+                speedup_panel(axes, cases, name, part, prefix)
+                axes.set_title(titles[part], **PANEL_TITLE)
+                names = [tables.shape_name(r["shape"]) for r in cases]
+                axes.set_yticklabels([] if column else names)
+        if rows:
+            legend(figure, rows[0][1], rows[0][0], (0.17 / width, 1 - 0.92 / height))
         if records:
             title, subtitle = finding(together["op"], fused, records)
-            each = (width - left - gap - 0.3) / 2
-            for column, part in enumerate(("inference", "training")):
-                axes = panel(left + column * (each + gap), speed_top, each, speed_height)
-                speedup_panel(axes, records, fused, part)
-                axes.set_title(PARTS[part], **PANEL_TITLE)
-                names = [tables.shape_name(r["shape"]) for r in records]
-                axes.set_yticklabels([] if column else names)
-            legend(figure, records, fused, (0.17 / width, 1 - 0.92 / height))
+        if tailed and (found := tail_finding(tail, tailed)):
+            title, subtitle = found, f"{title}.\n{subtitle}" if records else ""
         if bars:
-            indent = left + 0.85
+            labels = [bar_label(r, part) for part in network["layouts"] for r in part["results"]]
+            indent = max(left + 0.85, 0.25 + 0.075 * max(map(len, labels)))  # inches a letter
             network_panel(panel(indent, cost_top, width - indent - 0.3, cost_height), network)
         write(0.35, title, fontsize=14.5, fontweight="bold")
-        write(0.68, subtitle, fontsize=10, color=QUIET)
+        write(0.7, subtitle, fontsize=10, color=QUIET)
         write(height - foot / 2 - 0.03, words, fontsize=8.5, color=QUIET)
         temporary = path.with_name(f".{path.name}.part")
         figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": None})

@@ -179,11 +179,11 @@ def versions() -> dict[str, str]:
 
 
 def digest(device: str, root: Path = ROOT) -> str:
-    """SHA-256 over the sources that decide the layer's speed on this kind of device: names and
-    contents, in order."""
+    """SHA-256 over the sources that decide the speed of the layer and its tail on this kind of
+    device: names and contents, in order."""
     kinds = {".cpp", ".h", ".cu", ".cuh", ".inl", ".py"}
     sources = [root / "da_ops" / name for name in ("functional.py", "function.py", "module.py")]
-    for folder in (root / "csrc", root / "da_ops" / "backends"):
+    for folder in (root / "csrc", root / "da_ops" / "backends", root / "da_ops" / "residual"):
         sources += (path for path in folder.rglob("*") if path.suffix in kinds)
     total = hashlib.sha256()
     for path in sorted(path for path in sources if path.is_file()):

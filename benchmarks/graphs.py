@@ -75,7 +75,7 @@ def inference_sampler(
 
 def training_sampler(
     call: Callable[[torch.Tensor], torch.Tensor],
-    parameters: list[torch.Tensor],
+    leaves: list[torch.Tensor],
     xs: list[torch.Tensor],
     dys: list[torch.Tensor],
     record: Record = record,
@@ -88,7 +88,7 @@ def training_sampler(
 
     def backward() -> None:
         for y, x, dy in zip(ys, xs, dys, strict=True):
-            torch.autograd.grad(y, [x, *parameters], dy)
+            torch.autograd.grad(y, [x, *leaves], dy)
         # The recording must find no autograd graph of another stream, and that graph's memory free.
         ys.clear()
 

@@ -1,4 +1,7 @@
-"""All contenders over one shape and type: built alike, checked against float64, timed in turns."""
+"""All contenders over one shape and type: built alike, checked against float64, timed in turns.
+
+What holds a batch norm is in evaluation for inference, in training for the rest.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,17 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from benchmarks import environment, fused, graphs, measure, rivals, summary
+from benchmarks import environment, fused, graphs, measure, rivals, summary, tail
 from benchmarks.cases import DTYPES, LAYOUTS, Case
 from benchmarks.environment import GIB
+from benchmarks.measure import Sampler
+from benchmarks.summary import FUSED, PLAIN
 
 if TYPE_CHECKING:
     from da_ops.accuracy import Exact
@@ -24,21 +29,11 @@ if TYPE_CHECKING:
 CACHES = {"cpu": 2, "cuda": 4}
 # L2 error over the magnitudes of the terms (da_ops.accuracy) above which a contender is wrong, not
 # merely rounded: plain PyTorch in half precision rounds at every step, and sums gradients of small
-# size. What is promised of the fused layer is far less: see summary.accuracy_checks.
+# size. What is promised of the fused layer is far less: see checks.accuracy_checks.
 WRONG = {"float64": 1e-11, "float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}
 # Results as they are called here, and in da_ops.accuracy.
-RESULTS = {
-    "inference": "y",
-    "y": "y",
-    "x": "dx",
-    "conv.weight": "d_conv_weight",
-    "dilated_conv.weight": "d_dilated_weight",
-    "merge.weight": "d_merge_weight",
-    "gate_weight": "d_gate_weight",
-    "gate_bias": "d_gate_bias",
-}
+RESULTS = {"inference": "y", "y": "y", "x": "dx", **tail.ATTENTION}
 
-OWN_GRAPH = "compile:reduce-overhead"
 Key = tuple[str, str]  # rival, layout
 
 
@@ -61,19 +56,22 @@ def check(
     """The errors of y and each gradient, and the seconds of each first call."""
     from da_ops import accuracy
 
+    layer.eval()
     start = time.perf_counter()
     with torch.no_grad():
         inferred = layer(x).clone()  # a graph's output lasts until its next replay
+    layer.train()
     middle = time.perf_counter()
     y = layer(x)
     kept = y.detach().clone()
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(y, [x, *parameters], dy)
+    into = {"x": x, **tail.leaves(layer)}
+    gradients = torch.autograd.grad(y, list(into.values()), dy)
     seconds = {"inference": middle - start, "training": time.perf_counter() - middle}
     found = {
         "inference": inferred,
         "y": kept,
-        **dict(zip(("x", *names), gradients, strict=True)),
+        **dict(zip(into, gradients, strict=True)),
+        **tail.statistics(layer),
     }
     errors = {}
     for name, result in found.items():
@@ -88,14 +86,27 @@ def check(
 
 
 def build(rival: str, plain: nn.Module, channels: int, x: torch.Tensor) -> nn.Module:
-    """The contender of this name with the plain layer's weights."""
-    if rival == "eager":
-        return plain
-    if rival.startswith("compile"):
-        return rivals.compiled(copy.deepcopy(plain), rival)
-    layer = fused.build(rival, channels, x.device, x.dtype)
-    layer.load_state_dict(plain.state_dict())
-    return layer
+    """The contender of this name with the plain module's weights."""
+    name = rival.removeprefix(PLAIN)
+    if isinstance(plain, tail.Tail):
+        made: nn.Module = tail.build(name, plain, x)
+    elif name.startswith(FUSED):
+        made = fused.build(name, channels, x.device, x.dtype)
+        made.load_state_dict(plain.state_dict())
+    else:
+        made = copy.deepcopy(plain)
+    return rivals.compiled(made, name) if name.startswith("compile") else made
+
+
+def subjects(
+    case: Case, plain: nn.Module, x: torch.Tensor, dy: torch.Tensor
+) -> dict[str, tuple[nn.Module, dict[str, Exact]]]:
+    """What the contenders are made of, the plain layer or its tail, and what it gives in float64:
+    under "", and the tail without attention under PLAIN."""
+    if case.subject == "layer":
+        return {"": (plain, reference(x, dy, plain))}
+    tails = tail.plains(plain, x, margin=WRONG[case.dtype])
+    return {kind: (made, tail.reference(made, x, dy)) for kind, made in tails.items()}
 
 
 def buffers(case: Case, regime: str, device: str) -> int:
@@ -117,14 +128,15 @@ def measure_case(
     """All contenders over one shape and type; one record per regime."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    channels = case.shape[1]
+    if case.subject == "tail":
+        contenders = tail.contenders(contenders)
     dtype = DTYPES[case.dtype]
-    plain = rivals.PlainDA(channels, device, dtype)
+    attention = rivals.PlainDA(case.shape[1], device, dtype)
     with torch.no_grad():  # at its initial zero the gate's weight would hide errors in pooled
-        plain.gate_weight.normal_(0, 0.5)
+        attention.gate_weight.normal_(0, 0.5)
     data = torch.randn(case.shape, device=device, dtype=dtype)
     data_dy = torch.randn(case.shape, device=device, dtype=dtype)
-    exact = reference(data, data_dy, plain)
+    made_of = subjects(case, attention, data, data_dy)
 
     layers: dict[Key, nn.Module] = {}
     results: dict[Key, dict[str, Any]] = {}
@@ -141,18 +153,22 @@ def measure_case(
             result: dict[str, Any] = {"rival": rival, "layout": layout, "status": "ok"}
             results[rival, layout] = result
             say(f"{case}: checking {rival}, {layout}")
+            plain, exact = made_of[PLAIN if rival.startswith(PLAIN) else ""]
             try:
-                layer = build(rival, plain, channels, x)
+                layer = build(rival, plain, case.shape[1], x)
                 with fused.under(rival):
                     errors, seconds = check(layer, x, dy, exact, case.dtype)
                     # A contender that is a CUDA graph keeps its memory, whoever asks when.
-                    memory = {} if rival == OWN_GRAPH else {"memory": layer_memory(layer, x, dy)}
+                    memory = {} if is_own_graph(rival) else {"memory": layer_memory(layer, x, dy)}
+            except tail.LeftOut as error:
+                result |= {"status": "left out", "reason": str(error)}
+                continue
             except Exception as error:  # whatever a compiler or backend may raise
                 result |= {"status": "failed", "reason": reason(error)}
                 continue
             layers[rival, layout] = layer
             result |= {"accuracy": errors, "first_call": seconds, **memory}
-    del exact, data_dy
+    del made_of, plain, exact, data_dy
 
     records = []
     for regime in case.regimes:
@@ -166,7 +182,7 @@ def measure_case(
             say(f"{case}: {regime}, {launch}")
             took = dict(results)
             if launch == "graph":  # some contenders are CUDA graphs already
-                took = {key: r for key, r in took.items() if key[0] != OWN_GRAPH}
+                took = {key: r for key, r in took.items() if not is_own_graph(key[0])}
             times, copied, failed = in_turns(
                 {key: layer for key, layer in layers.items() if key in took},
                 xs, dys, launch, timing,
@@ -184,7 +200,7 @@ def measure_case(
                     "bytes": data.nbytes,
                     "copy": copied,
                     "results": [
-                        summary.timed(result, times[key], copied["median"])
+                        summary.timed(result, times[key], copied["median"], case.subject)
                         if key in times
                         else result
                         for key, result in took.items()
@@ -193,6 +209,11 @@ def measure_case(
                 }
             )
     return records
+
+
+def is_own_graph(rival: str) -> bool:
+    """Whether torch.compile makes a CUDA graph of it."""
+    return rival.removeprefix(PLAIN) == "compile:reduce-overhead"
 
 
 Inputs = Mapping[str, list[torch.Tensor]]
@@ -217,13 +238,13 @@ def in_turns(
     }
     training = {}
     for key, layer in layers.items():
-        x, dy, parameters = xs[key[1]], dys[key[1]], list(layer.parameters())
+        x, dy, leaves = xs[key[1]], dys[key[1]], list(tail.leaves(layer).values())
         try:
             with fused.under(key[0]):  # a graph is recorded here
-                forward = how.inference_sampler(layer, x)
-                both_ways = how.training_sampler(layer, parameters, x, dy)
-            inference[key] = fused.sampled(key[0], forward)
-            training[key] = fused.sampled(key[0], both_ways)
+                forward = how.inference_sampler(layer.eval(), x)
+                both_ways = how.training_sampler(layer.train(), leaves, x, dy)
+            inference[key] = fused.sampled(key[0], in_mode(layer, False, forward))
+            training[key] = fused.sampled(key[0], in_mode(layer, True, both_ways))
         except Exception as error:  # what cannot be recorded in a graph
             failed[key] = f"CUDA graph: {reason(error)}"
     first = measure.interleaved(inference, **timing)
@@ -236,6 +257,16 @@ def in_turns(
         for key in training
     }
     return times, measure.spread(first[copies][:, 0]), failed
+
+
+def in_mode(layer: nn.Module, training: bool, sample: Sampler) -> Sampler:
+    """The sampler of the layer in training or in evaluation, which is set outside what is timed."""
+
+    def run(calls: int) -> Sequence[float]:
+        layer.train(training)
+        return sample(calls)
+
+    return run
 
 
 def many(inputs: Inputs) -> Inputs:
@@ -252,8 +283,8 @@ def reason(error: Exception) -> str:
 
 
 def layer_memory(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, int]:
-    """Bytes that a forward and backward takes beyond x, dy and the parameters."""
-    leaves = [x, *layer.parameters()]
+    """Bytes that a forward and backward takes beyond x, dy, the parameters and the shortcut."""
+    leaves = [x, *tail.leaves(layer).values()]
     return measure.memory(
         lambda: layer(x), lambda y: torch.autograd.grad(y, leaves, dy), x.device.type
     )

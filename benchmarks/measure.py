@@ -71,7 +71,7 @@ def inference_sampler(call: Callable[[torch.Tensor], Any], xs: list[torch.Tensor
 
 def training_sampler(
     call: Callable[[torch.Tensor], torch.Tensor],
-    parameters: list[torch.Tensor],
+    leaves: list[torch.Tensor],
     xs: list[torch.Tensor],
     dys: list[torch.Tensor],
 ) -> Sampler:
@@ -84,7 +84,7 @@ def training_sampler(
         for x, dy in itertools.islice(pairs, calls):
             y = call(x)
             marks.append(watch.mark())
-            torch.autograd.grad(y, [x, *parameters], dy)
+            torch.autograd.grad(y, [x, *leaves], dy)
             del y
             marks.append(watch.mark())
         spans = watch.seconds(marks)

@@ -1,15 +1,17 @@
-"""Training a ResNet on photographs with the layer in every residual block: what does it cost?
+"""A ResNet on photographs with the layer in every residual block: what does it cost?
 
     python -m benchmarks.network [--preset quick|full] [--network resnet50] [--batch N] ...
 
 Networks with the same initial weights take turns, one training step (forward, loss, backward, SGD)
 each per round, on the same random crops of photographs: without attention, and with the layer
 after the last batch norm of each residual branch, as eager PyTorch, as torch.compile of the layer
-alone, and fused. What a layer costs is its step less the step without attention, in the same round.
-Losses of all variants must agree: they compute the same function. On a GPU the steps use autocast,
-cuDNN's TF32 is off, and some networks are compiled as a whole, too. Results are written every few
-seconds: a run that is interrupted leaves the rounds before it. The allocator keeps what is
-freed for the next step, as jemalloc and tcmalloc do.
+alone, fused, and with the whole tail of each block fused. The network without attention takes part
+with fused tails, too, and in the full run compiled as a whole. What a layer costs is its step less
+the step without attention, in the same round. Losses of variants that compute the same function
+must agree. Then all take turns in inference: evaluation, without gradients. On a GPU the steps use
+autocast, cuDNN's TF32 is off, and some networks are compiled as a whole, too. Results are written
+every few seconds: a run that is interrupted leaves the rounds before it. The allocator keeps what
+is freed for the next step, as jemalloc and tcmalloc do.
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ from benchmarks import (
     tally,
 )
 from benchmarks.cases import LAYOUTS
+from benchmarks.checks import a_check, quiet
 from benchmarks.environment import BenchmarkError
-from benchmarks.networks import AMP, Batches, Trainer, activations, build
-from benchmarks.summary import FUSED, WHOLE, a_check, quiet
+from benchmarks.networks import AMP, Batches, Trainer, activations, build, unfused
+from benchmarks.summary import FUSED, TAIL, WHOLE
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"batch": 8, "size": 96, "layouts": "channels_last", "rounds": 12, "budget": 8.0},
@@ -64,6 +67,7 @@ WARM_UP = 4  # steps before the rounds: the first, one for memory, two in measur
 # far they part later is told beside it.
 AGREE, FIRST = 1e-3, 3
 AGREE_IN_HALF = 3e-2
+INFERENCE = 0.25  # of the time that training has
 
 
 def measure_layout(
@@ -86,10 +90,13 @@ def measure_layout(
     for variant, network in build(variants, options.network, classes).items():
         results[variant] = {"variant": variant, "status": "ok"}
         left = options.end - time.perf_counter()
-        if left < first_steps(variant, options.device) + options.budget:
+        if left < first_steps(variant, options.device) + (1 + INFERENCE) * options.budget:
             results[variant] |= {"status": "left out", "reason": "--seconds are too few"}
             continue
         trainer = Trainer(network, data, layout, options.device, options.amp)
+        if variant.startswith(TAIL) and (why := unfused(network)):
+            results[variant] |= {"status": "left out", "reason": why}
+            continue
         say(f"{layout}: first steps, {variant}")
         try:
             with fused.under(variant):
@@ -97,6 +104,7 @@ def measure_layout(
                 trainer.sample(1)
                 results[variant]["first_step"] = time.perf_counter() - start
                 results[variant]["memory"] = trainer.memory()
+                trainer.infer(1)
         except Exception as error:  # whatever a compiler or backend may raise
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             results[variant] |= {"status": "failed", "reason": reason[:300]}
@@ -104,31 +112,41 @@ def measure_layout(
         trainers[variant] = trainer
 
     def record(timed: dict[str, measure.Rounds]) -> dict[str, Any]:
-        steps = {variant: rounds[:, 0] for variant, rounds in timed.items()}
-        for variant, seconds in steps.items():
-            results[variant]["seconds"] = measure.spread(seconds)
+        for variant, found in beside_plain(timed).items():
+            results[variant] |= found
             results[variant]["losses"] = [loss.item() for loss in trainers[variant].losses]
-            if variant != "plain" and "plain" in steps:
-                cost = measure.spread(seconds - steps["plain"])
-                results[variant]["cost"] = cost
-                base = float(np.median(steps["plain"]))
-                results[variant]["cost_percent"] = 100 * cost["median"] / base
         return {
             "layout": layout,
             "results": list(results.values()),
             "cost_ratios": cost_ratios(results),
         }
 
-    say(f"{layout}: {', '.join(trainers)} in turn")
-    return record(
-        measure.interleaved(
-            {variant: fused.sampled(variant, t.sample) for variant, t in trainers.items()},
-            rounds=options.rounds,
-            least=3,
-            budget=options.budget,
-            told=lambda timed: told(record(timed)),
-        )
-    )
+    def in_turn(what: str, budget: float, **more: Any) -> dict[str, measure.Rounds]:
+        say(f"{layout}: {', '.join(trainers)} in turn, {what}")
+        samplers = {v: fused.sampled(v, getattr(t, what)) for v, t in trainers.items()}
+        return measure.interleaved(samplers, rounds=options.rounds, least=3, budget=budget, **more)
+
+    part = record(in_turn("sample", options.budget, told=lambda timed: told(record(timed))))
+    for variant, found in beside_plain(in_turn("infer", INFERENCE * options.budget)).items():
+        results[variant]["inference"] = found
+    return part
+
+
+def beside_plain(timed: dict[str, measure.Rounds]) -> dict[str, dict[str, Any]]:
+    """The seconds of each variant, how many more they are than those of the network without
+    attention in the same round, and how many times as fast it is."""
+    seconds = {variant: rounds[:, 0] for variant, rounds in timed.items()}
+    found: dict[str, dict[str, Any]] = {
+        v: {"seconds": measure.spread(s)} for v, s in seconds.items()
+    }
+    if "plain" in seconds:
+        plain = seconds.pop("plain")
+        for variant, own in seconds.items():
+            cost = measure.spread(own - plain)
+            found[variant]["cost"] = cost
+            found[variant]["cost_percent"] = 100 * cost["median"] / float(np.median(plain))
+            found[variant]["speedup"] = measure.spread(plain / own)
+    return found
 
 
 def first_steps(variant: str, device: str) -> float:
@@ -144,38 +162,47 @@ def cost_ratios(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"fused": fused, "rival": rival, "ratio": costs[rival] / costs[fused]}
         for fused, rival in itertools.product(costs, costs)
-        if fused.startswith(FUSED) and not rival.startswith(FUSED) and costs[fused] > 0
+        if fused.startswith(FUSED) and not is_ours(rival) and costs[fused] > 0
     ]
 
 
+def is_ours(name: str) -> bool:
+    return name.startswith((FUSED, TAIL))
+
+
 def checks(
-    layouts: list[dict[str, Any]], stored: int, agree: float = AGREE
+    layouts: list[dict[str, Any]], stored: int, agree: float = AGREE, maps: int = 0
 ) -> list[dict[str, Any]]:
-    """Losses agree with eager's; memory is at least the layers' activations below eager's."""
+    """Losses agree with those of the same network in eager; memory is at least the layers'
+    activations below eager's, with fused tails at most the small maps above the network without
+    attention, and those tails are faster than it."""
     found = []
     for part in layouts:
         results = {r["variant"]: r for r in part["results"]}
         for name, r in results.items():
+            if name.startswith(TAIL + FUSED):
+                found += tail_checks(name, r, results["plain"], part["layout"], maps)
             if r["status"] == "left out":
                 continue
             if r["status"] != "ok":
                 why = f"failed: {r['reason']}"
                 found.append(a_check(f"{name}, {part['layout']}", False, "it runs", why,
-                                     must=name.startswith(FUSED)))  # fmt: skip
+                                     must=is_ours(name)))  # fmt: skip
                 continue
-            if name in ("plain", "eager", WHOLE + "plain") or results["eager"]["status"] != "ok":
+            same = "plain" if name.removeprefix(TAIL) == "plain" else "eager"
+            if name in ("plain", "eager", WHOLE + "plain") or results[same]["status"] != "ok":
                 continue
-            truth, losses = (np.array(results[v]["losses"]) for v in ("eager", name))
+            truth, losses = (np.array(results[v]["losses"]) for v in (same, name))
             apart = np.abs(losses - truth) / np.abs(truth)
             early, later = float(apart[:FIRST].max()), float(apart.max())
             found.append(
                 a_check(
-                    f"losses, {name} as eager, {part['layout']}",
+                    f"losses, {name} as {same}, {part['layout']}",
                     early <= agree,  # false for NaN
                     f"within {agree:.0e} of it over {FIRST} steps",
                     f"within {early:.0e}; within {later:.0e} over {len(losses)} steps"
                     f" ({truth[0]:.2f} to {truth[-1]:.2f})",
-                    must=name.startswith(FUSED),
+                    must=is_ours(name),
                 )
             )
             if not name.startswith(FUSED):
@@ -191,6 +218,31 @@ def checks(
                 )
             )
     return found
+
+
+def tail_checks(
+    name: str, ours: dict[str, Any], plain: dict[str, Any], layout: str, maps: int
+) -> list[dict[str, Any]]:
+    """With fused tails the network takes no longer than without attention, and little more memory;
+    unknown where it was not measured."""
+    expected = {
+        f"{what}, {name} against plain, {layout}": "at least as fast as without attention"
+        for what in ("training", "inference")
+    }
+    memory = f"memory, {name}, {layout}"
+    expected[memory] = f"peak at most that without attention and small maps, {tables.mib(maps)} MiB"
+    if ours["status"] != "ok" or plain["status"] != "ok":
+        why = f"not measured: {ours.get('reason') or plain.get('reason')}"
+        return [a_check(check, None, wanted, why) for check, wanted in expected.items()]
+    phases = (ours, ours.get("inference", {}))
+    speeds = [phase["speedup"]["median"] if "speedup" in phase else None for phase in phases]
+    more = ours["memory"]["peak"] - plain["memory"]["peak"]
+    kept = [None if speed is None else speed >= 1 for speed in speeds] + [more <= maps]
+    got = [*map(tables.times, speeds), f"{tables.mib(more)} MiB more"]
+    return [
+        a_check(check, passed, wanted, word)
+        for (check, wanted), passed, word in zip(expected.items(), kept, got, strict=True)
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -240,7 +292,10 @@ def run(options: argparse.Namespace, save: op.Save) -> dict[str, Any]:
     contenders, reasons = op.contenders_for(options)
     if "eager" not in contenders:
         raise BenchmarkError("--rivals: eager is needed, the losses are compared with its own")
-    variants = ["plain", *contenders]
+    ours = [c for c in contenders if c.startswith(FUSED) and not fused.parts(c)[1]]
+    variants = ["plain", *contenders, *(TAIL + name for name in (["plain", *ours] if ours else ()))]
+    if options.preset == "full" and options.device == "cpu" and "compile" in contenders:
+        variants.append(WHOLE + "plain")
     if options.device == "cuda":
         whole = ["eager", "plain", *(c for c in contenders if c.startswith(FUSED))]
         variants += [WHOLE + name for name in whole[: 1 if options.preset == "quick" else None]]
@@ -251,8 +306,9 @@ def run(options: argparse.Namespace, save: op.Save) -> dict[str, Any]:
     images = photographs.photographs()
     data = photographs.batches(images, options.rounds + WARM_UP, options.batch, options.size)
     plain = build(["plain"], options.network, len(images))["plain"]
-    count, stored = activations(plain, data[0][0][:2])  # of two images, and so in proportion
+    count, stored, maps = activations(plain, data[0][0][:2])  # of two images, and so in proportion
     stored = stored * options.batch // 2 // (1 if options.amp == "none" else 2)
+    maps = maps * options.batch // 2
     agree = AGREE if options.amp == "none" else AGREE_IN_HALF
     head = environment.head("network", options.device, options.preset)
     parts: list[dict[str, Any]] = []
@@ -274,7 +330,10 @@ def run(options: argparse.Namespace, save: op.Save) -> dict[str, Any]:
             "backends": reasons,
             "layouts": parts,
             "summary": {
-                "checks": [*checks(parts, stored, agree), quiet(others.percent(), others.LIMIT)],
+                "checks": [
+                    *checks(parts, stored, agree, maps),
+                    quiet(others.percent(), others.LIMIT),
+                ],
             },
         }
 
@@ -282,7 +341,7 @@ def run(options: argparse.Namespace, save: op.Save) -> dict[str, Any]:
         measured = [r for p in [*parts, part] for r in p["results"]]
         failed = [r for r in measured if r["status"] == "failed"]
         counted.passed = sum(r["status"] == "ok" for r in measured)
-        counted.failed = sum(FUSED in r["variant"] for r in failed)
+        counted.failed = sum(FUSED in r["variant"] or TAIL in r["variant"] for r in failed)
         counted.skipped = len(failed) - counted.failed  # rivals
         counted.tell()
         save(results([*parts, part]))

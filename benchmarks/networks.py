@@ -1,10 +1,11 @@
-"""The networks whose training is measured: a ResNet with a layer in every residual block, and one
-training step of it."""
+"""The networks that are measured: a ResNet with a layer in every residual block, one training step
+of it, and its inference."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from benchmarks import fused, measure, rivals
 from benchmarks.cases import LAYOUTS
-from benchmarks.summary import FUSED, WHOLE
+from benchmarks.summary import FUSED, TAIL, WHOLE
 
 AMP = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # A small start of each residual branch, as is common, and a modest rate: training amplifies how
@@ -56,9 +57,12 @@ def build(variants: list[str], name: str, classes: int) -> dict[str, nn.Module]:
     for block, norm in blocks(plain):
         nn.init.constant_(getattr(block, norm).weight, BRANCH_GAIN)
     networks = {}
-    weights = None
+    weights = with_attention(plain, rivals.PlainDA)[0].state_dict()
     for variant in variants:
         inner = variant.removeprefix(WHOLE)
+        if variant.startswith(TAIL):
+            networks[variant] = with_tails(plain, variant.removeprefix(TAIL), weights)
+            continue
         if inner == "plain":
             networks[variant] = copy.deepcopy(plain)
             continue
@@ -68,8 +72,6 @@ def build(variants: list[str], name: str, classes: int) -> dict[str, nn.Module]:
             networks[variant], layers = with_attention(plain, rivals.PlainDA)
             for layer in layers if variant.startswith("compile") else ():
                 rivals.compiled(layer, variant)
-        if weights is None:
-            weights = copy.deepcopy(networks[variant].state_dict())
         networks[variant].load_state_dict(weights)
     for variant, network in networks.items():
         if variant.startswith(WHOLE):
@@ -77,8 +79,33 @@ def build(variants: list[str], name: str, classes: int) -> dict[str, nn.Module]:
     return networks
 
 
+def with_tails(plain: nn.Module, inner: str, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of the network with fused tails, as users get it: without attention ("plain"), or with
+    the layer of a fused contender and the weights of a network :func:`with_attention`."""
+    from da_ops import models
+
+    network = copy.deepcopy(plain)
+    if inner == "plain":
+        return models.fuse(network)
+    models.insert_attention(network, "da", fused=True, backend=fused.parts(inner)[0])
+
+    def inserted(name: str) -> str:
+        return re.sub(r"bn[23]\.1\.", "attention.", re.sub(r"(bn[23])\.0\.", r"\1.", name))
+
+    network.load_state_dict({inserted(name): weight for name, weight in weights.items()})
+    return network
+
+
+def unfused(network: nn.Module) -> str | None:
+    """Why the tails of this network on its device are not fused, if some are not."""
+    from da_ops import models
+
+    return next((f"{n}: {why}" for n, why in models.unfused_blocks(network).items()), None)
+
+
 class Trainer:
-    """One network in training; each call of `sample` is a number of timed steps."""
+    """One network; each call of `sample` is a number of timed training steps, each call of `infer`
+    a number of timed inferences."""
 
     def __init__(
         self, network: nn.Module, batches: Batches, layout: str, device: str, amp: str = "none"
@@ -90,6 +117,7 @@ class Trainer:
             for x, k in batches
         ]
         self.batches = itertools.cycle(moved)
+        self.images = moved[0][0]  # of inference
         self.watch = measure.Stopwatch(device)
         self.device = device
         self.amp = AMP[amp]
@@ -110,6 +138,7 @@ class Trainer:
         self.scaler.update()
 
     def sample(self, steps: int) -> Sequence[float]:
+        self.network.train()
         marks = [self.watch.mark()]
         for _ in range(steps):
             self.optimizer.zero_grad()
@@ -117,21 +146,36 @@ class Trainer:
             marks.append(self.watch.mark())
         return [sum(self.watch.seconds(marks))]
 
+    def infer(self, calls: int) -> Sequence[float]:
+        self.network.eval()
+        marks = [self.watch.mark()]
+        with torch.no_grad(), torch.autocast(self.device, self.amp, enabled=self.amp is not None):
+            for _ in range(calls):
+                self.network(self.images)
+                marks.append(self.watch.mark())
+        return [sum(self.watch.seconds(marks))]
+
     def memory(self) -> dict[str, int]:
         """Bytes of a step beyond weights and optimizer state; see measure.memory."""
+        self.network.train()
         self.optimizer.zero_grad()
         return measure.memory(self.forward, self.update, self.device)
 
 
-def activations(network: nn.Module, x: torch.Tensor) -> tuple[int, int]:
-    """Over the places of the attention layers: how many, and the bytes of their inputs."""
+def activations(network: nn.Module, x: torch.Tensor) -> tuple[int, int, int]:
+    """Over the places of the attention layers: how many, the bytes of their inputs, and those of
+    the small maps, a value for each pixel and each channel."""
     sizes: list[int] = []
-    hooks = [
-        getattr(block, name).register_forward_hook(lambda *args: sizes.append(args[2].nbytes))
-        for block, name in blocks(network)
-    ]
+    maps: list[int] = []
+
+    def note(module: nn.Module, given: object, result: torch.Tensor) -> None:
+        _, channels, height, width = result.shape
+        sizes.append(result.nbytes)
+        maps.append(result.nbytes // channels + result.nbytes // (height * width))
+
+    hooks = [getattr(block, name).register_forward_hook(note) for block, name in blocks(network)]
     with torch.no_grad():
         network(x)
     for hook in hooks:
         hook.remove()
-    return len(sizes), sum(sizes)
+    return len(sizes), sum(sizes), sum(maps)

@@ -1,4 +1,4 @@
-"""One layer: the fused one against eager PyTorch and torch.compile, measured in one run.
+"""One layer, and the tail of a residual block: fused, eager and torch.compile, measured in one run.
 
     python -m benchmarks.op [--preset quick|full] [--shapes 16x64x56x56,...] [--layouts ...] ...
 
@@ -9,6 +9,11 @@ For each shape and type, contenders in every layout take turns (see measure.py):
 - inference: the forward pass without gradients
 - training: forward, then all gradients (x and every parameter) from a random dy; both parts are
   also given alone
+The tail is batch norm, attention, shortcut and ReLU (--subjects tail). Its rivals are the same
+modules, with attention and without, and the fused tail without attention takes part, too. In
+inference the norm takes its running statistics, in training those of the batch; training then also
+gives the gradients of the shortcut and of the norm's parameters.
+
 The input is random. Warm, the default, gives each call the same input, as a layer meets the
 output of the one before it; but all contenders take turns, so what is larger than the last cache
 comes from memory. Cold cycles through copies of the input, twice the last-level cache in all (four
@@ -24,9 +29,10 @@ Results are written after every case: a run that is interrupted leaves those bef
 "quick" measures torch.compile (less its slowest mode) and Triton at two shapes only, for they are
 compiled for each.
 
-Before it is timed, each contender's y and gradients are compared with the formula in float64; one
-that is wrong is shown as failed and not timed. Floor: the time to move 2 (inference), 5 (training)
-or 3 (backward) times the bytes of x at the speed of a copy measured in the same rounds.
+Before it is timed, each contender's y and gradients (and running statistics) are compared with the
+formula in float64; one that is wrong is shown as failed and not timed. Floor: the time to move 2
+(inference), 5 (training) or 3 (backward) times the bytes of x, for a tail 3, 11 or 7 times, at the
+speed of a copy measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -45,6 +51,7 @@ from tqdm import tqdm
 
 from benchmarks import (
     cases,
+    checks,
     environment,
     fused,
     layer,
@@ -93,7 +100,10 @@ def contenders_for(options: argparse.Namespace) -> tuple[list[str], dict[str, st
 
 def compiles(contender: str) -> bool:
     """Whether it is compiled for every shape and type."""
-    return contender.startswith("compile") or fused.parts(contender)[0] == "triton"
+    return (
+        contender.removeprefix(summary.PLAIN).startswith("compile")
+        or fused.parts(contender)[0] == "triton"
+    )
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -118,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--preset", choices=("quick", "full"), default="quick")
+    add("--subjects", help=f"{','.join(cases.ASKED)} (both)")
     add("--shapes", help="NxCxHxW,... in place of the preset's")
     add("--dtypes", help=",".join(DTYPES))
     add("--layouts", help=",".join(LAYOUTS))
@@ -165,8 +176,8 @@ def run(options: argparse.Namespace, save: Save) -> dict[str, Any]:
     threads = torch.get_num_threads()
 
     def results() -> dict[str, Any]:
-        summarised = summary.summarise(records, options.device)
-        summarised["checks"].append(summary.quiet(others.percent(), others.LIMIT))
+        summarised = checks.summarise(records, options.device)
+        summarised["checks"].append(checks.quiet(others.percent(), others.LIMIT))
         return {
             **head,
             "seconds": time.perf_counter() - start,
@@ -196,7 +207,7 @@ def run(options: argparse.Namespace, save: Save) -> dict[str, Any]:
             for record in new:
                 bar.write(tables.case_line(record))
             wrong = any(
-                r["status"] != "ok" and r["rival"].startswith(summary.FUSED)
+                r["status"] == "failed" and summary.is_fused(r["rival"])
                 for record in new
                 for r in record["results"]
             )

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import environment, tables
+from benchmarks.cases import TAILS
 from benchmarks.environment import BenchmarkError
 from benchmarks.tables import Results
 
@@ -23,6 +24,10 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 KINDS = ("op", "network")
 ABLATION = "ablation"  # whose block benchmarks.paper.ablation writes
 NO_GPU = "No GPU results are committed yet: `make gpu` tests and measures on a machine with a GPU."
+TAIL_NOTE = (
+    "batch norm, attention, shortcut and ReLU of a residual block; its rivals are the same modules"
+    " with attention, and without"
+)
 PART_HEADER = ["part", "result", "passed", "failed", "skipped", "of", "seconds"]
 CHECK_HEADER = ["target", "what", "found", "expected"]
 
@@ -116,9 +121,11 @@ def text(results: Results) -> str:
         sections = tables.sections(results)
         if not sections:
             lines += ["", f"no fused layer was measured; backends: {results['backends']}"]
-        for title, table in sections:
-            lines += ["", title, tables.plain_table(tables.HEADER, table)]
+        for section in sections:
+            lines += ["", section.title, tables.plain_table(section.header, section.table)]
         lines.append("  (in brackets: against the rival in the layout that suits it better)")
+        if any(section.role in TAILS for section in sections):
+            lines.append(f"  ({TAIL_NOTE})")
         if memory := tables.memory_rows(results):
             lines += ["", tables.plain_table(tables.MEMORY_HEADER, memory)]
         lost = tables.loss_lines(results)
@@ -130,7 +137,7 @@ def text(results: Results) -> str:
         lines += [
             "",
             tables.network_title(results),
-            tables.plain_table(tables.NETWORK_HEADER, tables.network_rows(results)),
+            tables.plain_table(tables.network_header(results), tables.network_rows(results)),
         ]
     lines += ["", tables.plain_table(CHECK_HEADER, tables.check_lines(results), left=4)]
     return "\n".join(lines)
@@ -210,34 +217,39 @@ def device_block(together: dict[str, Results], chart: str) -> list[str]:
         lines += ["", f"One layer. {tables.device_line(results)}. `{results['command']}`"]
         lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
         lines += ["", "In brackets: against the rival in the layout that suits it better."]
-        first_table, *more = tables.sections(results) or [("no fused backend was measured", [])]
-        lines += [
-            "",
-            f"**{first_table[0]}**",
-            "",
-            tables.markdown_table(tables.HEADER, first_table[1]),
-        ]
+        sections = tables.sections(results)
+        lines += [] if sections else ["", "No fused backend was measured."]
+        shown = [s for i, s in enumerate(sections) if i == 0 or s.role == "tail"]
+        lines += [f"\nTail: {TAIL_NOTE}."] if len(shown) > 1 else []
+        for section in shown:
+            lines += section_lines(section)
         if memory := tables.memory_rows(results):
             lines += ["", tables.markdown_table(tables.MEMORY_HEADER, memory)]
         lost = tables.loss_lines(results)
         lines += ["", f"Slower than a rival: {'; '.join(lost) if lost else 'nowhere'}."]
-        if more:
+        if more := [section for section in sections if section not in shown]:
             lines += ["", "<details><summary>All other shapes</summary>"]
-            for title, table in more:
-                lines += ["", f"**{title}**", "", tables.markdown_table(tables.HEADER, table)]
+            for section in more:
+                lines += section_lines(section)
             lines += ["", "</details>"]
     if "network" in together:
         results = together["network"]
         source = f"{tables.device_line(results)}. `{results['command']}`"
         lines += ["", f"{tables.network_title(results)}. {source}"]
         lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
-        lines += ["", tables.markdown_table(tables.NETWORK_HEADER, tables.network_rows(results))]
+        head, rows = tables.network_header(results), tables.network_rows(results)
+        lines += ["", tables.markdown_table(head, rows)]
     if "gpu" in together:
         rows = part_rows(together["gpu"])
         lines += ["", "`make gpu`:", "", tables.markdown_table(PART_HEADER, rows)]
     measured = [together[kind] for kind in KINDS if kind in together]
     checks = [line for results in measured for line in tables.check_lines(results)]
     return [*lines, "", tables.markdown_table(CHECK_HEADER, checks, left=4)]
+
+
+def section_lines(section: tables.Section) -> list[str]:
+    table = tables.markdown_table(section.header, section.table)
+    return ["", f"**{section.title}**", "", table]
 
 
 def with_block(old: str, new: str, readme: Path) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import environment
-from benchmarks.cases import LAUNCHES, REGIMES
-from benchmarks.summary import FUSED, QUIET, WHOLE, accuracy_checks, geomean, select
+from benchmarks.cases import LAUNCHES, REGIMES, TAILS
+from benchmarks.checks import QUIET, accuracy_checks
+from benchmarks.summary import AVERAGED, FUSED, PLAIN, TAIL, WHOLE, geomean, is_fused, select
 
 VARIANTS = {"plain": "no attention", "eager": "eager", "compile": "torch.compile"}
+NAMED_RIVALS = ("eager", "compile", PLAIN + "eager", PLAIN + "compile")  # that rows compare with
 
 Results = dict[str, Any]
 
@@ -22,6 +24,12 @@ def name_of(variant: str) -> str:
     """A contender as a reader knows it: "fused (cpu)", "torch.compile", "eager"."""
     if variant.startswith(WHOLE):
         return f"whole network compiled, {name_of(variant.removeprefix(WHOLE))}"
+    if variant.startswith(TAIL + FUSED):
+        return f"fused tail ({variant.removeprefix(TAIL + FUSED)})"
+    if variant.startswith(TAIL):
+        return f"{name_of(variant.removeprefix(TAIL))}, fused tail"
+    if variant.startswith(PLAIN):
+        return f"{name_of(variant.removeprefix(PLAIN))} without attention"
     if variant.startswith(FUSED):
         return f"fused ({variant.removeprefix(FUSED)})"
     return VARIANTS.get(variant) or variant.replace("compile:", "torch.compile ")
@@ -37,11 +45,12 @@ def times(value: float | None) -> str:
 
 def ms(seconds: float) -> str:
     value = 1e3 * seconds
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+    size = abs(value)
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.4f}"
 
 
 def mib(size: float) -> str:
-    return f"{size / 2**20:.1f}" if size >= 2**20 / 10 else f"{size / 2**20:.4f}"
+    return f"{size / 2**20:.1f}" if abs(size) >= 2**20 / 10 else f"{size / 2**20:.4f}"
 
 
 def device_line(results: Results) -> str:
@@ -71,11 +80,11 @@ def disturbed(results: Results) -> str | None:
 
 
 def ratio(record: Results, fused: str, layout: str, part: str, rival: str, basis: str) -> Any:
-    """The median speed-up; "compile" is the fastest of its modes."""
+    """The median speed-up; "compile", with attention or without, is the fastest of its modes."""
     found = [
         s[basis]["median"]
         for s in select(record["speedups"], fused=fused, layout=layout, part=part)
-        if s["rival"].split(":")[0] == rival and basis in s
+        if f"{s['rival']}:".startswith(f"{rival}:") and basis in s
     ]
     return min(found, default=None)
 
@@ -96,7 +105,7 @@ def rows(results: Results) -> list[Results]:
                         f"{rival}_{basis}": ratio(
                             record, result["rival"], result["layout"], part, rival, basis
                         )
-                        for rival in ("eager", "compile")
+                        for rival in NAMED_RIVALS
                         for basis in ("same", "better")
                     },
                 }
@@ -105,7 +114,7 @@ def rows(results: Results) -> list[Results]:
         }
         for record in results["cases"]
         for result in record["results"]
-        if result["rival"].startswith(FUSED) and "seconds" in result
+        if is_fused(result["rival"]) and "seconds" in result
     ]
 
 
@@ -124,16 +133,38 @@ ROLES = {
     "batch": "other batch sizes",
     "overhead": "call overhead",
     "asked": "as asked",
+    "tail": "tails of the ResNet-50 stages",
+    "asked tail": "tail as asked",
 }
-HEADER = ["shape", "layout"] + [
-    f"{part} {column}"
-    for part in ("inference", "training")
-    for column in ("ms", "vs eager", "vs compile", "of floor")
-]
+
+
+class Section(NamedTuple):
+    """A table with its title, of cases of one role."""
+
+    role: str
+    title: str
+    header: list[str]
+    table: list[list[str]]
+
+
+def rivals_in(role: str) -> dict[str, str]:
+    """What the rows of a role are compared with, and how a column's head calls it."""
+    found = {"eager": "vs eager", "compile": "vs compile"}
+    if role in TAILS:
+        bare = {f"{PLAIN}{rival}": f"{head} without" for rival, head in found.items()}
+        return {**found, **bare}
+    return found
+
+
+def header(role: str) -> list[str]:
+    columns = ("ms", *rivals_in(role).values(), "of floor")
+    return ["shape", "layout"] + [
+        f"{part} {column}" for part in ("inference", "training") for column in columns
+    ]
 
 
 def cells(row: Results) -> list[str]:
-    """A row of the table under HEADER."""
+    """A row of the table under its role's header."""
     shape = shape_name(row["shape"])
     shape += f" {row['dtype']}" if row["dtype"] != "float32" else ""
     shape += f", {row['threads']} thread(s)" if row["role"] == "single" else ""
@@ -141,39 +172,44 @@ def cells(row: Results) -> list[str]:
     found = [shape, row["layout"]]
     for name in ("inference", "training"):
         part = row["parts"][name]
-        found += [ms(part["seconds"]), pair(part, "eager"), pair(part, "compile")]
+        found += [ms(part["seconds"]), *(pair(part, rival) for rival in rivals_in(row["role"]))]
         found.append(f"{part['floor']:.0f}%")
     return found
 
 
 def mean_cells(table: list[Results], title: str) -> list[str]:
-    """The geometric means of these rows' speed-ups, as a row under HEADER."""
+    """The geometric means of these rows' speed-ups, as a row under their header."""
     found = [title, ""]
+    rivals = list(rivals_in(table[0]["role"]))
     for name in ("inference", "training"):
         part = {
             key: geomean(row["parts"][name][key] for row in table)
             if all(row["parts"][name][key] for row in table)
             else None
-            for key in ("eager_same", "eager_better", "compile_same", "compile_better")
+            for key in (f"{rival}_{basis}" for rival in rivals for basis in ("same", "better"))
         }
-        found += ["", pair(part, "eager"), pair(part, "compile"), ""]
+        found += ["", *(pair(part, rival) for rival in rivals), ""]
     return found
 
 
-def sections(results: Results) -> list[tuple[str, list[list[str]]]]:
+def sections(results: Results) -> list[Section]:
     """Titled tables of cells: the stages with their means first, then everything else."""
     found = []
     every = rows(results)
     for fused in dict.fromkeys(row["fused"] for row in every):
         mine = select(every, fused=fused)
         for (role, title), launch, regime in product(ROLES.items(), LAUNCHES, REGIMES):
-            part = select(mine, role=role, launch=launch, regime=regime)
-            if part:
+            alike = select(mine, role=role, launch=launch, regime=regime)
+            # A table of tails for each number of threads, for means are taken over each.
+            for threads in dict.fromkeys(row["threads"] if role == "tail" else "" for row in alike):
+                part = [row for row in alike if threads in ("", row["threads"])]
                 table = [cells(row) for row in part]
-                if role == "stage" or len(part) > 4:
+                if role in AVERAGED or len(part) > 4:
                     table.append(mean_cells(part, "geometric mean"))
                 notes = [title, *["cold"][: regime == "cold"], *["CUDA graph"][: launch == "graph"]]
-                found.append((f"{name_of(fused)}: {', '.join(notes)}", table))
+                notes += [f"{threads} thread(s)"] if threads else []
+                title_ = f"{name_of(fused)}: {', '.join(notes)}"
+                found.append(Section(role, title_, header(role), table))
     return found
 
 
@@ -202,24 +238,26 @@ def case_line(record: Results) -> str:
     """One case in a line, for the run's progress."""
     regime = "" if record["regime"] == "warm" else f" {record['regime']}"
     regime += " graph" if record.get("launch") == "graph" else ""
-    parts = [f"{shape_name(record['shape'])} {record['dtype']}{regime}"]
+    tail = ", tail" if record["role"] in TAILS else ""
+    parts = [f"{shape_name(record['shape'])} {record['dtype']}{regime}{tail}"]
     for row in rows({"cases": [record]}):
         shown = []
         for name in ("inference", "training"):
             part = row["parts"][name]
             against = [
-                f"{times(part[f'{rival}_same'])} {rival}"
-                for rival in ("eager", "compile")
+                f"{times(part[f'{rival}_same'])} {name_of(rival)}"
+                for rival in NAMED_RIVALS
                 if part[f"{rival}_same"] is not None
             ]
             shown.append(f"{name} {ms(part['seconds'])} ms ({', '.join(against) or 'alone'})")
         parts.append(f"{name_of(row['fused'])} {row['layout']}: {', '.join(shown)}")
     for result in record["results"]:
         if result["status"] != "ok":
+            status = "FAILED" if result["status"] == "failed" else result["status"]
             parts.append(
-                f"{name_of(result['rival'])} {result['layout']} FAILED: {result['reason']}"
+                f"{name_of(result['rival'])} {result['layout']} {status}: {result['reason']}"
             )
-        elif not result["rival"].startswith(FUSED):
+        elif not is_fused(result["rival"]):
             median = {part: ms(value["median"]) for part, value in result["seconds"].items()}
             spent = f"inference {median['inference']} ms, training {median['training']} ms"
             parts.append(f"{name_of(result['rival'])} {result['layout']}: {spent}")
@@ -227,21 +265,23 @@ def case_line(record: Results) -> str:
 
 
 def memory_rows(results: Results) -> list[list[str]]:
-    """Memory of a training step of the largest stage measured: rival, layout, peak, held (MiB)."""
-    records = [r for r in results["cases"] if r["role"] in ("stage", "asked")]
-    largest = max(records, key=lambda r: r["bytes"], default=None)
-    if largest is None:
-        return []
-    return [
-        [
-            f"{name_of(r['rival'])}, {shape_name(largest['shape'])}",
-            r["layout"],
-            mib(r["memory"]["peak"]),
-            mib(r["memory"]["held"]),
+    """Memory of a training step of the largest stage measured, and of the largest tail: rival,
+    layout, peak, held (MiB)."""
+    found = []
+    for roles, what in ((("stage", "asked"), ""), (TAILS, "tail, ")):
+        records = [r for r in results["cases"] if r["role"] in roles]
+        largest: Results = max(records, key=lambda r: r["bytes"], default={"results": []})
+        found += [
+            [
+                f"{what}{name_of(r['rival'])}, {shape_name(largest['shape'])}",
+                r["layout"],
+                mib(r["memory"]["peak"]),
+                mib(r["memory"]["held"]),
+            ]
+            for r in largest["results"]
+            if "memory" in r
         ]
-        for r in largest["results"]
-        if "memory" in r
-    ]
+    return found
 
 
 MEMORY_HEADER = ["memory in training", "layout", "peak MiB", "held for backward, MiB"]
@@ -256,12 +296,24 @@ NETWORK_HEADER = [
 ]
 
 
+INFERENCE_HEADER = ["inference ms", "inference added %"]  # where that was measured, too
+
+
+def infers(results: Results) -> bool:
+    return any("inference" in r for part in results["layouts"] for r in part["results"])
+
+
+def network_header(results: Results) -> list[str]:
+    return NETWORK_HEADER + (INFERENCE_HEADER if infers(results) else [])
+
+
 def network_rows(results: Results) -> list[list[str]]:
     found = []
+    empty = ["-"] * (len(network_header(results)) - 2)
     for part in results["layouts"]:
         for r in part["results"]:
             if r["status"] != "ok":
-                found.append([f"{name_of(r['variant'])} {r['status']}", part["layout"], *["-"] * 5])
+                found.append([f"{name_of(r['variant'])} {r['status']}", part["layout"], *empty])
                 continue
             cost = r.get("cost")
             found.append(
@@ -275,6 +327,12 @@ def network_rows(results: Results) -> list[list[str]]:
                     mib(r["memory"]["held"]),
                 ]
             )
+            if inferred := r.get("inference"):
+                percent = inferred.get("cost_percent")
+                more = "-" if percent is None else f"{percent:.1f}"
+                found[-1] += [ms(inferred["seconds"]["median"]), more]
+            elif infers(results):
+                found[-1] += ["-", "-"]
     return found
 
 
@@ -294,8 +352,9 @@ def loss_lines(results: Results) -> list[str]:
         where = " in its better layout" if lost["basis"] == "better" else ""
         threads = f" {lost['threads']} thread(s)" if lost["threads"] else ""
         graph = " CUDA graph" if lost.get("launch") == "graph" else ""
+        ours = f"tail, {name_of(lost['fused'])}, " if lost.get("role") in TAILS else ""
         lines.append(
-            f"{lost['part']}, {shape_name(lost['shape'])} {lost['dtype']} {lost['layout']}"
+            f"{ours}{lost['part']}, {shape_name(lost['shape'])} {lost['dtype']} {lost['layout']}"
             f" {lost['regime']}{threads}{graph}: {times(lost['ratio'])}"
             f" of {name_of(lost['rival'])}{where}"
         )

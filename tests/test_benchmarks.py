@@ -36,6 +36,7 @@ class Negated(torch.nn.Module):
 def op_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "a-device-op.json"
     shapes = ["--shapes", "2x8x5x5,1x3x4x7", "--regimes", "warm,cold", "--backends", "eager"]
+    shapes += ["--subjects", "layer"]
     assert op.main([*shapes, *FAST, "--output", str(path)]) == 0
     return path
 
@@ -120,11 +121,17 @@ def test_network_results(network_file):
     assert len(results["network"]["photographs"]) >= 2
     (part,) = results["layouts"]
     by_name = {r["variant"]: r for r in part["results"]}
-    assert set(by_name) == {"plain", "eager", "da_ops:eager"}
+    assert set(by_name) == {"plain", "eager", "da_ops:eager", "tail:plain", "tail:da_ops:eager"}
+    left_out = by_name.pop("tail:da_ops:eager")  # no kernel of it
+    assert left_out["status"] == "left out"
+    assert "'eager' has no kernel" in left_out["reason"]
+    by_name.pop("tail:plain")  # where the kernels are built
     assert all(np.isfinite(r["losses"]).all() for r in by_name.values())
     assert by_name["eager"]["losses"][0] == pytest.approx(by_name["da_ops:eager"]["losses"][0])
     assert by_name["eager"]["memory"]["held"] > by_name["plain"]["memory"]["held"]
     assert by_name["eager"]["cost"]["samples"] == by_name["plain"]["seconds"]["samples"]
+    for result in by_name.values():
+        assert result["inference"]["seconds"]["median"] < result["seconds"]["median"]
 
 
 @pytest.mark.parametrize("module", [op, network])
@@ -166,6 +173,7 @@ def test_a_failing_rival_is_told_and_not_timed(kind, tmp_path, monkeypatch, caps
     monkeypatch.setattr(rivals, "compiled", broken)
     path = tmp_path / "x-op.json"
     options = ["--shapes", "1x4x4x4", "--layouts", "contiguous", "--budget", "0.01"]
+    options += ["--subjects", "layer"]
     assert op.main([*options, *CPU, "--backends", "eager", "--output", str(path)]) == 0
     (case,) = json.loads(path.read_text())["cases"]
     result = {r["rival"]: r for r in case["results"]}
@@ -186,7 +194,7 @@ def test_a_wrong_fused_layer_fails_the_run(tmp_path, monkeypatch):
         if rival == "eager" else Negated(build(rival, *rest)),
     )  # fmt: skip
     path = tmp_path / "x-op.json"
-    shape = ["--shapes", "1x4x4x4", "--backends", "eager"]
+    shape = ["--shapes", "1x4x4x4", "--subjects", "layer", "--backends", "eager"]
     assert op.main([*shape, *FAST, "--output", str(path)]) == 1
     check = json.loads(path.read_text())["summary"]["checks"][0]
     assert check["name"] == "correct"
@@ -244,6 +252,7 @@ def test_no_results(tmp_path, capsys):
         ["--shapes", "0x1x1x1"],
         ["--dtypes", "int8"],
         ["--layouts", "nhwc"],
+        ["--subjects", "head"],
         ["--rivals", "jax"],
         ["--backends", "none"],
         ["--threads", "0"],
@@ -260,8 +269,9 @@ def test_presets():
     stages = [c for c in cases.preset("full") if c.role == "stage"]
     assert tuple(c.shape for c in stages) == cases.STAGES
     assert all(c.layouts == ("contiguous", "channels_last") for c in stages)
-    assert {c.role for c in cases.preset("full")} == {"stage", "ssd", "single", "half", "overhead"}
-    assert {c.role for c in cases.preset("quick")} == {"stage", "overhead"}
+    roles = {"stage", "ssd", "single", "half", "overhead", "tail"}
+    assert {c.role for c in cases.preset("full")} == roles
+    assert {c.role for c in cases.preset("quick")} == {"stage", "overhead", "tail"}
 
 
 def test_plain_layer_has_the_fused_layers_parameters():
@@ -344,7 +354,8 @@ def test_losses_are_listed():
 def test_digest_follows_the_kernel_sources(tmp_path):
     names = ["csrc/ops.cpp", "csrc/cpu/forward.cpp", "csrc/cuda/portable/masks.cuh"]
     backends = ("__init__.py", "base.py", "cpu.py", "cuda.py", "triton/passes.py")
-    names += ["da_ops/function.py", *(f"da_ops/backends/{name}" for name in backends)]
+    names += ["da_ops/function.py", "da_ops/residual/function.py"]
+    names += [f"da_ops/backends/{name}" for name in backends]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
