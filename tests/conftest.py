@@ -141,7 +141,7 @@ def gpu(store, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Planted")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(tuned.driver, "newest_cuda", lambda: 13000)
     monkeypatch.setattr(tuned, "_digest", lambda backend: "planted")
     monkeypatch.setattr(da_ops.tuning, "backends", lambda: {"cuda": None})
     tuned._device_name.cache_clear()

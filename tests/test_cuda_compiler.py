@@ -251,8 +251,7 @@ def test_an_old_driver_is_told_so(monkeypatch, needed, driver, usable):
     monkeypatch.setattr(native, "build_record", lambda: {"cuda": {"version": needed}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(cuda.driver, "newest_cuda", lambda: driver)
     reason = cuda.BACKEND.unfit.__wrapped__()
     assert (reason is None) == usable
     assert usable or "driver for CUDA 13 (580 or later), and this one is for CUDA 12.8" in reason

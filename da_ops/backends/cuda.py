@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import driver, native
 from .base import Backend, Call, Direction, Launch, Pass, Plan, Waves
 from .tuned import ENVIRONMENT, PLANS
 
@@ -79,22 +79,20 @@ _DRIVERS = {12: "525", 13: "580"}
 
 def driver_version() -> str | None:
     """The newest CUDA that the NVIDIA driver knows, such as "13.0"; None where there is none."""
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return None
-    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return f"{version // 1000}.{version % 1000 // 10}"
+    version = driver.newest_cuda()
+    return None if version is None else f"{version // 1000}.{version % 1000 // 10}"
 
 
 @cache
 def _unfit() -> str | None:
     """Why the library cannot run with this machine's driver or on one of its GPUs."""
     record = native.build_record().get("cuda", {})
-    driver, needed = driver_version(), record.get("version")
-    if driver and needed and int(driver.split(".")[0]) < (major := int(needed.split(".")[0])):
+    known, needed = driver_version(), record.get("version")
+    if known and needed and int(known.split(".")[0]) < (major := int(needed.split(".")[0])):
         return (
             f"built with CUDA {needed}, which needs a driver for CUDA {major} "
-            f"({_DRIVERS.get(major, 'a newer one')} or later), and this one is for CUDA {driver}: "
-            f"update the driver, or reinstall da-ops beside a torch for CUDA {driver.split('.')[0]}"
+            f"({_DRIVERS.get(major, 'a newer one')} or later), and this one is for CUDA {known}: "
+            f"update the driver, or reinstall da-ops beside a torch for CUDA {known.split('.')[0]}"
         )
     built = record.get("arch_list", [])
     for device in range(torch.cuda.device_count()):

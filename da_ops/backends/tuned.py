@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from . import driver
 from .base import Call
 
 logger = logging.getLogger("da_ops")
@@ -120,8 +121,7 @@ def key(backend: str, call: Call, backward: bool, device: torch.device | None = 
 @cache
 def _device_name(backend: str, device: torch.device | None = None) -> str:
     if backend == "cuda":  # as csrc/cuda/ops_cuda.cpp says it
-        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-        return f"{torch.cuda.get_device_name(device)}, driver {driver}"
+        return f"{torch.cuda.get_device_name(device)}, driver {driver.newest_cuda()}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
