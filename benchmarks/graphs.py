@@ -30,10 +30,21 @@ def record(works: Sequence[Work]) -> list[Work]:
     replays: list[Work] = []
     for work in works:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            work()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                work()
+        except Exception:
+            end_capture()
+            raise
         replays.append(graph.replay)
     return replays
+
+
+def end_capture() -> None:
+    """Give PyTorch a new generator: the one of a capture that failed takes every later random
+    number for one of the capture, and refuses it."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(torch.Generator(device="cuda").graphsafe_get_state())
 
 
 def repeats(size: int, total: int) -> int:

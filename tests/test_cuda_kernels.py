@@ -250,6 +250,19 @@ def test_on_chip_odd_sizes(kernels, team, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("team", [OnChip(), OnChip("counter", 2)], ids=name)
+def test_on_chip_one_mask_of_what_is_not_aligned(kernels, team, layout):
+    """Nothing is written past a slab of whole vectors: the ones of the mask that is not there."""
+    calls = [
+        make(shape, order, dtype=dtype, layout=layout)
+        for shape in ((2, 6, 4, 12), (1, 3, 40, 41))
+        for order in ("spatial", "channel")
+        for dtype, _ in ON_CHIP_DTYPES
+    ]
+    check(calls, results(kernels(), calls, on_chip=team, aligned=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_on_chip_rows_wider_than_a_block(kernels, layout):
     shape = (1, 16, 75, 75) if layout == "contiguous" else (1, 4104, 2, 3)
     for team in (OnChip(kept=1), OnChip("counter", 2)):

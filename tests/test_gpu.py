@@ -110,12 +110,13 @@ def test_side_stream(made, backend, layout, recorded):
     shape = (8, 64, 56, 56)
     call = made(shape, dtype=torch.float16, layout=layout)
     want = call.results(backend=backend)
-    filled = torch.full_like(call.x, float("nan"))
+    source = call.x  # kept, for the copy of it waits on the other stream
+    filled = torch.full_like(source, float("nan"))
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)  # what ignores the stream would be done long before
-        filled.copy_(call.x)
+        filled.copy_(source)
         call.x = filled
         got = call.results(backend=backend)
     if recorded:

@@ -19,8 +19,8 @@ SIMT_FN void fill_gaps(const Member<T>& m) {
   const int t = simt::thread(), in_vector = simt::kPerVector<T>;
   if (t >= in_vector) return;
   m.template at<T>(chip.memory.zeros)[t] = simt::to<T>(0.f);
-  const int elements = m.rows() * chip.cols;
-  if (chip.aligned || elements % in_vector + t >= in_vector) return;
+  const int elements = m.rows() * chip.cols, rest = elements % in_vector;
+  if (chip.aligned || rest == 0 || rest + t >= in_vector) return;
   m.template at<T>(chip.memory.x)[elements + t] = simt::to<T>(0.f);
   if (chip.backward) m.template at<T>(chip.memory.dy)[elements + t] = simt::to<T>(0.f);
 }
