@@ -19,6 +19,7 @@ struct Tail {
     for (int64_t i = 0; i < lanes; i++) fresh[i] = full <= begin + i && begin + i < cols ? -1 : 0;
   }
   DA_INLINE vec<A> read(const T* row) const { return full ? load(row + begin) : load_part(row, n); }
+  DA_INLINE vec<A> read_fresh(const T* row) const { return keep_fresh(read(row)); }
   DA_INLINE void write(T* row, vec<A> v) const {
     full ? store(row + begin, v) : store_part(row, v, n);
   }
@@ -39,13 +40,15 @@ struct Along<false, A> {
   DA_INLINE vec<A> operator()(int64_t q) const { return load(values + q); }
 };
 
-// What is added up of a row r: read(row) loads the elements at column q.
+// What is added up of a row r: read(row) loads the elements at column q, and keep(v) makes zeros of
+// what is none of them. from(r) begins at row r.
 template <class T>
 struct Elements {
   const T* x;
   int64_t cols;
-  template <class Read>
-  DA_INLINE auto at(int64_t r, int64_t, Read read) const {
+  DA_INLINE Elements from(int64_t r) const { return {x + r * cols, cols}; }
+  template <class Read, class Keep>
+  DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols);
   }
   DA_INLINE void prefetch(int64_t r, int64_t q) const { __builtin_prefetch(x + r * cols + q); }
@@ -54,8 +57,9 @@ template <class T>
 struct Products {
   const T *x, *dy;
   int64_t cols;
-  template <class Read>
-  DA_INLINE auto at(int64_t r, int64_t, Read read) const {
+  DA_INLINE Products from(int64_t r) const { return {x + r * cols, dy + r * cols, cols}; }
+  template <class Read, class Keep>
+  DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols) * read(dy + r * cols);
   }
   DA_INLINE void prefetch(int64_t r, int64_t q) const {
@@ -68,23 +72,26 @@ struct Deviations {
   const T* x;
   const accumulate_t<T>* centre;  // of rows, or of columns
   int64_t cols;
-  template <class Read>
-  DA_INLINE auto at(int64_t r, int64_t q, Read read) const {
-    return read(x + r * cols) - Along<kByRow, accumulate_t<T>>(centre, r)(q);
+  DA_INLINE Deviations from(int64_t r) const {
+    return {x + r * cols, kByRow ? centre + r : centre, cols};
+  }
+  template <class Read, class Keep>
+  DA_INLINE auto at(int64_t r, int64_t q, Read read, Keep keep) const {
+    return read(x + r * cols) - keep(Along<kByRow, accumulate_t<T>>(centre, r)(q));
   }
   DA_INLINE void prefetch(int64_t r, int64_t q) const { __builtin_prefetch(x + r * cols + q); }
 };
 
-// Row sums alone, of rows from r on: one row after the other, so that memory is read in one stream.
+// Row sums alone: one row after the other, so that memory is read in one stream.
 template <int kBlock, class T, class Source, class A = accumulate_t<T>>
-DA_INLINE void sum_rows(const Source& source, int64_t r, const Tail<T>& tail, const A* col_weight,
-                        A* row_sums) {
+DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight, A* row_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {};
-  for (int b = 0; b < kBlock; b++) {
+  const auto all = [&](vec<A> t) DA_LAMBDA_INLINE { return t; };
+  for (int b = 0; b < kBlock; b++, source = source.from(1)) {
     const auto at = [&](int64_t q) DA_LAMBDA_INLINE {
       const auto read = [=](const T* row) DA_LAMBDA_INLINE { return load(row + q); };
-      return source.at(r + b, q, read) * load(col_weight + q);
+      return source.at(0, q, read, all) * load(col_weight + q);
     };
     for (int64_t q = 0; q < tail.full;) {
       const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
@@ -94,9 +101,9 @@ DA_INLINE void sum_rows(const Source& source, int64_t r, const Tail<T>& tail, co
       total[b] += even + odd;
     }
     if (tail.n) {
-      const auto read = [&](const T* row) DA_LAMBDA_INLINE { return tail.read(row); };
-      total[b] +=
-          tail.keep_fresh(source.at(r + b, tail.begin, read)) * load(col_weight + tail.begin);
+      const auto read = [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); };
+      const auto keep = [&](vec<A> t) DA_LAMBDA_INLINE { return tail.keep_fresh(t); };
+      total[b] += source.at(0, tail.begin, read, keep) * load(col_weight + tail.begin);
     }
   }
   sum_lanes<kBlock, A>(total, row_sums);
@@ -105,7 +112,7 @@ DA_INLINE void sum_rows(const Source& source, int64_t r, const Tail<T>& tail, co
 // Column sums, and row sums if asked for, of a few rows together. What is left over of the columns
 // goes to `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
 template <bool kRows, int kBlock, class T, class Source, class A = accumulate_t<T>>
-DA_INLINE void sum_block(const Source& source, int64_t r, const Tail<T>& tail, const A* row_weight,
+DA_INLINE void sum_block(Source source, const Tail<T>& tail, const A* row_weight,
                          const A* col_weight, A* row_sums, A* col_sums, vec<A>& tail_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {}, sum[kBlock] = {};
@@ -114,8 +121,8 @@ DA_INLINE void sum_block(const Source& source, int64_t r, const Tail<T>& tail, c
   const auto columns = [&](int64_t q, auto read, auto keep) DA_LAMBDA_INLINE {
     vec<A> parts[2] = {};
     for (int b = 0; b < kBlock; b++) {
-      source.prefetch(r + b + kBlock, q);
-      const vec<A> t = keep(source.at(r + b, q, read));
+      source.prefetch(b + kBlock, q);
+      const vec<A> t = source.at(b, q, read, keep);
       if constexpr (kRows) sum[b] += t * load(col_weight + q);
       parts[b % 2] += t * row_weight[b];
     }
@@ -132,7 +139,7 @@ DA_INLINE void sum_block(const Source& source, int64_t r, const Tail<T>& tail, c
   }
   if (tail.n)
     tail_sums += columns(
-        tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read(row); },
+        tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); },
         [&](vec<A> t) DA_LAMBDA_INLINE { return tail.keep_fresh(t); });
   if constexpr (kRows) {
     for (int b = 0; b < kBlock; b++) total[b] += sum[b];
@@ -152,10 +159,10 @@ DA_INLINE void reduce_slab(const Source& source, int64_t rows, int64_t cols, con
     for (; r + kSize <= rows; r += kSize) {
       A* sums = kRows ? row_sums + r : nullptr;
       if constexpr (kCols)
-        sum_block<kRows, kSize, T>(source, r, tail, row_weight + r, col_weight, sums, col_sums,
+        sum_block<kRows, kSize, T>(source.from(r), tail, row_weight + r, col_weight, sums, col_sums,
                                    tail_sums);
       else
-        sum_rows<kSize, T>(source, r, tail, col_weight, sums);
+        sum_rows<kSize, T>(source.from(r), tail, col_weight, sums);
     }
   };
   if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
