@@ -62,19 +62,19 @@ Resource usage:
   GLOBAL:0
  Function _ZN2da4cuda5scaleIfLi4ELb1EEEvNS0_4ArgsIfEE:
   REG:255 STACK:24 SHARED:1024 LOCAL:8 CONSTANT[0]:880 TEXTURE:0 SURFACE:0 SAMPLER:0
- Function _ZN2da4cuda4foldIdEEvNS0_4ArgsIT_EE:
+ Function _ZN2da4cuda6finishIdEEvNS0_4ArgsIT_EE:
   REG:32 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:880 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 
 def kernel(local):
-    return cuda_report.Kernel("fold<double>", "sm_90", Function("_Z4fold", (), ()), 32, local)
+    return cuda_report.Kernel("finish<double>", "sm_80", Function("_Z6finish", (), ()), 32, local)
 
 
 def test_registers_and_local_memory_are_read():
     assert cuda_report.usages(USAGE) == {
         "_ZN2da4cuda5scaleIfLi4ELb1EEEvNS0_4ArgsIfEE": (255, 32),
-        "_ZN2da4cuda4foldIdEEvNS0_4ArgsIT_EE": (32, 0),
+        "_ZN2da4cuda6finishIdEEvNS0_4ArgsIT_EE": (32, 0),
     }
 
 
@@ -83,8 +83,8 @@ def test_the_report_fails_on_a_fault_only(local, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cuda_report, "find_cuda", lambda *_: CudaCompiler(tmp_path, "13.0", "PATH"))
     monkeypatch.setattr(cuda_report, "kernels", lambda *_: [kernel(local)])
     monkeypatch.setattr(cuda_report.Tools, "missing", lambda _: None)
-    assert cuda_report.main(["--arch", "sm_90"]) == bool(local)
-    told = "fold<double> on sm_90: expected no local memory, got 24 bytes of it"
+    assert cuda_report.main(["--arch", "sm_80"]) == bool(local)
+    told = "finish<double> on sm_80: expected no local memory, got 24 bytes of it"
     assert (told in capsys.readouterr().out) == bool(local)
 
 

@@ -298,7 +298,7 @@ bool mail_case() {
   launch.shared_bytes = MailArrays(simt::Carver()).bytes;
   launch.team = kTeam;
   launch.cluster = true;
-  return simt::launch(launch, mail<bug>, y.data()) == 0 && shifted(y, 1);
+  return ran(launch, mail<bug>, y.data()) && shifted(y, 1);
 }
 
 template <Bug bug>
