@@ -23,7 +23,7 @@ PASSES = {
     "layer": {"inference": 2, "training": 5, "forward": 2, "backward": 3},
     "tail": {"inference": 3, "training": 11, "forward": 4, "backward": 7},
 }
-# What means are taken over: roles.
+# Roles that means are taken over.
 AVERAGED = ("stage", "tail")
 
 Times = Mapping[tuple[str, str], Mapping[str, NDArray[np.float64]]]

@@ -92,7 +92,7 @@ def test_small_limits_make_a_small_tensor_a_large_one(layout):
     assert names == ["channel mean", "masks", "pooling", "masks", "scale"]
 
 
-# Of which waves are to be full: the stages, and the maps of SSD300.
+# Shapes whose waves are to be full: the stages, and the maps of SSD300.
 TABLE = [*STAGES, (1024, 38, 38), (512, 19, 19), (512, 10, 10), (256, 5, 5), (256, 3, 3)]
 # Their images are few tiles of the least size or, of 75 x 75 pixels, as many as a block adds up the
 # sums of; no whole number of these comes near the slots for some batch sizes, or only tiles so

@@ -205,7 +205,7 @@ def test_no_check_of_the_tail_is_dropped():
     for name in (OURS, PLAIN + OURS):
         assert found[f"accuracy, tail {name}, float32"]["passed"]
         assert found[f"training memory, tail {name}"]["passed"]
-    # Of what was not measured it is told so.
+    # A part that was not measured is said to be so.
     for record in records:
         record["speedups"] = [s for s in record["speedups"] if s["rival"] == "eager"]
     found = {c["name"]: c for c in checks.summarise(records)["checks"]}

@@ -30,7 +30,7 @@ struct Warp {
   uint64_t slot[2][kWarp];  // in turn: a lane may be one shuffle ahead of another
 };
 
-// What the lanes of a launch share.
+// State that the lanes of a launch share.
 struct LaunchState {
   std::function<void()> kernel;
   bool early = false;

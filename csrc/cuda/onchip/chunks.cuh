@@ -26,7 +26,7 @@ struct Member {
 
   SIMT_FN explicit Member(const ChipArgs& args) : args(args), chip(args.chip) {}
 
-  // Of the team's images, in turns, the one of this turn.
+  // The team's image of this turn: the teams take the images by turns.
   SIMT_FN int image(int turn) const { return team() + simt::opaque(turn) * chip.images_at_once; }
   SIMT_FN bool has(int turn) const { return image(turn) < args.call.images; }
   SIMT_FN int team() const { return place().team; }
@@ -35,7 +35,7 @@ struct Member {
   SIMT_FN int rows() const { return place().rows; }
   SIMT_FN int chunks() const { return place().chunks; }
 
-  // Where the slab of this turn's image begins in a full-size tensor.
+  // The place in a full-size tensor at which the slab of this turn's image begins.
   SIMT_FN int64_t slab(int turn) const {
     return (int64_t(image(turn)) * chip.rows + row0()) * chip.cols;
   }

@@ -18,8 +18,8 @@ bool proven(int sm) {
 //
 // A launch takes about 2 us, in which a multiprocessor of an H100 moves 45 KB, of an H200 65 KB.
 constexpr double kLaunch = 48 << 10;
-// What one step of an image takes apart from its sweep, by barrier: masks or terms are made, and
-// the blocks of a team wait for each other twice, or once and for mail.
+// The time that one step of an image takes apart from its sweep, by barrier: masks or terms are
+// made, and the blocks of a team wait for each other twice, or once and for mail.
 constexpr double kStep[] = {16 << 10, 30 << 10, 56 << 10}, kStepByMail = 24 << 10;
 // Warp instructions that a multiprocessor can issue for each byte: 124 for 512 bytes on an H200,
 // 178 on an H100. It takes so many warps to issue that many.

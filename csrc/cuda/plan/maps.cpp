@@ -72,7 +72,7 @@ Between between(const Problem& p, const Device& device, const Plan& plan, Axes n
       &Axes::channels, t.pixel_tiles(), b.of_channels(p.c),
       [&](int64_t n) { return of_channels(p, b.channels, n, false); },
       [&](int64_t n) { return of_channels(p, t.tile_channels(), n, true); });
-  // Of a multiprocessor, while the blocks of either launch are spread over all.
+  // Counts are a multiprocessor's, while the blocks of either launch are spread over all.
   const auto each = [&](int64_t instructions, int64_t blocks) {
     return instructions / std::clamp<int64_t>(blocks, 1, device.multiprocessors);
   };

@@ -10,7 +10,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kDepth = 4;                 // reads that a thread has in flight
 constexpr int kPitch = kThreads * 3 / 2;  // threads' sums, each row's padded to an odd number
 
-// What a block needs to run the stencil over its pixels.
+// The arrays that a block needs to run the stencil over its pixels.
 template <class A>
 struct StencilMemory {
   A* stencil;  // coefficients and bias

@@ -14,7 +14,7 @@ int64_t slots(const Problem& p, const Device& device, size_t shared_bytes) {
 
 Kernel kernel_of(const Pass& pass) { return pass.sums.any() ? Kernel::sums : Kernel::scale; }
 
-// What makes one tiling better than another.
+// The measures by which one tiling is better than another.
 struct Quality {
   bool full;    // whole waves are, in every pass
   double time;  // of all passes, in reads of a multiprocessor

@@ -19,10 +19,10 @@ struct Waves {
   bool whole() const { return blocks >= slots; }
 };
 
-// Of a pass over images that are cut like this.
+// The waves of a pass over images that are cut like this.
 Waves waves(const Tiling& tiling, int64_t images, int64_t slots);
 
-// Of any step of a direction.
+// The waves of any step of a direction.
 Waves waves(const Problem& problem, const Device& device, const Plan& plan,
             const Direction& direction, const Step& step);
 
