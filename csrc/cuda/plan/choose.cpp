@@ -29,12 +29,10 @@ constexpr int kIssuing = 16;
 // ones; and for each 32 pixels of a spatial mask. build_tools/cuda_limits.py has the most that they
 // may be.
 constexpr double kSum = 40, kProduct = 65, kScale[][2] = {{40, 70}, {50, 90}}, kOfMask = 150;
-// The cost of reading from L2, as a share of reading from memory; the share of L2 to count on.
-constexpr double kFromL2 = 0.35, kUsableL2 = 0.7;
+// The cost of reading from L2, as a share of reading from memory.
+constexpr double kFromL2 = 0.35;
 
-double again(const Device& device, double bytes) {
-  return bytes < kUsableL2 * device.l2_bytes ? kFromL2 : 1;
-}
+double again(const Device& device, double bytes) { return bytes < usable_l2(device) ? kFromL2 : 1; }
 
 // Warp instructions of a block for an image.
 double instructions(const Problem& p, const OnChip& chip) {

@@ -71,6 +71,23 @@ SIMT_FN T* peer(T* pointer, unsigned rank) {
 #endif
 }
 
+#if __CUDA_ARCH__ >= 900
+namespace detail {
+
+// A barrier in shared memory that ends a turn with one arrival and the bytes that it expects.
+SIMT_FN void init_barrier(unsigned barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// The arrival.
+SIMT_FN void expect_bytes(unsigned barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+}  // namespace detail
+#endif
+
 // Numbers that blocks of a cluster put into each other's shared memory, without a fence or a
 // barrier of all; lives in shared memory, at the same place in each block. Between a block's wait()
 // and its peers' next post() to it lies a barrier of the cluster, as between init() and the first
@@ -80,9 +97,7 @@ class Mail {
   // All threads of the block call it.
   SIMT_FN void init() {
 #if __CUDA_ARCH__ >= 900
-    if (thread() != 0) return;
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier()) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (thread() == 0) detail::init_barrier(barrier());
 #endif
   }
 
@@ -110,9 +125,7 @@ class Mail {
   // last one.
   SIMT_FN void wait(uint32_t bytes, unsigned before) {
 #if __CUDA_ARCH__ >= 900
-    if (thread() == 0)
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier()), "r"(bytes)
-                   : "memory");
+    if (thread() == 0) detail::expect_bytes(barrier(), bytes);
     unsigned done;
     do {
       asm volatile(
@@ -145,9 +158,7 @@ class Bulk {
   // For each Bulk, before the sync_before_load() of its first load.
   SIMT_FN void init() {
 #if __CUDA_ARCH__ >= 900
-    if (thread() != 0) return;
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier()) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (thread() == 0) detail::init_barrier(barrier());
 #elif __CUDA_ARCH__ >= 800
     if (thread() != 0) return;
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier()), "r"(threads()) : "memory");
@@ -165,8 +176,7 @@ class Bulk {
   SIMT_FN void load(void* to, const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     if (thread() != 0) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier()), "r"(bytes)
-                 : "memory");
+    detail::expect_bytes(barrier(), bytes);
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(detail::shared_address(to)),
