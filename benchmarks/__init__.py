@@ -4,7 +4,8 @@
                                  correctness, over shapes and layouts
 `python -m benchmarks.network`   training steps and inference of a ResNet-50 on photographs
 `python -m benchmarks.gpu`       on a machine with a GPU: build, test and measure in one go
-`python -m benchmarks.report`    tables, charts and the README block, from results files alone
+`python -m benchmarks.report`    tables, charts, README.md's and docs/benchmarks.md's blocks, from
+                                 results files alone
 """
 
 import os

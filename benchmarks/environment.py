@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMITTED = ROOT / "benchmarks" / "results"  # full runs, which the README shows
+COMMITTED = ROOT / "benchmarks" / "results"  # full runs, which README.md and docs show
 LOCAL = ROOT / "bench-results"  # quick runs, not under version control
 SCHEMA = 1
 GPU_PARTS = (  # of `make gpu`

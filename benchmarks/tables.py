@@ -1,4 +1,4 @@
-"""How results read: the rows, cells and lines that terminal and README share."""
+"""How results read: the rows, cells and lines that terminal and pages share."""
 
 from __future__ import annotations
 

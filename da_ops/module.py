@@ -48,7 +48,7 @@ class DAModule(nn.Module):
     the logger ``da_ops``; :meth:`unfused` and ``da_ops.explain(x, layer=layer)`` say why.
 
     Source: the DA block, an extremely lightweight attention mechanism for detection backbones. What
-    its paper leaves open (the gate's form, the convolutions' biases) is decided in README.md.
+    its paper leaves open (the gate's form, the convolutions' biases) is decided in docs/paper.md.
     """
 
     def __init__(

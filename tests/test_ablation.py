@@ -16,7 +16,7 @@ pytest.importorskip("psutil")
 
 from scipy import stats
 
-from benchmarks import environment, report
+from benchmarks import environment, files, pages
 from benchmarks.environment import BenchmarkError
 from benchmarks.paper import ablation, chart
 from benchmarks.paper import report as findings
@@ -221,25 +221,25 @@ def test_results_of_another_experiment_are_not_resumed(tiny, tmp_path, monkeypat
     assert "settings" in capsys.readouterr().err
 
 
-def test_the_readme_block_is_generated_and_checked(tiny, tmp_path, monkeypatch, capsys):
-    path, readme = tmp_path / "x-ablation.json", tmp_path / "README.md"
+def test_the_block_of_a_page_is_generated_and_checked(tiny, tmp_path, monkeypatch, capsys):
+    path, page = tmp_path / "x-ablation.json", tmp_path / "page.md"
     record = environment.head("ablation", "cpu", "small")
     record |= results(plain=[60, 61, 62], DA=[61, 61.9, 63.2])
     environment.write_results(path, record)
     monkeypatch.setattr(environment, "COMMITTED", tmp_path)
-    readme.write_text(f"before\n{findings.BEGIN}\n{findings.END}\nafter\n")
-    check = ["--readme", str(readme), "--check"]
-    assert ablation.main(check) == 1
-    assert ablation.main(check[:2]) == 0
-    assert ablation.main(check) == 0
-    text = readme.read_text()
+    page.write_text("\n".join(["before", *pages.markers("ablation"), "after\n"]))
+    where = ["--page", str(page)]
+    assert ablation.main([*where, "--check"]) == 1
+    assert ablation.main([*where, "--write"]) == 0
+    assert ablation.main([*where, "--check"]) == 0
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "| DA (spatial, then channel) | 62.0 | +1.0 | +0.7 to +1.4 | better |" in text
     assert "not finished: plain" not in text and "not finished: DA, channel first" in text
-    readme.write_text("no markers")
-    assert ablation.main(check[:2]) == 2
+    page.write_text("no markers")
+    assert ablation.main([*where, "--write"]) == 2
     assert "expected one line" in capsys.readouterr().err
-    assert report.load_folder(tmp_path) == {}  # left to the ablation
+    assert files.load_folder(tmp_path) == {}  # left to the ablation
 
 
 def test_a_broken_results_file_is_refused(tmp_path):

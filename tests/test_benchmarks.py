@@ -14,7 +14,18 @@ pytest.importorskip("tqdm")
 pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
-from benchmarks import cases, environment, layer, measure, network, op, report, rivals, summary
+from benchmarks import (
+    cases,
+    environment,
+    layer,
+    measure,
+    network,
+    op,
+    pages,
+    report,
+    rivals,
+    summary,
+)
 from benchmarks.environment import BenchmarkError
 
 CPU = ["--device", "cpu"]
@@ -201,35 +212,40 @@ def test_a_wrong_fused_layer_fails_the_run(tmp_path, monkeypatch):
     assert not check["passed"]
 
 
-def test_readme_block(op_file, network_file, tmp_path, monkeypatch, capsys):
-    readme = tmp_path / "README.md"
-    text = f"# Title\n\n{report.BEGIN}\n{report.END}\n\nThe end.\n"
-    readme.write_text(text)
-    where = ["--results", str(op_file.parent), "--readme", str(readme)]
-    assert report.main([*where, "--check"]) == 1
-    assert readme.read_text() == text  # a check writes nothing
-    assert report.main(where) == 0
-    once = readme.read_text()
-    assert once.startswith(f"# Title\n\n{report.BEGIN}")
-    assert once.endswith(f"{report.END}\n\nThe end.\n")
-    assert "2x8x5x5" in once
-    assert "resnet18" in once
-    assert "a-device.png" in once
-    assert report.main([*where, "--check"]) == 0
-    assert report.main(where) == 0
-    assert readme.read_text() == once
+def test_blocks_of_a_page(op_file, network_file, tmp_path, monkeypatch, capsys):
+    """Means in one, every table in the other; what stands around them stays."""
+    page = tmp_path / "page.md"
+    begin, end = zip(pages.markers("speed"), pages.markers("benchmarks"))
+    text = f"# Title\n\n{begin[0]}\n{end[0]}\n\nMore:\n\n{begin[1]}\n{end[1]}\n\nThe end.\n"
+    page.write_text(text)
+    where = ["--results", str(op_file.parent), "--page", str(page)]
+    check, write = [*where, "--check"], [*where, "--write"]
+    assert report.main(check) == 1
+    assert page.read_text() == text  # a check writes nothing
+    assert report.main(write) == 0
+    once = page.read_text()
+    assert once.startswith(f"# Title\n\n{begin[0]}")
+    assert once.endswith(f"{end[1]}\n\nThe end.\n")
+    means, tables = once.split("More:")
+    assert "a-device.png" in means and "a-device.png" in tables
+    assert "2x8x5x5" in tables and "2x8x5x5" not in means
+    assert "resnet18" in tables
+    assert report.main(check) == 0
+    assert report.main(write) == 0
+    assert page.read_text() == once
 
     assert "other kernel sources" not in once
     monkeypatch.setattr(environment, "digest", lambda device: "0" * 64)
-    assert report.main([*where, "--check"]) == 1
-    assert report.main(where) == 0
-    assert "other kernel sources than today's" in readme.read_text()
+    assert report.main(check) == 1
+    assert report.main(write) == 0
+    for part in page.read_text().split("More:"):
+        assert "other kernel sources than today's" in part
     capsys.readouterr()
 
-    readme.write_text("no markers")
-    assert report.main(where) == 2
-    assert report.BEGIN in capsys.readouterr().err
-    assert readme.read_text() == "no markers"
+    page.write_text("no markers")
+    assert report.main(write) == 2
+    assert begin[1] in capsys.readouterr().err
+    assert page.read_text() == "no markers"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99, "kind": "op"}'])
@@ -241,7 +257,7 @@ def test_a_results_file_that_is_none(content, tmp_path, capsys):
 
 def test_no_results(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path)]) == 2
-    assert report.NO_GPU in report.block(tmp_path, tmp_path / "README.md")
+    assert pages.NO_GPU in pages.every_table(tmp_path, tmp_path / "page.md")
     assert "make bench" in capsys.readouterr().err
 
 

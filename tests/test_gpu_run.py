@@ -18,7 +18,7 @@ pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
 import benchmarks.gpu.__main__ as driver
-from benchmarks import environment, op, report, tally
+from benchmarks import environment, op, pages, report, tally
 from benchmarks.gpu import chosen, parts, results, run
 
 FAST = ["--device", "cpu", "--rivals", "eager", "--backends", "eager", "--budget", "0.01"]
@@ -69,12 +69,12 @@ def test_gpu_results_that_count(gpu_results, tmp_path, capsys):
     assert line.split()[:6] == ["onchip", "cut", "500", "0", "0", "800"]
     for name in ("NVIDIA H100 80GB HBM3", "nvidia-h100", str(next(tmp_path.glob("*.json")))):
         assert check_gpu(tmp_path, name=name) == 0
-    shown = report.block(tmp_path, tmp_path / "README.md")
-    assert "### NVIDIA H100 80GB HBM3" in shown
+    shown = pages.every_table(tmp_path, tmp_path / "page.md")
+    assert "## NVIDIA H100 80GB HBM3" in shown
     assert "`make gpu`" in shown
     assert "bfloat16" in shown
     assert "left out" not in shown
-    assert report.NO_GPU not in shown
+    assert pages.NO_GPU not in shown
     assert report.main(["--device", "H100"]) == 2
 
 
@@ -107,7 +107,7 @@ def test_gpu_results_that_do_not_count(gpu_results, tmp_path, capsys, change, wh
             gpu_results["parts"].remove(part)
     assert check_gpu(tmp_path, gpu_results) == 1
     assert why in capsys.readouterr().err
-    shown = report.block(tmp_path, tmp_path / "README.md")
+    shown = pages.every_table(tmp_path, tmp_path / "page.md")
     assert "Results of NVIDIA H100 80GB HBM3 are left out: " in shown
     assert why in shown
     assert "###" not in shown

@@ -13,7 +13,20 @@ pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
 import da_ops
-from benchmarks import cases, charts, checks, layer, network, networks, op, report, rivals, tail
+from benchmarks import (
+    cases,
+    charts,
+    checks,
+    files,
+    layer,
+    network,
+    networks,
+    op,
+    pages,
+    report,
+    rivals,
+    tail,
+)
 from benchmarks.summary import PLAIN
 
 FAST = ["--device", "cpu", "--rivals", "eager", "--budget", "0.01"]
@@ -256,15 +269,15 @@ def test_tables_and_title_tell_what_was_found():
     assert charts.tail_finding(name, []) == ""
 
 
-def test_chart_and_readme(op_file, tmp_path):
+def test_chart_and_page(op_file, tmp_path):
     assert op_file.with_name("a-device.png").stat().st_size > 10_000
-    block = report.block(tmp_path, tmp_path / "README.md")
+    block = pages.every_table(tmp_path, tmp_path / "page.md")
     assert "fused (cpu): tail as asked" in block
     assert "eager without attention, " in block
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    where = ["--results", str(tmp_path), "--readme", str(readme)]
-    assert report.main(where) == 0
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(pages.markers("benchmarks")))
+    where = ["--results", str(tmp_path), "--page", str(page)]
+    assert report.main([*where, "--write"]) == 0
     assert report.main([*where, "--check"]) == 0
 
 
@@ -322,8 +335,8 @@ def test_what_a_network_was_not_measured_for_is_told():
 
 def test_results_without_tails_are_read():
     """Those of before: no tails, no inference of networks."""
-    for together in report.load_folder(report.environment.COMMITTED).values():
-        assert report.device_block(together, "a.png")
+    for together in files.load_folder(report.environment.COMMITTED).values():
+        assert pages.device_lines(together, "a.png")
         for results in together.values():
             assert report.text(results)
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import environment, report
+from benchmarks import environment, files
 from benchmarks import gpu as package
 from benchmarks.gpu import parts, results, run
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             outcomes = until_now
             written = results.results(until_now, head, scratch)
             results.write(written, folders, scratch)
-            if until_now[-1].name in report.KINDS and until_now[-1].note != run.UNFINISHED:
+            if until_now[-1].name in files.KINDS and until_now[-1].note != run.UNFINISHED:
                 results.draw(written, folders)
 
         try:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             status = 128 + signal.SIGINT
     print(f"\n{results.table(outcomes)}")
     for folder in folders:
-        print(f"results: {report.shown(folder)}", flush=True)
+        print(f"results: {files.shown(folder)}", flush=True)
     return status or int(any(o.status == "failed" for o in outcomes))
 
 

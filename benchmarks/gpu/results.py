@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, report, tables
+from benchmarks import environment, files, pages, report, tables
 from benchmarks.gpu.run import Outcome
 
 LONGEST_LOG = 8_000_000  # characters
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    rows = report.part_rows({"parts": [vars(o) for o in outcomes]})
+    rows = pages.part_rows({"parts": [vars(o) for o in outcomes]})
     return tables.plain_table(
-        [*report.PART_HEADER, "note"],
+        [*pages.PART_HEADER, "note"],
         [[*row, o.note] for row, o in zip(rows, outcomes, strict=True)],
     )
 
@@ -26,7 +26,7 @@ def results(outcomes: Sequence[Outcome], head: dict[str, Any], scratch: Path) ->
     """The parts, and what the benchmarks have written until now."""
     found = {
         kind: json.loads(path.read_text())
-        for kind in report.KINDS
+        for kind in files.KINDS
         if (path := scratch / f"x-{kind}.json").exists()
     }
     return {
@@ -54,7 +54,7 @@ def write(written: dict[str, Any], folders: Sequence[Path], scratch: Path) -> No
 def draw(written: dict[str, Any], folders: Sequence[Path]) -> None:
     """The chart, beside the JSON."""
     name = environment.slug(written["device"]["name"])
-    together = {kind: written[kind] for kind in report.KINDS if kind in written}
+    together = {kind: written[kind] for kind in files.KINDS if kind in written}
     try:
         for folder in folders:
             report.draw(together, folder / f"{name}.png")

@@ -3,8 +3,8 @@
 python -m benchmarks.paper.ablation                 ResNet-18 on two cores, within 45 minutes
 python -m benchmarks.paper.ablation --preset gpu    ResNet-50 SSD300, five seeds
 python -m benchmarks.paper.ablation --resume        goes on where the last one was stopped
-python -m benchmarks.paper.ablation --readme README.md    measures nothing, writes the block of the
-                                 committed results; with --check exits 1 if it is another
+python -m benchmarks.paper.ablation --write         measures nothing, writes docs/paper.md's block
+                                 of the committed results; --check: exits 1 if it is another
 
 All networks of one seed start from the same weights, as far as they share them, and see the same
 images in the same order, augmented in the same way: what differs is the attention. Where time is
@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from benchmarks import environment
 from benchmarks.environment import BenchmarkError
+from benchmarks.pages import read_page, with_block
 from benchmarks.paper import report
-from benchmarks.report import with_block
 from da_ops.detection.augment import eval_transforms, train_transforms
 from da_ops.detection.checkpoint import build_model
 from da_ops.detection.distributed import World
@@ -296,19 +296,16 @@ def resumed(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_block(options: argparse.Namespace) -> int:
-    """The block of the committed results in a README, or whether it is there."""
-    readme = Path(options.readme or environment.ROOT / "README.md")
-    try:
-        old = readme.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BenchmarkError(f"{readme}: expected a file to read, got {error}") from error
-    new = with_block(old, report.block(environment.COMMITTED, readme.resolve()), readme)
+    """The block of the committed results in docs/paper.md, or whether it is there."""
+    page = options.page or environment.ROOT / "docs" / "paper.md"
+    old = read_page(page)
+    new = with_block(old, report.block(environment.COMMITTED, page.resolve()), page)
     if not options.check:
-        environment.write_atomically(readme, new)
+        environment.write_atomically(page, new)
     elif new != old:
         print(
-            f"{report.MODULE}: {readme}: the block between the ablation markers is not what the"
-            f" results generate; run python -m {report.MODULE} --readme {readme}",
+            f"{report.MODULE}: {page}: the block between the ablation markers is not what the"
+            f" results generate; run {report.COMMAND}",
             file=sys.stderr,
         )
         return 1
@@ -316,7 +313,7 @@ def write_block(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.readme or options.check:
+    if options.write or options.check:
         return write_block(options)
     preset = PRESETS[options.preset]
     kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -342,8 +339,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="small")
     parser.add_argument("--out", metavar="FILE", help="where the results go")
     parser.add_argument("--resume", action="store_true", help="go on with the results there")
-    parser.add_argument("--readme", metavar="FILE", help="whose block to write (or check)")
+    parser.add_argument("--write", action="store_true", help="measure nothing, write the block")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is old")
+    parser.add_argument("--page", type=Path, help="whose block, in place of docs/paper.md's")
     try:
         return run(parser.parse_args(arguments))
     except BenchmarkError as error:

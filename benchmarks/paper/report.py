@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from benchmarks import environment, tables
+from benchmarks.pages import marked, picture
 
 MODULE = "benchmarks.paper.ablation"
 PLAIN = "plain"
 CONFIDENCE = 0.95  # of all intervals of a report together
-BEGIN, END = "<!-- ablation:begin -->", "<!-- ablation:end -->"
+COMMAND = f"python -m {MODULE} --write"
 NAMES = {
     "DA": "DA (spatial, then channel)",
     "DA, channel first": "DA (channel, then spatial)",
@@ -172,22 +172,22 @@ def text(results: Results) -> str:
     return "\n".join(lines)
 
 
-def block(folder: Path, readme: Path) -> str:
-    """The README's text between the markers, markers included."""
-    lines = [BEGIN, f"<!-- written by `python -m {MODULE} --readme README.md` -->"]
+def block(folder: Path, page: Path) -> str:
+    """The page's text between the markers, markers included."""
+    lines: list[str] = []
     paths = sorted(folder.glob("*-ablation.json"))
     if not paths:
         lines += ["", "No results yet: `make ablation` measures them."]
     for path in paths:
         results = read(path)
-        chart = os.path.relpath(path.with_suffix(".png"), readme.parent)
-        lines += ["", f"![differences from the plain network]({Path(chart).as_posix()})", ""]
+        chart = path.with_suffix(".png")
+        lines += ["", picture("differences from the plain network", chart, page), ""]
         again = f"python -m {MODULE} --preset {results['preset']}"
         lines += [f"{description(results)} {tables.device_line(results)}. `{again}`"]
         lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
         for title, rows in sections(results):
             lines += ["", f"**{title}**", "", tables.markdown_table(HEADER, rows)]
-    return "\n".join([*lines, END])
+    return marked("ablation", COMMAND, lines)
 
 
 def draw(results: Results, path: Path) -> Path | None:
