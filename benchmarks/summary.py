@@ -18,11 +18,6 @@ PLAIN = "plain:"  # those without attention
 WHOLE = "whole:"  # those of networks compiled as a whole
 TAIL = "tail:"  # and those of networks whose residual blocks have fused tails
 TRAINING = ("training", "forward", "backward")  # phases of a training sample
-# The least traffic, in x.
-PASSES = {
-    "layer": {"inference": 2, "training": 5, "forward": 2, "backward": 3},
-    "tail": {"inference": 3, "training": 11, "forward": 4, "backward": 7},
-}
 # Roles that means are taken over.
 AVERAGED = ("stage", "tail")
 
@@ -34,6 +29,15 @@ def is_fused(name: str) -> bool:
     return name.removeprefix(PLAIN).startswith(FUSED)
 
 
+def least_passes(subject: str) -> dict[str, int]:
+    """The least traffic in each phase, in units of x, of the "layer" or "tail" of explain."""
+    from da_ops.backends.tail import floor
+
+    training, evaluation = ("training", "evaluation") if subject == "tail" else (None, None)
+    ways = floor(training)
+    return {"inference": floor(evaluation)["forward"], "training": sum(ways.values()), **ways}
+
+
 def timed(
     result: dict[str, Any],
     times: Mapping[str, NDArray[np.float64]],
@@ -41,8 +45,9 @@ def timed(
     subject: str = "layer",
 ) -> dict[str, Any]:
     """The contender's record with its times and, in percent, how near it comes to the floor."""
+    least = least_passes(subject)
     floors = {
-        part: 100 * PASSES[subject][part] / 2 * copy_seconds / float(np.median(rounds))
+        part: 100 * least[part] / 2 * copy_seconds / float(np.median(rounds))
         for part, rounds in times.items()
     }
     return {

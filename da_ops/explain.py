@@ -7,17 +7,29 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backends import BACKENDS, NAMES, faster, passed_over, select, unserved
 from .backends.base import Call, Direction, Plan
 from .backends.cuda import OLDEST
+from .backends.tail import MODES, floor, fused_plan, modules_plan, plain_plan
 from .backends.tuned import PLANS
 from .checks import check_options
 from .module import DAModule
+from .residual.functional import fusible_now, takes_batch, unfused_modules, without_kernel
+from .residual.module import DAResidual
 
-# Nothing can do with less: read x and write y; read dy and x and write dx.
-FLOOR = {"forward": 2, "backward": 3}
+_IN = {"training": "in training", "frozen": "with a frozen norm", "evaluation": "in evaluation"}
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What there is to a residual tail beside its plan."""
+
+    mode: str
+    unfused: str | None  # why its modules are called one by one, if they are
+    plain: Plan  # the same in plain PyTorch
+    bare: Plan  # that without attention
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Explanation:
     unusable: str | None  # why the backend asked for cannot serve x here
     passed_over: dict[str, str]
     plan: Plan
+    tail: Tail | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, sizes in bytes."""
@@ -38,45 +51,81 @@ class Explanation:
             "dtype": str(self.call.dtype).removeprefix("torch."),
             "layout": "channels_last" if self.call.channels_last else "contiguous",
             "order": self.call.order,
-            "gate": self.call.gate,
+            "gate": None if self.call.order == "none" else self.call.gate,
+            "tail": self._tail(),
             "device": self.device,
             "backend": self.backend,
             "unusable": self.unusable,
             "passed_over": self.passed_over,
-            "forward": self._direction("forward", self.plan.forward),
-            "backward": self._direction("backward", self.plan.backward),
+            "forward": self._direction("forward"),
+            "backward": self._direction("backward"),
             "details": self.plan.details,
         }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
-    def _direction(self, name: str, direction: Direction) -> dict[str, Any]:
-        floor = FLOOR[name] * self.call.bytes
-        moved = direction.moved * self.call.bytes
+    def _floor(self) -> dict[str, int]:
+        return floor(None if self.tail is None else self.tail.mode)
+
+    def _direction(self, name: str) -> dict[str, Any] | None:
+        units = self._floor().get(name)
+        if units is None:
+            return None
+        direction: Direction = getattr(self.plan, name)
         return {
             "passes": [asdict(p) for p in direction.passes],
-            "bytes_moved": moved,
-            "floor_bytes": floor,
-            "percent_of_floor": 100 * FLOOR[name] / max(direction.moved, FLOOR[name]),
+            "bytes_moved": direction.moved * self.call.bytes,
+            "floor_bytes": units * self.call.bytes,
+            "percent_of_floor": 100 * units / max(direction.moved, units),
+        }
+
+    def _tail(self) -> dict[str, Any] | None:
+        if self.tail is None:
+            return None
+        beside = {"plain": self.tail.plain, "plain_without_attention": self.tail.bare}
+        return {
+            "mode": self.tail.mode,
+            "unfused": self.tail.unfused,
+            **{
+                f"{name}_bytes": {
+                    way: getattr(plan, way).moved * self.call.bytes for way in self._floor()
+                }
+                for name, plan in beside.items()
+            },
         }
 
     def __str__(self) -> str:
         d = self.to_dict()
         shape = "x".join(map(str, d["shape"]))
+        name, tail = ("x", "") if self.tail is None else ("u", f"; the tail {_IN[self.tail.mode]}")
+        masks = "no attention" if d["gate"] is None else f"order {d['order']}, gate {d['gate']}"
         lines = [
-            f"x {shape} {d['dtype']} {d['layout']} on {d['device']}, {_mib(self.call.bytes)}; "
-            f"order {d['order']}, gate {d['gate']}",
+            f"{name} {shape} {d['dtype']} {d['layout']} on {d['device']}, "
+            f"{_mib(self.call.bytes)}; {masks}{tail}",
             f"backend {d['backend']}" + (f", not usable: {self.unusable}" if self.unusable else ""),
             *(f"  not {name}: {reason}" for name, reason in d["passed_over"].items()),
         ]
-        for name in FLOOR:
+        if self.tail is not None:
+            why = self.tail.unfused
+            lines.append(
+                ("norm, " if d["gate"] is None else "norm, attention, ")
+                + "addition and ReLU "
+                + ("fused in one operator" if why is None else f"one by one, not fused: {why}")
+            )
+        for name in self._floor():
             way = d[name]
             lines.append(
                 f"{name}: {_mib(way['bytes_moved'])} moved, floor {_mib(way['floor_bytes'])} "
                 f"({way['percent_of_floor']:.0f}% of the floor's speed if memory-bound)"
             )
             lines += (_line(p, self.call.bytes) for p in way["passes"])
+        if self.tail is not None:
+            plain, bare = (
+                _mib(sum(d["tail"][f"{key}_bytes"].values()))
+                for key in ("plain", "plain_without_attention")
+            )
+            lines.append(f"in plain PyTorch: {plain} moved, {bare} without attention")
         if d["details"]:
             lines.append("plan: " + ", ".join(f"{k} {v}" for k, v in d["details"].items()))
         return "\n".join(lines)
@@ -112,18 +161,29 @@ def explain(
     gate: str = "affine",
     backend: str = "auto",
     device: str | None = None,
-    layer: DAModule | None = None,
+    layer: DAModule | DAResidual | None = None,
+    norm: nn.Module | None = None,
+    tail: str | None = None,
 ) -> Explanation:
     """Which backend serves ``x`` and why no better one, its passes over memory, and the floor.
+
+    Of the layer, or of the residual tail, ``relu(attention(norm(u)) + shortcut)``: then ``x`` is
+    ``u``, and it says whether one operator computes all, or else why not, and what the same moves
+    in plain PyTorch, with attention and without.
 
     Args:
         x: ``[N, C, H, W]``; only its shape, dtype, layout and device are looked at.
         order, gate, backend: as for :func:`da_ops.da_attention`; those of ``layer`` where there is
-            one.
+            one. The order ``"none"`` is a tail without attention.
         device: an NVIDIA architecture such as ``"sm_90"``: what the ``cuda`` backend does on a
             typical GPU of it, whatever device ``x`` is on; also where there is none.
         layer: whose call is explained; it may be one that no kernel serves, for what its
-            convolutions have become.
+            convolutions have become. Of a :class:`DAResidual` the tail is explained.
+        norm: the tail of this norm and ``layer``, None for no attention, is explained, as
+            :func:`da_ops.residual_attention` would compute it.
+        tail: a tail in general: ``"training"``, in which the norm takes the batch's statistics;
+            ``"frozen"``, its own ones; ``"evaluation"``, these and no gradients. Modules say so
+            themselves, by ``training``.
 
     A backend asked for by name is explained wherever its plan can be made, also where it could not
     run. Nothing is computed. "Bytes moved" are bytes read from and written to memory: a pass over
@@ -131,40 +191,109 @@ def explain(
     what a pass should find in L2 is told beside it: what the launches before it left there, of the
     GPU's L2 seven tenths; nothing for the first of a direction, for what was there before is not
     known.
+
+    Raises:
+        TypeError: ``layer`` is another module.
+        ValueError: ``x`` is no such tensor, or an argument has none of the values above.
+        RuntimeError: the plan cannot be made here, for want of the compiled planner.
     """
     if not isinstance(x, Tensor) or x.dim() != 4:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"da_attention: x must be a tensor [N, C, H, W], got {got}")
+    layer, norm, tail = _parts(layer, norm, tail)
     if layer is not None:
         order, gate, backend = layer.order, layer.gate, layer.backend
-    check_options(order, gate)
+    elif norm is not None:
+        order = "none"
+    bare = tail is not None and order == "none"
+    check_options("channel" if bare else order, gate)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    call = Call(tuple(x.shape), x.dtype, channels_last, order, gate)
+    call = Call(tuple(x.shape), x.dtype, channels_last, order, "sigmoid" if bare else gate)
+    unusable, passed = None, {}
     if device is not None:
-        call = replace(call, sm=_capability(device))
-        if backend not in ("auto", "cuda"):
+        call, chosen = replace(call, sm=_capability(device)), "cuda"
+        if backend not in ("auto", chosen):
             raise ValueError(
                 f"da_attention: device {device!r} goes with backend 'cuda'; got {backend!r}"
             )
-        return Explanation(call, device, "cuda", None, {}, BACKENDS["cuda"].plan(call))
-    device = x.device.type
-    if layer is not None and (reason := layer.unfused()) is not None:
-        others = {name: reason for name in NAMES if name != "eager"}
-        return Explanation(call, device, "eager", None, others, BACKENDS["eager"].plan(call))
-    known = backend in BACKENDS
-    chosen = backend if known else select(backend, device)
-    better = NAMES[: NAMES.index(chosen)] if backend == "auto" else ()
-    plan = BACKENDS[chosen].plan(call)
-    if backend == "auto":
-        plan = _with_the_faster(plan, chosen, call, x.device)
-    return Explanation(
-        call,
-        device,
-        chosen,
-        unserved(chosen, device) if known else None,
-        {name: passed_over(name, device) or "not asked for" for name in better},
-        plan,
-    )
+    elif layer is not None and (reason := layer.unfused()) is not None:
+        chosen, passed = "eager", {name: reason for name in NAMES if name != "eager"}
+    else:
+        kind = x.device.type
+        known = backend in BACKENDS
+        chosen = backend if known else select(backend, kind)
+        unusable = unserved(chosen, kind) if known else None
+        better = NAMES[: NAMES.index(chosen)] if backend == "auto" else ()
+        passed = {name: _passed_over(name, kind, tail) for name in better}
+    told = call, device or x.device.type, chosen, unusable, passed
+    why = None if tail is None else _unfused(x, norm, layer, chosen)
+    if tail is not None and why is None:
+        plan = fused_plan(BACKENDS[chosen], call, tail)
+    elif bare:
+        plan = modules_plan(None, str(tail))
+    else:
+        plan = BACKENDS[chosen].plan(call)
+        if backend == "auto" and device is None:
+            plan = _with_the_faster(plan, chosen, call, x.device)
+        plan = plan if tail is None else modules_plan(plan, tail)
+    if tail is None:
+        return Explanation(*told, plan)
+    with_attention, without = (plain_plan(one, gate, tail) for one in (order, "none"))
+    return Explanation(*told, plan, Tail(tail, why, with_attention, without))
+
+
+def _parts(
+    layer: DAModule | DAResidual | None, norm: nn.Module | None, tail: str | None
+) -> tuple[DAModule | None, nn.Module | None, str | None]:
+    """Attention and norm of what is explained, and the mode of the tail if it is one."""
+    if layer is not None and not isinstance(layer, (DAModule, DAResidual)):
+        raise TypeError(
+            "da_attention: layer must be a DAModule, a DAResidual or None, got "
+            f"{type(layer).__name__}"
+        )
+    modules = [module for module in (layer, norm) if module is not None]
+    attention = layer.attention if isinstance(layer, DAResidual) else layer
+    if isinstance(layer, DAResidual):
+        if norm is not None:
+            raise ValueError(
+                "da_attention: norm goes with a DAModule or None, got a DAResidual, which has one; "
+                "leave it out"
+            )
+        norm = layer.norm
+    if norm is not None:
+        if tail is not None:
+            raise ValueError(
+                "da_attention: tail goes without a norm, whose mode is explained; got "
+                f"tail={tail!r}; leave one of them out"
+            )
+        if takes_batch(norm):
+            return attention, norm, "training"
+        return attention, norm, "frozen" if any(m.training for m in modules) else "evaluation"
+    if tail not in (None, *MODES):
+        raise ValueError(
+            f"da_attention: tail must be one of {', '.join(map(repr, MODES))}; got {tail!r}"
+        )
+    return attention, norm, tail
+
+
+def _passed_over(name: str, device: str, tail: str | None) -> str:
+    reason = passed_over(name, device)
+    if reason is None and tail is not None and BACKENDS[name].residual_forward is None:
+        reason = without_kernel(name)
+    return reason or "not asked for"
+
+
+def _unfused(x: Tensor, norm: nn.Module | None, layer: DAModule | None, backend: str) -> str | None:
+    """Why a tail's modules are called one by one, if they are."""
+    reason = None if norm is None else unfused_modules(norm, layer)
+    if reason is None and not x.is_meta and not fusible_now(x, x, norm):
+        reason = (
+            f"a norm with tensors of {x.shape[1]} channels on {x.device}, in the dtype of u or "
+            "float32 with half precision, and more than one value a channel, are expected"
+        )
+    if reason is None and BACKENDS[backend].residual_forward is None:
+        reason = without_kernel(backend)
+    return reason
 
 
 def _with_the_faster(plan: Plan, chosen: str, call: Call, device: torch.device) -> Plan:

@@ -6,14 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-import da_ops
 from da_ops import _plan
+from da_ops.backends.base import Plan
+from da_ops.backends.eager import count_formula
 from da_ops.backends.schedule import SCHEDULES, Pass
+from da_ops.backends.tail import Walks, direction, floor, layer_walks, plain_plan, tail_walks
 
 from .svg import BLUE, GREY, ORANGE, PALE, QUIET, SAND, SKY, Picture
 
@@ -21,74 +18,32 @@ ORDER = "spatial_channel"
 SHAPE, DEVICE = (64, 256, 56, 56), "sm_90"  # the call that the pages take as their example
 
 
-# Counting
-
-
-class _Passes(TorchDispatchMode):
-    """Counts full-size tensors that operations read and write. Views move nothing; batch norm reads
-    what it is given twice, for the statistics and for the result."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size, self.count = size, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            reads = self._full(args) * (2 if "batch_norm" in func.name() else 1)
-            self.count += reads + self._full(out)
-        return out
-
-    def _full(self, tree: Any) -> int:
-        """How many tensors have as many elements in memory: an expanded one has fewer."""
-        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-        return sum(t.untyped_storage().nbytes() == self.size * t.element_size() for t in tensors)
-
-
-def eager_passes(function: Callable[..., Tensor], inputs: int) -> tuple[int, int]:
-    """Full-size passes of plain PyTorch, forward and backward."""
-    given = [torch.randn(2, 8, 6, 6, requires_grad=True) for _ in range(inputs)]
-    dy = torch.randn(2, 8, 6, 6)
-    with _Passes(dy.numel()) as counted:
-        y = function(*given)
-        forward = counted.count
-        torch.autograd.grad(y, given, dy)
-    return forward, counted.count - forward
-
-
 def counts() -> dict[str, list[tuple[str, int, int]]]:
     """What the first picture shows: name, passes forward, passes backward."""
-    layer = da_ops.DAModule(8)
-    weights = (layer.conv.weight, layer.dilated_conv.weight, layer.merge.weight)
-    gate = (layer.gate_weight, layer.gate_bias)
-    norm = nn.BatchNorm2d(8)
 
-    def attend(x: Tensor) -> Tensor:
-        return da_ops.reference.da_attention(x, *weights, *gate)
+    def passes(walks: Walks) -> tuple[int, int]:
+        forward, backward = (direction(way, in_cache=False).moved for way in walks)
+        return forward, backward
 
-    def plain(u: Tensor, shortcut: Tensor) -> Tensor:
-        return torch.relu_(norm(u) + shortcut)
+    def cached(mode: str | None) -> tuple[int, int]:
+        return floor(mode)["forward"], floor(mode)["backward"]
 
-    def tail(u: Tensor, shortcut: Tensor) -> Tensor:
-        return torch.relu_(attend(norm(u)) + shortcut)
+    def plain(plan: Plan) -> tuple[int, int]:
+        return plan.forward.moved, plan.backward.moved
 
     return {
         "The layer": [
-            ("plain PyTorch", *eager_passes(attend, 1)),
-            ("portable launches", *(moved(way) for way in SCHEDULES[ORDER])),
-            ("image on chip, or in cache", 2, 3),
+            ("plain PyTorch", *plain(count_formula(ORDER, "affine"))),
+            ("portable launches", *passes(layer_walks(ORDER))),
+            ("image on chip, or in cache", *cached(None)),
         ],
         "Norm, attention, shortcut, ReLU": [
-            ("plain PyTorch", *eager_passes(tail, 2)),
-            ("plain, no attention", *eager_passes(plain, 2)),
-            ("portable launches", 6, 9),
-            ("image in cache", 4, 7),
+            ("plain PyTorch", *plain(plain_plan(ORDER, "affine", "training"))),
+            ("plain, no attention", *plain(plain_plan("none", "affine", "training"))),
+            ("portable launches", *passes(tail_walks(ORDER, "training"))),
+            ("image in cache", *cached("training")),
         ],
     }
-
-
-def moved(passes: tuple[Pass, ...]) -> int:
-    return sum(len(p.reads) + len(p.writes) for p in passes)
 
 
 # Pictures

@@ -109,14 +109,6 @@ def test_pictures_and_the_worked_plan_are_todays(monkeypatch):
     assert main(["--check"]) == 0
 
 
-def test_eager_passes_are_counted():
-    """Reads and writes of what is as large as x, and nothing else."""
-    from docs.pictures import eager_passes
-
-    assert eager_passes(lambda x: x.mean(1, keepdim=True) * x, 1) == (3, 10)
-    assert eager_passes(torch.relu, 1) == (2, 3)
-
-
 def test_means_of_a_page_are_those_of_the_results():
     """A line a rival, with the mean over the stages that the results have."""
     kind = {"regime": "warm", "launch": "stream", "fused": "da_ops:cpu"}

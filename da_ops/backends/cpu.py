@@ -8,20 +8,21 @@ from typing import Any
 import torch
 
 from . import native
-from .base import Backend, Call, Direction, Pass, Plan
+from .base import Backend, Call, Plan
+from .tail import Walks, direction, layer_walks
 from .tuned import ENVIRONMENT, PLANS
 
 
 def _plan(call: Call) -> Plan:
-    wish = os.environ.get(ENVIRONMENT["cpu"], "")
-    default = _planned(call, wish)
+    return _plan_of(call, layer_walks(call.order))
+
+
+def _plan_of(call: Call, walks: Walks) -> Plan:
+    default = _planned(call, os.environ.get(ENVIRONMENT["cpu"], ""))
     directions, details = [], []
-    for name, tensors in (("forward", 1), ("backward", 2)):
+    for name, passes in walks._asdict().items():
         tuned = PLANS.of("cpu", call, name == "backward")
-        passes = tuple(Pass(**p) for p in default[name])
-        # A cached image is read from memory once for all passes.
-        again = 0 if default[f"{name}_cached"] else sum(p.reads for p in passes) - tensors
-        directions.append(Direction(passes, tensors + again + sum(p.writes for p in passes)))
+        directions.append(direction(passes, in_cache=default[f"{name}_cached"]))
         details.append(_planned(call, tuned.launches) if tuned else default)
     other = details[1]
     told = {
@@ -35,7 +36,8 @@ def _plan(call: Call) -> Plan:
 
 def _planned(call: Call, limits: str) -> dict[str, Any]:
     dtype = str(call.dtype).removeprefix("torch.")
-    shape = call.shape, call.channels_last, dtype, call.order
+    order = "channel" if call.order == "none" else call.order  # no plan depends on the order
+    shape = call.shape, call.channels_last, dtype, order
     return dict(native.planner().cpu(*shape, torch.get_num_threads(), limits))
 
 
@@ -48,4 +50,5 @@ BACKEND = Backend(
     _plan,
     residual_forward=native.residual_forward,
     residual_backward=native.residual_backward,
+    residual_plan=_plan_of,
 )

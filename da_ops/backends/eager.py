@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,41 +49,63 @@ class _Passes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.is_view:
+        name = func._schema.name.removeprefix("aten::")
+        if func.is_view or name.startswith(("empty", "new_empty")):
             return out
-        reads, writes = (
-            sum(isinstance(t, Tensor) and t.numel() == self.numel for t in ts)
-            for ts in (args, (out,))
-        )
+        reads, writes = (sum(map(self._is_full, ts)) for ts in (args, (out,)))
         if reads or writes:
-            self.passes.append(Pass(func._schema.name.removeprefix("aten::"), reads, writes))
+            self.passes.append(Pass(name, reads, writes))
         return out
+
+    def _is_full(self, t: Any) -> bool:
+        if not isinstance(t, Tensor) or t.numel() != self.numel:
+            return False
+        expanded = (size > 1 and not stride for size, stride in zip(t.shape, t.stride()))
+        return not any(expanded)  # or else it is a small tensor, read over and over
 
     def direction(self) -> Direction:
         return Direction(tuple(self.passes), sum(p.reads + p.writes for p in self.passes))
 
 
-def _plan(call: Call) -> Plan:
-    n, c, h, w = call.shape
-    x = torch.empty(n, c, h, w, dtype=call.dtype, device="meta")
+def _on_meta(
+    shape: tuple[int, ...], dtype: torch.dtype, order: str, gate: str
+) -> tuple[Tensor, Parameters]:
+    """x and the parameters of a call, without memory."""
 
-    def parameter(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=call.dtype, device="meta")
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    spatial = call.order != "channel"
-    size = {"affine": c, "scalar": 1, "eca": 3}.get(call.gate) if call.order != "spatial" else None
-    parameters = Parameters(
-        parameter(1, 1, 3, 3) if spatial else None,
-        parameter(1, 1, 3, 3) if spatial else None,
-        parameter(1, 2, 1, 1) if spatial else None,
+    spatial = order != "channel"
+    size = {"affine": shape[1], "scalar": 1, "eca": 3}.get(gate) if order != "spatial" else None
+    return empty(*shape), Parameters(
+        empty(1, 1, 3, 3) if spatial else None,
+        empty(1, 1, 3, 3) if spatial else None,
+        empty(1, 2, 1, 1) if spatial else None,
         None,
-        parameter(size) if size else None,
-        parameter(size) if size and call.gate != "eca" else None,
+        empty(size) if size else None,
+        empty(size) if size and gate != "eca" else None,
     )
+
+
+def _plan(call: Call) -> Plan:
+    x, parameters = _on_meta(call.shape, call.dtype, call.order, call.gate)
     with _Passes(x.numel()) as forward:
         y, channel_mean, pooled = _forward(x, parameters, call.order, call.gate)
     with _Passes(x.numel()) as backward:
         _backward(y, x, parameters, channel_mean, pooled, call.order, call.gate)
+    return Plan(forward.direction(), backward.direction(), {})
+
+
+@cache
+def count_formula(order: str, gate: str) -> Plan:
+    """The passes of the formula in plain PyTorch, with gradients by autograd, in float32."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x, parameters = _on_meta((2, 4, 8, 8), torch.float32, order, gate)
+        leaves = [t.requires_grad_() for t in (x, *parameters) if t is not None]
+        with _Passes(x.numel()) as forward:
+            y = reference.forward(x, parameters, order, gate)
+        with _Passes(x.numel()) as backward:
+            torch.autograd.grad(y, leaves, torch.empty_like(y))
     return Plan(forward.direction(), backward.direction(), {})
 
 

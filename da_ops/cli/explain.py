@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from ..checks import check_options
+from ..backends.tail import MODES
 from ..explain import explain
 from ..reference import GATES, ORDERS
 
@@ -18,23 +18,30 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
     command = commands.add_parser("explain", help="which backend and kernels a call gets, and why")
     command.add_argument("shape", type=shape, help="NxCxHxW, for example 64x256x56x56")
-    add_call(command, "a torch device type, or sm_90 and so on")
+    add_call(command, "a torch device type, or sm_90 and so on", (*ORDERS, "none"))
+    command.add_argument(
+        "--tail",
+        choices=MODES,
+        help="of relu(attention(norm(u)) + shortcut), in which mode; without attention by "
+        "--order none",
+    )
     command.add_argument("--backend", default="auto")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_explain)
 
 
-def add_call(command: argparse.ArgumentParser, device: str) -> None:
+def add_call(
+    command: argparse.ArgumentParser, device: str, orders: tuple[str, ...] = ORDERS
+) -> None:
     """Declare what there is to a call besides its shape; `device` says what may be named there."""
     command.add_argument("--dtype", choices=_DTYPES, default="float32")
     command.add_argument("--layout", choices=tuple(LAYOUTS), default="contiguous")
     command.add_argument("--device", default="cpu", help=device)
-    command.add_argument("--order", choices=ORDERS, default="spatial_channel")
+    command.add_argument("--order", choices=orders, default="spatial_channel")
     command.add_argument("--gate", choices=GATES, default="affine")
 
 
 def _explain(args: argparse.Namespace) -> int:
-    check_options(args.order, args.gate)
     # Never touched, and so never really allocated.
     architecture = args.device if args.device.startswith("sm_") else None
     x = torch.empty(
@@ -43,7 +50,14 @@ def _explain(args: argparse.Namespace) -> int:
         device="meta" if architecture else args.device,
         memory_format=LAYOUTS[args.layout],
     )
-    answer = explain(x, order=args.order, gate=args.gate, backend=args.backend, device=architecture)
+    answer = explain(
+        x,
+        order=args.order,
+        gate=args.gate,
+        backend=args.backend,
+        device=architecture,
+        tail=args.tail,
+    )
     print(answer.to_json() if args.json else answer)
     return 0
 

@@ -62,7 +62,7 @@ def tail(
     """:func:`residual_attention` in a block with an activation module of its own, which is called
     where its hooks, or what has become of it, ask for that."""
     parameters: Unnamed | None = None
-    if _fusible_now(u, shortcut, norm):
+    if fusible_now(u, shortcut, norm):
         reason = unfused(norm, attention, u.device.type, activation)
         if reason is None:
             parameters = _NONE if attention is None else attention.fused_parameters()
@@ -76,7 +76,7 @@ def tail(
     if attention is not None:
         check_arguments(u, parameters, order, gate)
     weight, bias, running_mean, running_var = _norm_tensors(norm)
-    batch = type(norm) is nn.BatchNorm2d and (norm.training or running_mean is None)
+    batch = takes_batch(norm)
     statistics = (None, None) if batch else (running_mean, running_var)
     tracked = batch and norm.track_running_stats and running_mean is not None
     track = partial(_track, norm, u.numel() // u.shape[1]) if tracked else None
@@ -130,6 +130,18 @@ def unfused(
     >>> unfused(nn.GroupNorm(1, 8), None)
     'the norm is a GroupNorm, expected nn.BatchNorm2d'
     """
+    if (reason := unfused_modules(norm, attention, activation)) is not None:
+        return reason
+    backend = _options(attention)[2]
+    if CHOICE.implementation(backend, device_type).residual_forward is None:
+        return without_kernel(CHOICE.select(backend, device_type))
+    return None
+
+
+def unfused_modules(
+    norm: nn.Module, attention: Any, activation: nn.Module | None = None
+) -> str | None:
+    """What of these modules keeps any kernel from taking their place; None if nothing."""
     if (reason := unfit(norm, attention, activation)) is not None:
         return reason
     for name, module in (("norm", norm), ("attention", attention), ("activation", activation)):
@@ -144,10 +156,11 @@ def unfused(
         return "there are hooks on all modules"
     if attention is not None and attention.fused_parameters() is None:
         return attention.unfused()
-    backend = _options(attention)[2]
-    if CHOICE.implementation(backend, device_type).residual_forward is None:
-        return f"backend {CHOICE.select(backend, device_type)!r} has no kernel of the residual tail"
     return None
+
+
+def without_kernel(backend: str) -> str:
+    return f"backend {backend!r} has no kernel of the residual tail"
 
 
 def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | None) -> str | None:
@@ -166,7 +179,13 @@ def _is_frozen(norm: nn.Module) -> bool:
     return known is not None and type(norm) is known.FrozenBatchNorm2d
 
 
-def _fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
+def takes_batch(norm: Any) -> bool:
+    """Whether the norm normalises by the statistics of the batch, not by its own."""
+    own = getattr(norm, "running_mean", norm)  # a norm of another kind has none, and needs none
+    return not _is_frozen(norm) and (norm.training or own is None)
+
+
+def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
     """Whether the tensors, and the way in which the call is made, let a kernel serve."""
     if not isinstance(u, Tensor) or type(u) is not type(shortcut) or type(u) is not Tensor:
         return False

@@ -1,0 +1,136 @@
+"""The passes of the residual tail, fused and module by module, and the least that they can move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .base import Backend, Call, Direction, Pass, Plan
+from .eager import count_formula
+from .schedule import SCHEDULES
+
+# Whose statistics the norm takes: the batch's; its own, with gradients; its own, without.
+MODES = ("training", "frozen", "evaluation")
+
+
+class Step(NamedTuple):
+    """A pass, with the names of the full-size tensors that it reads and writes."""
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+class Walks(NamedTuple):
+    """The passes of both directions. An image can go through all passes of a walk before the next
+    image begins; between two walks come sums over the batch."""
+
+    forward: tuple[tuple[Step, ...], ...]
+    backward: tuple[tuple[Step, ...], ...]
+
+
+def layer_walks(order: str) -> Walks:
+    """Those of the layer."""
+    return Walks(*((tuple(Step(*p[:3]) for p in passes),) for passes in SCHEDULES[order]))
+
+
+def tail_walks(order: str, mode: str) -> Walks:
+    """Those of the residual tail, by the layer's schedule: statistics first where they are the
+    batch's; sums of ``u`` in place of ``x``; the shortcut's gradient, written by the pass that
+    reads ``dout`` and ``out``; what flows back through the spatial mask summed by channel as well,
+    for the norm; ``out`` from ``u`` and the shortcut, ``du`` from that gradient and ``u``.
+
+    The order "none" is without attention.
+    """
+    sums: list[str] = []
+    through: list[str] = []
+    if order != "none":
+        forward, backward = SCHEDULES[order]
+        sums = [p.name for p in forward[:-1]]
+        through = [p.name for p in backward[1:-1]]
+        if SCHEDULES[order].masks.pixels and _THROUGH_MEAN not in through:
+            through.append(_THROUGH_MEAN)
+    of_u = [Step(name, ("u",), ()) for name in (*sums, *through)]
+    rectify = Step("rectify", ("u", "shortcut"), ("out",))
+    gradients = Step("gradients", ("dout", "out", "u"), ("d_shortcut",))
+    combine = Step("combine", ("d_shortcut", "u"), ("du",))
+    statistics = ((Step("statistics", ("u",), ()),),) if mode == "training" else ()
+    return Walks(
+        (*statistics, (*of_u[: len(sums)], rectify)),
+        ((gradients, *of_u[len(sums) :]), (combine,)),
+    )
+
+
+_THROUGH_MEAN = "through the channel mean"
+
+
+def least(walks: Iterable[Iterable[Step]]) -> int:
+    """What memory must move, in units of a tensor: each one once in a walk, and not read that the
+    walk has written."""
+    moved = 0
+    for walk in walks:
+        steps = list(walk)
+        writes = {name for step in steps for name in step.writes}
+        reads = {name for step in steps for name in step.reads}
+        moved += len(writes) + len(reads - writes)
+    return moved
+
+
+def floor(mode: str | None) -> dict[str, int]:
+    """The least that either direction can move, in units of x's size: of the layer where ``mode``
+    is None, else of the tail, which needs sums over the batch in training alone."""
+    if mode is None:
+        walks = layer_walks("spatial_channel")
+    else:
+        walks = tail_walks("spatial_channel", mode)
+    found = {}
+    for name, passes in walks._asdict().items():
+        if mode != "training":
+            passes = [[step for walk in passes for step in walk]]
+        found[name] = least(passes)
+    if mode == "evaluation":
+        del found["backward"]
+    return found
+
+
+def fused_plan(backend: Backend, call: Call, mode: str) -> Plan:
+    """How ``backend`` runs a residual tail in one operator a direction."""
+    walks = tail_walks(call.order, mode)
+    if backend.residual_plan is not None:
+        return backend.residual_plan(call, walks)
+    forward, backward = (direction(passes, in_cache=False) for passes in walks)
+    return Plan(forward, backward, {})
+
+
+def direction(walks: Iterable[Iterable[Step]], *, in_cache: bool) -> Direction:
+    """The passes of these walks; ``in_cache``: what a walk reads again moves no more."""
+    walks = [list(walk) for walk in walks]
+    passes = tuple(Pass(s.name, len(s.reads), len(s.writes)) for walk in walks for s in walk)
+    moved = least(walks) if in_cache else sum(p.reads + p.writes for p in passes)
+    return Direction(passes, moved)
+
+
+def modules_plan(attention: Plan | None, mode: str) -> Plan:
+    """A tail whose modules PyTorch calls one by one, with this plan of the attention between its
+    own batch norm, addition and ReLU. The norm reads once for the statistics or the gradients of
+    its weights, and once more for its result."""
+    batch = mode == "training"
+    norm = Pass("batch norm", 1 + batch, 1), Pass("batch norm", 3 + batch, 1)
+    nothing = Direction((), 0)
+    between = Plan(nothing, nothing, {}) if attention is None else attention
+
+    def around(first: tuple[Pass, ...], middle: Direction, last: tuple[Pass, ...]) -> Direction:
+        own = sum(p.reads + p.writes for p in (*first, *last))
+        return Direction((*first, *middle.passes, *last), own + middle.moved)
+
+    relu, relu_back = Pass("ReLU", 1, 1), Pass("ReLU", 2, 1)
+    return Plan(
+        around(norm[:1], between.forward, (Pass("addition", 2, 1), relu)),
+        around((relu_back,), between.backward, norm[1:]),
+        between.details,
+    )
+
+
+def plain_plan(order: str, gate: str, mode: str) -> Plan:
+    """The tail in plain PyTorch, with gradients by autograd."""
+    return modules_plan(None if order == "none" else count_formula(order, gate), mode)
