@@ -85,7 +85,8 @@ class FCAModule(SEModule):
     The sets are of maps of 7 x 7; on others the frequencies are multiplied by the whole number of
     times that 7 goes into the side. The published layer is made for the maps of an image of
     224 x 224, and pools all others to their sizes: ``size=56``, 28, 14 and 7 in the four stages of
-    a ResNet. For such images the default is the same.
+    a ResNet. For such images the default is the same. An ONNX model with ``size`` takes maps of the
+    size that it was exported with.
 
     ``forward`` raises ValueError where a map is smaller than ``size``, or has no such frequency:
     7 x 7 is the least with ``"top16"``.
