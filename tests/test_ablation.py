@@ -125,6 +125,17 @@ def test_tables_stand_beside_the_papers_figures():
     assert one[3][1:5] == ["-", "-", "-", "not run"]
 
 
+def test_rivals_without_figures_stand_beside_the_tables():
+    record = results(plain=[60, 61, 62], STN=[61, 61.9, 63.2])
+    title, rows = findings.sections(record)[3]
+    assert title == "Beside the tables (resnet18; the paper has no figures of these rivals)"
+    assert [row[0] for row in rows] == ["plain", "FCA", "STN", "DA (spatial, then channel)"]
+    assert rows[2][1:] == ["62.0", "+1.0", "+0.7 to +1.4", "better", "", ""]
+    assert all(len(row) == len(findings.HEADER) and row[-2:] == ["", ""] for row in rows)
+    assert chart.headline(record) == "Better than plain: STN"
+    assert len(findings.sections(results(plain=[60], SE=[61]))) == 3
+
+
 def test_networks_of_a_seed_start_alike_and_differ_between_seeds(tiny, tmp_path):
     data = ablation.load(TINY, tmp_path)
     assert (len(data.train), len(data.test)) == (6, 3)
@@ -143,13 +154,14 @@ def test_networks_of_a_seed_start_alike_and_differ_between_seeds(tiny, tmp_path)
 
 
 def test_all_compute_what_the_pretrained_network_does(tmp_path):
-    data = ablation.load(TINY, tmp_path)
-    start, found = ablation.pretrain(TINY, data, torch.device("cpu"))
+    preset = dataclasses.replace(TINY, size=64)  # FCA's maps have 7 x 7 cells at least
+    data = ablation.load(preset, tmp_path)
+    start, found = ablation.pretrain(preset, data, torch.device("cpu"))
     assert 0 <= found["map_11"] <= 1 and found["loss"] > 0
     images = [data.test[i][0] for i in range(3)]
 
     def heads(name):
-        model = ablation.network(name, 0, TINY, data.classes, start).eval()
+        model = ablation.network(name, 0, preset, data.classes, start).eval()
         with torch.no_grad():
             features = model.backbone(torch.stack(images))
             return torch.cat([level.flatten() for level in features.values()])

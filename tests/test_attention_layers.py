@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import timm
 import torch
@@ -9,7 +12,8 @@ from timm.layers import EcaModule
 from torch import nn
 from torchvision.ops import SqueezeExcitation
 
-from da_ops.models import ATTENTIONS, ECAModule, SEModule, SGEModule
+from da_ops.models import ATTENTIONS, ECAModule, FCAModule, SEModule, SGEModule
+from da_ops.models import frequencies as dct
 
 from .cases import LAYOUTS
 
@@ -78,6 +82,115 @@ def test_sge_starts_as_published():
     assert torch.equal(layer.weight, torch.zeros(64)) and torch.equal(layer.bias, torch.ones(64))
 
 
+def cosine_sums(x, pairs):
+    """Each group of channels of each image, position by position, as the paper defines the DCT."""
+    n, c, h, w = x.shape
+    pooled = torch.zeros(n, c, dtype=x.dtype)
+    for group, (u, v) in enumerate(pairs):
+        scale = math.sqrt((1 if u == 0 else 2) / h) * math.sqrt((1 if v == 0 else 2) / w)
+        channels = slice(group * c // len(pairs), (group + 1) * c // len(pairs))
+        for i in range(h):
+            for j in range(w):
+                wave = math.cos(math.pi * u * (i + 0.5) / h) * math.cos(math.pi * v * (j + 0.5) / w)
+                pooled[:, channels] = pooled[:, channels] + x[:, channels, i, j] * wave * scale
+    return pooled
+
+
+# The best 16 of the paper's Figure 5 and its code, along the height and along the width.
+TOP16 = [
+    (0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
+    (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "times", "options"),
+    [
+        ((7, 7), (1, 1), {}),
+        ((9, 13), (1, 1), {}),
+        ((14, 23), (2, 3), {}),
+        ((14, 14), (2, 2), {"size": 14}),
+        ((15, 11), (1, 1), {"size": 7}),
+        ((14, 16), (1, 2), {"size": (7, 14)}),
+    ],
+)
+def test_fca_is_its_papers_formula(shape, times, options):
+    """Frequencies of a map of 7 x 7, as many times as high where 7 goes into the side; another size
+    than the one asked for is pooled to it first."""
+    layer = FCAModule(32, dtype=torch.float64, **options)
+    x, dy = data(2, 32, *shape)
+    size = options.get("size", shape)
+
+    def formula(x):
+        seen = nn.functional.adaptive_avg_pool2d(x, size)
+        pooled = cosine_sums(seen, [(u * times[0], v * times[1]) for u, v in TOP16])
+        hidden = torch.relu(pooled @ layer.fc1.weight[:, :, 0, 0].T)
+        return x * torch.sigmoid(hidden @ layer.fc2.weight[:, :, 0, 0].T)[:, :, None, None]
+
+    formula.parameters = layer.parameters
+    torch.testing.assert_close(results(layer, x, dy), results(formula, x, dy))
+
+
+@pytest.mark.parametrize("name", ["top1", "low1"])
+def test_fca_at_frequency_zero_is_se_with_its_pooling_scaled(name):
+    layer, se = FCAModule(32, frequencies=name, dtype=torch.float64), SEModule(32).double()
+    se.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        se.fc1.weight.mul_(math.sqrt(5 * 4))
+    x, dy = data(2, 32, 5, 4)
+    (y, dx, d1, d2), (want, *gradients) = results(layer, x, dy), results(se, x, dy)
+    gradients[1] *= math.sqrt(5 * 4)
+    torch.testing.assert_close([y, dx, d1, d2], [want, *gradients])
+
+
+@pytest.mark.parametrize("side", [7, 10, 56, 75])
+def test_fca_takes_an_orthonormal_basis(side):
+    """Also in float32 at high frequencies: large angles lose no digits."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        waves = dct._cosines(6, side, torch.empty(0, dtype=dtype))
+        torch.testing.assert_close(
+            waves @ waves.T, torch.eye(7, dtype=dtype), rtol=0, atol=tolerance
+        )
+        frequency = torch.arange(7, dtype=torch.float64)[:, None] * (side // 7)
+        position = torch.arange(side, dtype=torch.float64) + 0.5
+        want = torch.cos(math.pi * frequency * position / side) * (2 / side) ** 0.5
+        want[0] /= 2**0.5
+        torch.testing.assert_close(waves.double(), want, rtol=0, atol=tolerance / 10)
+
+
+def test_fca_knows_the_published_sets():
+    assert len(dct.NAMES) == 18
+    for name in dct.NAMES:
+        pairs = list(zip(*dct.frequencies(name), strict=True))
+        assert len(pairs) == len(set(pairs)) == int(name[3:])
+        assert {*itertools.chain(*pairs)} <= set(range(7))
+        whole = list(zip(*dct.frequencies(f"{name[:3]}32")))
+        assert whole[: len(pairs)] == pairs
+        FCAModule(64, frequencies=name)(torch.randn(1, 64, 7, 7))
+    assert list(zip(*dct.frequencies("top16"))) == TOP16
+    best, worst = ({*zip(*dct.frequencies(name))} for name in ("top16", "bot16"))
+    assert not best & worst
+    lowest = [u + v for u, v in zip(*dct.frequencies("low16"))]
+    assert max(lowest) == 5 and sorted(lowest)[:15] == [n for n in range(5) for _ in range(n + 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "small"),
+    [
+        ({}, "7 x 7", (7, 6)),
+        ({"frequencies": "low2"}, "1 x 2", (4, 1)),
+        ({"size": 14}, "14 x 14", (13, 20)),
+    ],
+)
+def test_fca_refuses_maps_smaller_than_its_basis(options, least, small):
+    layer = FCAModule(32, **options)
+    sides = [int(side) for side in least.split(" x ")]
+    layer(torch.randn(1, 32, *sides))
+    message = f"FCAModule: x must have maps of at least {least}, got {small[0]} x {small[1]}; use"
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(1, 32, *small))
+
+
 def test_sge_over_a_single_position():
     layer = SGEModule(128, dtype=torch.float64)
     nn.init.normal_(layer.weight)
@@ -92,7 +205,7 @@ def test_sge_over_a_single_position():
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_dtype_and_layout_are_kept(name, dtype, layout):
     layer = ATTENTIONS[name](128, dtype=dtype)
-    x, dy = (t.contiguous(memory_format=LAYOUTS[layout]) for t in data(2, 128, 5, 4, dtype=dtype))
+    x, dy = (t.contiguous(memory_format=LAYOUTS[layout]) for t in data(2, 128, 9, 8, dtype=dtype))
     y, dx, *gradients = results(layer, x, dy)
     for t in (y, dx):
         assert t.dtype == dtype and t.is_contiguous(memory_format=LAYOUTS[layout])
@@ -101,7 +214,7 @@ def test_dtype_and_layout_are_kept(name, dtype, layout):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_half_precision_with_float32_parameters(name):
-    layer, half = ATTENTIONS[name](128), torch.randn(2, 128, 5, 4, dtype=torch.bfloat16)
+    layer, half = ATTENTIONS[name](128), torch.randn(2, 128, 9, 8, dtype=torch.bfloat16)
     want = layer(half.float())
     plain = layer(half)
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,7 +227,7 @@ def test_half_precision_with_float32_parameters(name):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_no_images(name):
     layer = ATTENTIONS[name](128)
-    x = torch.randn(0, 128, 5, 4, requires_grad=True)
+    x = torch.randn(0, 128, 9, 8, requires_grad=True)
     layer(x).sum().backward()
     assert layer(x).shape == x.grad.shape == x.shape
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())
@@ -127,7 +240,35 @@ def test_layers_serve_timm(name):
         "resnet10t", block_args={"attn_layer": ATTENTIONS[name]}, dtype=torch.float64
     )
     assert sum(isinstance(module, ATTENTIONS[name]) for module in network.modules()) == 4
-    assert network(torch.randn(2, 3, 32, 32, dtype=torch.float64)).isfinite().all()
+    size = 224 if name == "fca" else 32  # maps of 7 x 7 at least
+    assert network(torch.randn(2, 3, size, size, dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_one_graph_for_any_size(name):
+    torch._dynamo.reset()
+    layer = ATTENTIONS[name](128, dtype=torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled.parameters = layer.parameters
+    for shape in ((2, 128, 14, 21), (3, 128, 9, 16)):
+        x, dy = data(*shape)
+        torch.testing.assert_close(results(compiled, x, dy), results(layer, x, dy))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_onnx(name):
+    """Standard operators only, for any size."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x = ATTENTIONS[name](128).eval(), torch.randn(2, 128, 14, 21)
+    sizes = {0: "n", 2: "h", 3: "w"}
+    program = torch.onnx.export(layer, (x,), dynamo=True, dynamic_shapes=(sizes,), verbose=False)
+    assert {node.domain for node in program.model_proto.graph.node} == {""}
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for other in (x, torch.randn(3, 128, 9, 16)):
+        (y,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+        want = layer(other).detach()
+        torch.testing.assert_close(torch.from_numpy(y), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +278,18 @@ def test_layers_serve_timm(name):
             lambda: SEModule(8),
             r"reduction must be between 1 and channels=8, got 16; pass a smaller",
         ),
-        (lambda: SEModule(8, reduction=0), "reduction must be between 1"),
+        (lambda: SEModule(8, reduction=0), "SEModule: reduction must be between 1"),
+        (lambda: FCAModule(8), "FCAModule: reduction must be between 1 and channels=8, got 16"),
+        (lambda: FCAModule(0), "FCAModule: channels must be a positive int, got 0"),
+        (
+            lambda: FCAModule(72),
+            r"multiple of the number of frequencies, got channels=72 and frequencies='top16'; pass",
+        ),
+        (lambda: FCAModule(64, frequencies="top3"), r"1, 2, 4, 8, 16, 32, such as .* got 'top3'"),
+        (lambda: FCAModule(64, frequencies="best16"), "got 'best16'"),
+        (lambda: FCAModule(64, size=0), "FCAModule: size must be a positive int, got 0"),
+        (lambda: FCAModule(64, size=(7, 6)), "size must be at least 7 x 7 .*, got 7 x 6"),
+        (lambda: FCAModule(64, size=(7, 7, 7)), r"size must be one number or two, got \(7, 7, 7\)"),
         (lambda: SGEModule(96), r"multiple of groups, got channels=96 and groups=64; pass groups"),
         (lambda: SGEModule(0), "channels must be a positive int, got 0"),
         (lambda: ECAModule(0), "channels must be a positive int, got 0"),

@@ -130,7 +130,7 @@ def two_blocks(block, attention):
         nn.Sequential(block(16, 16, 2, shortcut), block(wide, 16)),
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(wide, 7)),
     )
-    options = {"sge": {"groups": 4}}.get(attention, {})
+    options = {"sge": {"groups": 4}, "fca": {"frequencies": "low4"}}.get(attention, {})
     name, fused = attention.removesuffix(", fused"), attention.endswith("fused")
     models.insert_attention(network, name, fused=fused, **options)
     for p in network.parameters():  # gates that start at 0 would show little

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from da_ops import DAModule, cost, models
 from da_ops.cli import main
-from da_ops.cost import tables
+from da_ops.cost import paper, tables
 from da_ops.cost.paper import PRINTED
 from da_ops.residual import functional
 
@@ -126,6 +126,8 @@ def test_rivals():
     assert (sge.macs_torchstat, sge.macs_torch, sge.params_torchstat) == (0, 0, 128)
     eca = counted(nn.Sequential(models.ECAModule(64)), *x)
     assert (eca.macs_torchstat, eca.macs_torch, eca.params_torchstat) == (0, 2 * 64 * 3, 3)
+    fca = counted(nn.Sequential(models.FCAModule(64, frequencies="low16")), *x)
+    assert fca == se
     for layer in (se, sge, eca):
         assert layer.macs_insight == layer.macs_torchstat + math.prod(x)
 
@@ -171,6 +173,26 @@ def test_what_da_adds(backbone):
     for gmacs in ("gmacs_torchstat", "gmacs_torch"):
         macs = (getattr(da, gmacs) - getattr(plain, gmacs)) * 1e9
         assert round(macs, 3) == 20 * POSITIONS[backbone]
+
+
+@pytest.mark.parametrize("backbone", BLOCKS)
+def test_what_the_rivals_add_that_the_paper_only_names(backbone):
+    """FCA has SE's layers, and pools as much; an STN before layer2 two convolutions and two fully
+    connected layers, on maps of 56 x 56."""
+    plain, se, fca, stn = (row(backbone, attention) for attention in (None, "se", "fca", "stn"))
+    for name in ("params_torchstat", "params", "gmacs_torchstat", "gmacs_torch"):
+        assert getattr(fca, name) == getattr(se, name)
+    c = 64 if backbone in ("resnet18", "resnet34") else 256
+    convs, linears = 32 * c * 9, 32 * 32 * 9
+    assert stn.params - plain.params == convs + linears + 32 * 512 + 32 * 6 + 3 * 32 + 6
+    macs = convs * 28**2 + linears * 14**2 + 32 * 512 + 32 * 6
+    biases_and_relu = 32 * (28**2 + 14**2) + 32  # the ReLU's last call is on 32 numbers
+    got = round((stn.gmacs_torchstat - plain.gmacs_torchstat) * 1e9)
+    assert got == macs + biases_and_relu
+    means = 32 * (4 * 14 * 14 + 4 * 14 * 4)
+    assert round((stn.gmacs_torch - plain.gmacs_torch) * 1e9) == macs + means
+    for got in (fca, stn):
+        assert got.paper_params_m is got.paper_gflops is got.deviation is None
 
 
 def test_figures_worked_out_before():
@@ -225,13 +247,14 @@ def test_the_reasons_hold():
 
 
 def test_a_cell_that_nobody_can_explain_is_marked(monkeypatch):
-    monkeypatch.setattr(tables, "PRINTED", [PRINTED[0]._replace(params="11.6896")])
-    (got,) = cost.rows()
+    monkeypatch.setattr(paper, "PRINTED", [PRINTED[0]._replace(params="11.6896")])
+    got, *rivals = cost.rows()
     assert got.deviation == "Params: the paper differs; the cause is not known"
     assert "11.6896 a" in cost.render()
+    assert [row.attention for row in rivals] == ["fca", "stn"]
 
 
-@pytest.mark.parametrize(("arguments", "length"), [(["2"], 12), (["3"], 8), ([], 20)])
+@pytest.mark.parametrize(("arguments", "length"), [(["2"], 20), (["3"], 12), ([], 32)])
 def test_json(arguments, length, tmp_path, capsys):
     path = tmp_path / "tables.json"
     path.write_text("an older one")

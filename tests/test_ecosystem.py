@@ -19,7 +19,16 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import da_ops
 from da_ops import DAModule
 from da_ops.functional import attention
-from da_ops.models import ATTENTIONS, ECAModule, SEModule, SGEModule, fuse, resnet18
+from da_ops.models import (
+    ATTENTIONS,
+    ECAModule,
+    FCAModule,
+    SEModule,
+    SGEModule,
+    fuse,
+    insert_attention,
+    resnet18,
+)
 
 from .cases import CASES
 from .test_module import randomised
@@ -46,7 +55,11 @@ MACS = 20 * 16 * 16  # of the three convolutions on a map of 16x16
 def network(attention, constructor=resnet18):
     """With random masks, in double precision, as it is at inference."""
     torch.manual_seed(1)
-    net = constructor(attention, num_classes=7)
+    if attention == "fca":  # by default it needs maps of 7 x 7, and larger images
+        net = constructor(None, num_classes=7)
+        insert_attention(net, attention, frequencies="low4")
+    else:
+        net = constructor(attention, num_classes=7)
     for module in net.modules():
         if isinstance(module, tuple(ATTENTIONS.values())):
             randomised(module)
@@ -203,10 +216,11 @@ def test_a_network_prepared_for_quantisation(attention, fused):
 
 @pytest.mark.parametrize(
     ("module", "kind"), [(DAModule, {}), (SEModule, {"reduction": 2}), (ECAModule, {}),
-                         (SGEModule, {"groups": 4})]
+                         (SGEModule, {"groups": 4}),
+                         (FCAModule, {"reduction": 2, "frequencies": "low8", "size": 4})]
 )  # fmt: skip
 def test_integers_of_numpy(module, kind):
-    kind = {name: np.int32(value) for name, value in kind.items()}
+    kind = {k: np.int32(v) if isinstance(v, int) else v for k, v in kind.items()}
     layer = module(np.int64(8), **kind)
     assert layer(torch.randn(2, 8, 4, 4)).shape == (2, 8, 4, 4)
     for wrong in (np.float64(8), np.int64(0), "8"):

@@ -57,6 +57,10 @@ def trained(network, dtype=torch.float64):
     return network.to(dtype)
 
 
+# FCA's default needs maps of 7 x 7.
+OPTIONS = {"fca": {"frequencies": "low4"}}
+
+
 def images(size=32, dtype=torch.float64):
     return torch.randn(4, 3, size, size, dtype=dtype)
 
@@ -73,8 +77,8 @@ def outputs(network, x):
     return [network.train(mode)(x) for mode in (True, False)]
 
 
-def assert_preserved(network, attention, **options):
-    x = images()
+def assert_preserved(network, attention, size=32, **options):
+    x = images(size)
     before = outputs(network, x)
     assert insert_attention(network, attention, preserve_function=True, **options) is network
     torch.testing.assert_close(outputs(network, x), before, rtol=1e-10, atol=1e-10)
@@ -103,7 +107,7 @@ def test_the_function_is_preserved_in_every_network(name):
 @pytest.mark.parametrize("name", ["basic", "timm basic"])
 def test_the_function_is_preserved_with_every_attention(name, attention):
     network = trained(NETWORKS[name]())
-    assert_preserved(network, attention)
+    assert_preserved(network, attention, 64, **OPTIONS.get(attention, {}))
     assert_all_learn(network, 64)  # over a single position, SGE has nothing to learn
 
 
@@ -131,9 +135,9 @@ def test_the_function_is_preserved_in_float32():
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_without_preserve_function_it_is_another(attention):
     network = trained(NETWORKS["basic"]())
-    x = images()
+    x = images(64)
     before = outputs(network, x)[1]
-    after = outputs(insert_attention(network, attention), x)[1]
+    after = outputs(insert_attention(network, attention, **OPTIONS.get(attention, {})), x)[1]
     assert (after - before).norm() > 0.01 * before.norm()
 
 
@@ -186,13 +190,13 @@ def test_layers_are_where_their_block_is(device, dtype):
 @pytest.mark.parametrize("name", ["basic", "bottleneck"])
 def test_what_an_attention_gives_is_not_written_over(name, attention):
     """In training and evaluation, by the addition that follows or within the layer."""
-    network = insert_attention(NETWORKS[name](), attention)
+    network = insert_attention(NETWORKS[name](), attention, **OPTIONS.get(attention, {}))
     kept = []
     for key, module in network.named_modules():
         if ".attention" in key or ".downsample" in key:
             module.register_forward_hook(lambda *call: kept.append((call[2], call[2].clone())))
     for mode in (True, False):
-        network.train(mode)(images(dtype=torch.float32))
+        network.train(mode)(images(64, dtype=torch.float32))
     assert len(kept) >= 2 * sum(SMALL)
     assert all(torch.equal(given, then) for given, then in kept)
 
@@ -255,6 +259,7 @@ PRESERVE = {"preserve_function": True}
         ),
         (NETWORKS["basic"], {"order": "both"}, r"order must be one of"),
         (NETWORKS["basic"], {"attention": "sge", "groups": 48}, r"multiple of groups.*groups=48"),
+        (NETWORKS["basic"], {"attention": "fca", "frequencies": "top64"}, r"got 'top64'"),
         (
             NETWORKS["basic"],
             {"gate": "sigmoid", **PRESERVE},

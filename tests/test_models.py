@@ -94,11 +94,12 @@ def test_networks_can_be_copied_and_pickled():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention": "cbam"}, "attention must be one of 'da', 'se', 'sge', 'eca'; got 'cbam'"),
+        ({"attention": "cbam"}, "one of 'da', 'se', 'sge', 'eca', 'fca'; got 'cbam'"),
         ({"attention": "se", "order": "parallel"}, "order goes with attention='da'.*leave it out"),
         ({"attention": None, "gate": "eca"}, "gate goes with attention='da', got gate='eca'"),
         ({"attention": "eca", "backend": "eager"}, "backend goes with attention='da'"),
         ({"order": "both"}, "order must be one of"),
+        ({"transformer": "layer5"}, "before must name a stage .* 'layer4'; got 'layer5'"),
         ({"gate": "none"}, "gate must be one of"),
     ],
 )

@@ -102,7 +102,7 @@ def test_most_objects_overlap_a_default_box_by_half(size, share):
     assert (box_iou(objects, boxes).amax(1) >= 0.5).float().mean() > share
 
 
-@pytest.mark.parametrize("attention", ["da", "se", "eca", None])
+@pytest.mark.parametrize("attention", ["da", "se", "eca", "fca", None])
 def test_trains_on_images_with_and_without_objects(attention):
     model = small(attention)
     images = [torch.rand(3, 64, 64), torch.rand(3, 40, 70), torch.rand(3, 100, 90)]
@@ -220,7 +220,7 @@ def test_learns_one_image():
 
 def test_from_one_seed_all_but_the_attention_starts_the_same():
     states = []
-    for attention in ("da", "se", "eca", None):
+    for attention in ("da", "se", "eca", "fca", None):
         torch.manual_seed(5)
         states.append(small(attention).state_dict())
     *rest, plain = states

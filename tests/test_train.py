@@ -86,7 +86,7 @@ def test_learning_rate():
     assert [rate(step) for step in (30, 49, 50, 59)] == pytest.approx([0.1, 0.1, 0.01, 0.01])
 
 
-@pytest.mark.parametrize("attention", ["da", "se", "sge", "eca", None])
+@pytest.mark.parametrize("attention", ["da", "se", "sge", "eca", "fca", None])
 def test_weight_decay_spares_the_vectors_of_attention_layers(attention):
     model = models.resnet18(attention)
     with_decay, *without = parameter_groups(model, 0.1)

@@ -42,7 +42,7 @@ from da_ops.detection.optimisation import Trainer, parameter_groups
 from da_ops.detection.settings import Settings
 from da_ops.detection.synthetic import make_data
 from da_ops.detection.voc import VOCDetection, read_classes
-from da_ops.models import insert_attention
+from da_ops.models import insert_attention, insert_transformer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     report.PLAIN: {"attention": "none"},
@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "SE": {"attention": "se"},
     "SGE": {"attention": "sge"},
     "ECA": {"attention": "eca"},
+    "FCA": {"attention": "fca"},
+    "STN": {"attention": "none", "transformer": "layer2"},
 }
 
 
@@ -159,10 +161,14 @@ def network(
     model = build_model(settings, classes)
     if start is not None:
         model.load_state_dict(start)
-        if name != report.PLAIN:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                insert_attention(model, preserve_function=True, **VARIANTS[name])
+        options = dict(VARIANTS[name])
+        stage = options.pop("transformer", None)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if options["attention"] != "none":
+                insert_attention(model, preserve_function=True, **options)
+            if stage is not None:
+                insert_transformer(model, before=f"backbone.body.{stage}")
     return model
 
 

@@ -32,7 +32,7 @@ def difference_panel(axes: Axes, results: Results) -> None:
         if backbone == "resnet50" and variant != report.PLAIN
     }
     plain = report.maps(results, report.PLAIN)
-    names = [name for name in printed if report.difference(results, name)]
+    names = [name for name in (*printed, *report.BESIDE) if report.difference(results, name)]
     for y, name in enumerate(names):
         found, mine = report.difference(results, name), report.maps(results, name)
         assert found is not None
@@ -41,7 +41,8 @@ def difference_panel(axes: Axes, results: Results) -> None:
         seeds = [mine[seed] - plain[seed] for seed in mine.keys() & plain.keys()]
         axes.plot(seeds, [y] * len(seeds), "o", color=QUIET, markersize=3.5)
         axes.plot([found.mean], [y], "o", color=MINE, markersize=8)
-        axes.plot([printed[name]], [y], "D", color=PAPER, markersize=6, markerfacecolor="white")
+        if name in printed:
+            axes.plot([printed[name]], [y], "D", color=PAPER, markersize=6, markerfacecolor="white")
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(names)), [report.NAMES.get(name, name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -74,7 +75,8 @@ def curve_panel(axes: Axes, results: Results) -> None:
 def headline(results: Results) -> str:
     """The findings in words, what differs first."""
     findings: dict[str, list[str]] = {}
-    for name in dict.fromkeys(v for *_, rows in report.PAPER for v in rows if v != report.PLAIN):
+    named = [v for *_, rows in report.PAPER for v in rows if v != report.PLAIN]
+    for name in dict.fromkeys([*named, *report.BESIDE]):
         if found := report.difference(results, name):
             findings.setdefault(found.finding, []).append(report.NAMES.get(name, name))
     same = findings.pop("no difference found", [])

@@ -31,6 +31,8 @@ PAPER: list[tuple[str, str, dict[str, float]]] = [
     ("II", "resnet50", {PLAIN: 75.9, "SE": 76.5, "DA": 77.0}),
     ("III", "resnet50", {PLAIN: 75.9, "SGE": 76.3, "ECA": 76.8, "DA": 77.0}),
 ]
+# Rivals that the paper names and has no figures of.
+BESIDE = ("FCA", "STN")
 HEADER = ["network", "mAP", "over plain", "95% interval", "finding", "paper", "paper over plain"]
 
 Results = dict[str, Any]
@@ -83,7 +85,8 @@ def paired(differences: list[float], compared: int = 1) -> Difference:
 
 def sections(results: Results) -> list[tuple[str, list[list[str]]]]:
     """A title and rows for each of the paper's tables, beside the paper's figures of the same
-    backbone where it has them, else of ResNet-50."""
+    backbone where it has them, else of ResNet-50; then for the rivals that have none, if any ran.
+    """
     mine = results["settings"]["backbone"]
     found = []
     for table in ("I", "II", "III"):
@@ -91,6 +94,9 @@ def sections(results: Results) -> list[tuple[str, list[list[str]]]]:
         backbone = mine if mine in printed else "resnet50"
         title = f"Table {table} in miniature ({mine}; paper: SSD300 on {backbone}, VOC)"
         found.append((title, [row(results, v, printed[backbone]) for v in printed[backbone]]))
+    if any(maps(results, variant) for variant in BESIDE):
+        title = f"Beside the tables ({mine}; the paper has no figures of these rivals)"
+        found.append((title, [row(results, v, {}) for v in (PLAIN, *BESIDE, "DA")]))
     return found
 
 
@@ -101,11 +107,13 @@ def row(results: Results, variant: str, paper: dict[str, float]) -> list[str]:
         cells[0] = f"{mean(values):.1f}"
     if variant == PLAIN:
         cells[3] = ""
-        return [name, *cells, f"{paper[variant]:.1f}", "-"]
+        return [name, *cells, *([f"{paper[variant]:.1f}", "-"] if paper else ["", ""])]
     if (found := difference(results, variant)) is not None:
         cells[1], cells[3] = f"{found.mean:+.1f}", found.finding
         if found.low is not None:
             cells[2] = f"{found.low:+.1f} to {found.high:+.1f}"
+    if not paper:
+        return [name, *cells, "", ""]
     return [name, *cells, f"{paper[variant]:.1f}", f"{paper[variant] - paper[PLAIN]:+.1f}"]
 
 

@@ -9,12 +9,18 @@ import torch
 
 from . import native
 from .base import Backend, Call, Plan
-from .tail import Walks, direction, layer_walks
+from .tail import Walks, direction, layer_walks, tail_walks
 from .tuned import ENVIRONMENT, PLANS
 
 
 def _plan(call: Call) -> Plan:
     return _plan_of(call, layer_walks(call.order))
+
+
+def _residual_plan(call: Call, mode: str) -> Plan:
+    forward, _ = tail_walks(call.order, mode)
+    _, backward = tail_walks(call.order, "training")  # u is read again with any norm
+    return _plan_of(call, Walks(forward, backward))
 
 
 def _plan_of(call: Call, walks: Walks) -> Plan:
@@ -50,5 +56,5 @@ BACKEND = Backend(
     _plan,
     residual_forward=native.residual_forward,
     residual_backward=native.residual_backward,
-    residual_plan=_plan_of,
+    residual_plan=_residual_plan,
 )

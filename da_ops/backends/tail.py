@@ -38,7 +38,8 @@ def tail_walks(order: str, mode: str) -> Walks:
     """Those of the residual tail, by the layer's schedule: statistics first where they are the
     batch's; sums of ``u`` in place of ``x``; the shortcut's gradient, written by the pass that
     reads ``dout`` and ``out``; what flows back through the spatial mask summed by channel as well,
-    for the norm; ``out`` from ``u`` and the shortcut, ``du`` from that gradient and ``u``.
+    for the norm; ``out`` from ``u`` and the shortcut, ``du`` from that gradient, and from ``u``
+    where the statistics depend on it.
 
     The order "none" is without attention.
     """
@@ -48,20 +49,18 @@ def tail_walks(order: str, mode: str) -> Walks:
         forward, backward = SCHEDULES[order]
         sums = [p.name for p in forward[:-1]]
         through = [p.name for p in backward[1:-1]]
-        if SCHEDULES[order].masks.pixels and _THROUGH_MEAN not in through:
-            through.append(_THROUGH_MEAN)
+        if SCHEDULES[order].masks.pixels and not any(p.sums.channels for p in backward[1:-1]):
+            through.append("through the norm")
     of_u = [Step(name, ("u",), ()) for name in (*sums, *through)]
-    rectify = Step("rectify", ("u", "shortcut"), ("out",))
-    gradients = Step("gradients", ("dout", "out", "u"), ("d_shortcut",))
-    combine = Step("combine", ("d_shortcut", "u"), ("du",))
-    statistics = ((Step("statistics", ("u",), ()),),) if mode == "training" else ()
+    scale = Step("scale, add, rectify", ("u", "shortcut"), ("out",))
+    gradients = Step("ReLU and mask gradients", ("dout", "out", "u"), ("d_shortcut",))
+    batch = mode == "training"
+    combine = Step("combine", ("d_shortcut", "u") if batch else ("d_shortcut",), ("du",))
+    statistics = ((Step("statistics", ("u",), ()),),) if batch else ()
     return Walks(
-        (*statistics, (*of_u[: len(sums)], rectify)),
+        (*statistics, (*of_u[: len(sums)], scale)),
         ((gradients, *of_u[len(sums) :]), (combine,)),
     )
-
-
-_THROUGH_MEAN = "through the channel mean"
 
 
 def least(walks: Iterable[Iterable[Step]]) -> int:
@@ -95,9 +94,9 @@ def floor(mode: str | None) -> dict[str, int]:
 
 def fused_plan(backend: Backend, call: Call, mode: str) -> Plan:
     """How ``backend`` runs a residual tail in one operator a direction."""
-    walks = tail_walks(call.order, mode)
     if backend.residual_plan is not None:
-        return backend.residual_plan(call, walks)
+        return backend.residual_plan(call, mode)
+    walks = tail_walks(call.order, mode)
     forward, backward = (direction(passes, in_cache=False) for passes in walks)
     return Plan(forward, backward, {})
 

@@ -37,7 +37,9 @@ class Cost:
             A module called several times counts once, with its last call: so does the ReLU that
             the convolutions of a residual block share.
         macs_insight: the same, but every call counts, and so do the input elements of adaptive
-            pooling, among them the global average pooling of an attention layer.
+            pooling, among them the global pooling of an attention layer (SE, SGE, ECA, FCA, DA).
+            Under every rule, the products that FCA pools with and the sampling of a spatial
+            transformer are free.
         macs_torch: half of what ``torch.utils.flop_counter`` counts, which has 2 FLOPs per
             multiply-accumulate of convolutions and matrix products and nothing else.
 

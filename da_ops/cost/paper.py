@@ -1,4 +1,5 @@
-"""Tables II and III as the paper prints them, and what is known of cells that cannot be met."""
+"""Tables II and III as the paper prints them, rivals that it only names, and what is known of cells
+that cannot be met."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from typing import NamedTuple
 
 
 class Printed(NamedTuple):
-    """A row: parameters in millions, GFLOPs and mAP, with the digits that are printed."""
+    """A row: parameters in millions, GFLOPs and mAP, with the digits that are printed, empty where
+    nothing is. The attention "stn" is a spatial transformer in front of layer2, and none else."""
 
     table: int
     backbone: str
@@ -39,6 +41,24 @@ PRINTED = (
     Printed(3, "resnet101", "eca", "44.549", "7.858", "78.0"),
     Printed(3, "resnet101", "da", "44.550", "7.845", "78.2"),
 )
+
+# Rivals that the paper names and has no figures of, beside each of its backbones.
+_BESIDE = ("fca", "stn")
+
+
+def with_rivals(table: int) -> list[Printed]:
+    """The rows of a table, and after those of each backbone its rivals', with nothing printed."""
+    rows = [row for row in PRINTED if row.table == table]
+    backbones = dict.fromkeys(row.backbone for row in rows)
+    return [
+        row
+        for backbone in backbones
+        for row in (
+            *(row for row in rows if row.backbone == backbone),
+            *(Printed(table, backbone, rival, "", "", "") for rival in _BESIDE),
+        )
+    ]
+
 
 _LAST_PLACE = "the paper is one unit in the last place lower; the cause is not known"
 _SWAPPED = "the paper's cells of SGE and ECA are swapped"

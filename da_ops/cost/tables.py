@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import models
 from .counter import Cost, count
-from .paper import PRINTED, REASONS, Printed
+from .paper import REASONS, Printed, with_rivals
 
 _TITLES = {"params": "Params", "gflops": "GFLOPs"}
 SIZE = 224  # pixels a side, the input that gives the paper's figures
@@ -24,7 +24,8 @@ class Row:
 
     Parameters are numbers of parameters, ``gmacs_*`` are 1e9 multiply-accumulates for one image of
     224 x 224, nothing is rounded. ``deviation`` says which cells of the paper are not met to their
-    last digit by ``params_torchstat`` and ``gmacs_torchstat``, and why; None if all are.
+    last digit by ``params_torchstat`` and ``gmacs_torchstat``, and why; None if all are. The paper
+    has no figures of "fca" and "stn", which is a spatial transformer in front of layer2.
     """
 
     backbone: str
@@ -33,8 +34,8 @@ class Row:
     params: int
     gmacs_torchstat: float
     gmacs_torch: float
-    paper_params_m: float
-    paper_gflops: float
+    paper_params_m: float | None
+    paper_gflops: float | None
     deviation: str | None
 
 
@@ -50,14 +51,15 @@ def rows(table: int | None = None) -> list[Row]:
 def _printed(table: int | None) -> list[Printed]:
     if table not in (None, 2, 3):
         raise ValueError(f"table must be 2 or 3, or None for both; got {table!r}")
-    return [printed for printed in PRINTED if table in (None, printed.table)]
+    return [row for number in (2, 3) if table in (None, number) for row in with_rivals(number)]
 
 
 @cache
 def _cost(backbone: str, attention: str | None) -> Cost:
     # Fake tensors have shapes and no data, and go through the operator that real ones do.
     with FakeTensorMode():
-        network = getattr(models, backbone)(attention).eval()
+        stn = {"transformer": "layer2"} if attention == "stn" else {}
+        network = getattr(models, backbone)(None if stn else attention, **stn).eval()
         return count(network, torch.empty(1, 3, SIZE, SIZE))
 
 
@@ -70,8 +72,8 @@ def _row(printed: Printed) -> Row:
         params=cost.params,
         gmacs_torchstat=cost.macs_torchstat / 1e9,
         gmacs_torch=cost.macs_torch / 1e9,
-        paper_params_m=float(printed.params),
-        paper_gflops=float(printed.gflops),
+        paper_params_m=float(printed.params) if printed.params else None,
+        paper_gflops=float(printed.gflops) if printed.gflops else None,
         deviation="; ".join(
             f"{_TITLES[column]}: {reason}" for column, reason in _deviations(printed, cost).items()
         )
@@ -87,7 +89,7 @@ def _deviations(printed: Printed, cost: Cost) -> dict[str, str]:
         ("gflops", cost.macs_torchstat / 1e9),
     ):
         digits = getattr(printed, column)
-        if f"{value:.{len(digits.partition('.')[2])}f}" != digits:
+        if digits and f"{value:.{len(digits.partition('.')[2])}f}" != digits:
             reason = REASONS.get(
                 (*printed[:3], column), "the paper differs; the cause is not known"
             )
@@ -141,13 +143,14 @@ def _rendered(number: int, printed: Sequence[Printed]) -> str:
 def _insight(number: int, printed: Sequence[Printed]) -> list[str]:
     if number != 3:
         return []
-    counted = [
-        f"{_cost(row.backbone, row.attention).macs_insight / 1e9:.4f} {_name(row)}"
-        for row in printed
-    ]
+    counted: dict[str, list[str]] = {}
+    for row in printed:
+        macs = _cost(row.backbone, row.attention).macs_insight / 1e9
+        counted.setdefault(row.backbone, []).append(f"{macs:.4f} {_name(row)}")
+    parts = [all_of[i : i + 4] for all_of in counted.values() for i in range(0, len(all_of), 4)]
     return [
         "PytorchInsight counts every call of a shared ReLU, and adaptive pooling. All rows by it:",
-        *(f"   {', '.join(part)}" for part in (counted[:4], counted[4:])),
+        *(f"   {', '.join(part)}" for part in parts),
     ]
 
 

@@ -160,6 +160,7 @@ def build_model(settings: Settings, classes: Sequence[str], *, pretrained: bool 
         return ssd(
             settings.backbone,
             None if settings.attention == "none" else settings.attention,
+            transformer=None if settings.transformer == "none" else settings.transformer,
             num_classes=len(classes) + 1,
             size=settings.size,
             mapping=settings.mapping,

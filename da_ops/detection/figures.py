@@ -78,6 +78,8 @@ def load_network(source: str, backbone: str = "resnet50", attention: str | None 
         detector = load_detector(path)
         s = detector.settings
         title = _title(s.backbone, None if s.attention == "none" else s.attention)
+        if s.transformer != "none":
+            title = f"STN-{title}"
         classes = ("background", *detector.classes)
         return Network(detector.model, f"{title}, SSD{s.size}", classes, True)
     if backbone not in BACKBONES:

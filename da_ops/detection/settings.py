@@ -11,7 +11,8 @@ from ..backends import NAMES
 from ..reference import GATES, ORDERS
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
-ATTENTIONS = ("da", "se", "sge", "eca", "none")
+ATTENTIONS = ("da", "se", "sge", "eca", "fca", "none")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 AUGMENTATIONS = ("ssd", "mirror")
 
 
@@ -32,6 +33,9 @@ class Settings:
 
     backbone: str = _setting("resnet50", "network that the features come from", choices=BACKBONES)
     attention: str = _setting("da", "layer in each residual block", choices=ATTENTIONS)
+    transformer: str = _setting(
+        "none", "stage that a spatial transformer (STN) comes before", choices=(*STAGES, "none")
+    )
     order: str = _setting("spatial_channel", "of DA's halves", choices=ORDERS)
     gate: str = _setting("affine", "form of DA's channel mask", choices=GATES)
     backend: str = _setting("auto", "kernels that compute DA", choices=("auto", *NAMES))

@@ -124,6 +124,12 @@ def check_servable(settings: Settings, world: World) -> None:
     """RuntimeError or ValueError where the first step would fail, whatever the data are."""
     if settings.attention == "da":
         select(settings.backend, world.device.type)
+    smallest = -(-settings.size // (32 if settings.mapping == "c3c4c5" else 8))  # map of a block
+    if settings.attention == "fca" and smallest < 7:
+        raise ValueError(
+            f"size: expected maps of at least 7 x 7 in every block with attention fca, got "
+            f"{smallest} x {smallest} from images of {settings.size} pixels; train on larger ones"
+        )
     norms_see_all = world.size > 1 and world.device.type == "cuda"
     share = settings.batch_size // world.size
     one_cell = settings.mapping == "c3c4c5" and settings.size <= 32  # in the maps of layer4

@@ -1,7 +1,8 @@
 """ResNets with the DA layer, or with those that its paper compares it with.
 
 ``resnet50(attention="da")`` builds one; ``insert_attention`` puts layers into an existing network;
-``fuse`` makes one operator of the tail of each residual block.
+``insert_transformer`` a spatial transformer in front of a stage; ``fuse`` makes one operator of the
+tail of each residual block.
 """
 
 try:
@@ -11,7 +12,7 @@ except ModuleNotFoundError as error:
         f'da_ops.models needs torchvision ({error}): pip install "da-ops[models]"'
     ) from error
 
-from .attention import ATTENTIONS, ECAModule, SEModule, SGEModule
+from .attention import ATTENTIONS, ECAModule, FCAModule, SEModule, SGEModule
 from .fuse import fuse, unfused_blocks
 from .insert import insert_attention
 from .resnet import (
@@ -23,6 +24,10 @@ from .resnet import (
     eca_resnet34,
     eca_resnet50,
     eca_resnet101,
+    fca_resnet18,
+    fca_resnet34,
+    fca_resnet50,
+    fca_resnet101,
     resnet18,
     resnet34,
     resnet50,
@@ -36,12 +41,15 @@ from .resnet import (
     sge_resnet50,
     sge_resnet101,
 )
+from .transformer import STNModule, insert_transformer
 
 __all__ = [
     "ATTENTIONS",
     "ECAModule",
+    "FCAModule",
     "SEModule",
     "SGEModule",
+    "STNModule",
     "da_resnet18",
     "da_resnet34",
     "da_resnet50",
@@ -50,8 +58,13 @@ __all__ = [
     "eca_resnet34",
     "eca_resnet50",
     "eca_resnet101",
+    "fca_resnet18",
+    "fca_resnet34",
+    "fca_resnet50",
+    "fca_resnet101",
     "fuse",
     "insert_attention",
+    "insert_transformer",
     "resnet18",
     "resnet34",
     "resnet50",

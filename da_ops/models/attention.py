@@ -8,6 +8,7 @@ so serves as an ``attn_layer`` of timm.
 # Annotations are no strings here: FX copies those of `forward`, and TorchScript reads them.
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..checks import odd_int, positive_int
 from ..module import DAModule, _adaptive_kernel_size
 from ..reference import accumulation_dtype
+from . import frequencies as dct
 
 
 class SEModule(nn.Module):
@@ -42,10 +44,11 @@ class SEModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        channels = positive_int("SEModule: channels", channels)
+        name = type(self).__name__
+        channels = positive_int(f"{name}: channels", channels)
         if not 1 <= reduction <= channels:
             raise ValueError(
-                f"SEModule: reduction must be between 1 and channels={channels}, got {reduction}; "
+                f"{name}: reduction must be between 1 and channels={channels}, got {reduction}; "
                 "pass a smaller reduction"
             )
         hidden = channels // reduction
@@ -53,12 +56,93 @@ class SEModule(nn.Module):
         self.relu = nn.ReLU()
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False, device=device, dtype=dtype)
 
+    def _pooled(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3), keepdim=True)
+        pooled = self._pooled(x)
         if isinstance(x, Tensor):  # a graph of FX takes x in the parameters' dtype alone
             pooled = pooled.to(self.fc1.weight.dtype)
         mask = torch.sigmoid(self.fc2(self.relu(self.fc1(pooled))))
         return x * mask.to(x.dtype)
+
+
+class FCAModule(SEModule):
+    """Frequency channel attention: :class:`SEModule` with another pooling. The channels are split
+    into as many groups as there are frequencies, and each is pooled by one function of the
+    two-dimensional discrete cosine transform of its map: the sum over H, W of their product.
+
+    Args:
+        channels: C of the feature maps, a multiple of the number of frequencies.
+        reduction: C over the number of hidden channels.
+        frequencies: the name of a published set: ``"top16"``, the best 16 on ImageNet; ``"low16"``,
+            the lowest; ``"bot16"``, the worst; each with 1, 2, 4, 8, 16 or 32. Frequency (0, 0)
+            alone, ``"top1"``, is the mean times ``sqrt(H * W)``.
+        size: H and W that maps are first pooled to, adaptively, where they are of another size; one
+            number for both. By default they are taken as they are.
+        device, dtype: of the parameters.
+
+    The sets are of maps of 7 x 7; on others the frequencies are multiplied by the whole number of
+    times that 7 goes into the side. The published layer is made for the maps of an image of
+    224 x 224, and pools all others to their sizes: ``size=56``, 28, 14 and 7 in the four stages of
+    a ResNet. For such images the default is the same. An ONNX model with ``size`` takes maps of the
+    size that it was exported with.
+
+    ``forward`` raises ValueError where a map is smaller than ``size``, or has no such frequency:
+    7 x 7 is the least with ``"top16"``.
+
+    Parameters: those of :class:`SEModule`. The basis is computed, and in no state dict.
+
+    Source: Qin et al., FcaNet, ICCV 2021; the sets are those of its published code.
+    """
+
+    size: list[int] | None  # for TorchScript
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 16,
+        frequencies: str = "top16",
+        size: int | tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, reduction=reduction, device=device, dtype=dtype)
+        if frequencies not in dct.NAMES:
+            raise ValueError(
+                "FCAModule: frequencies must be 'top', 'low' or 'bot' and one of the numbers "
+                f"{', '.join(map(str, dct.COUNTS))}, such as 'top16'; got {frequencies!r}"
+            )
+        self.frequencies = frequencies
+        self.rows, self.columns = dct.frequencies(frequencies)
+        if channels % len(self.rows):
+            raise ValueError(
+                "FCAModule: channels must be a multiple of the number of frequencies, got "
+                f"channels={channels} and frequencies={frequencies!r}; pass fewer frequencies"
+            )
+        self.size = None if size is None else _side_by_side(size)
+        if self.size is not None:
+            least = max(self.rows) + 1, max(self.columns) + 1
+            if self.size[0] < least[0] or self.size[1] < least[1]:
+                raise ValueError(
+                    f"FCAModule: size must be at least {least[0]} x {least[1]} with frequencies="
+                    f"{frequencies!r}, got {self.size[0]} x {self.size[1]}"
+                )
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        pooled = _pooled_by_frequency(x, self.rows, self.columns, self.size)
+        return pooled[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        return f"frequencies={self.frequencies!r}" + (f", size={self.size}" if self.size else "")
+
+
+def _side_by_side(size: int | tuple[int, int]) -> list[int]:
+    sides = size if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"FCAModule: size must be one number or two, got {size!r}")
+    return [positive_int("FCAModule: size", side) for side in sides]
 
 
 class SGEModule(nn.Module):
@@ -150,6 +234,16 @@ class ECAModule(nn.Module):
         return x * mask.to(x.dtype)[:, :, None, None]
 
 
+@torch.fx.wrap  # a node of its own, for what it does with the sizes of x cannot be traced
+def _pooled_by_frequency(
+    x: Tensor,
+    rows: list[int],
+    columns: list[int],
+    size: list[int] | None,
+) -> Tensor:
+    return dct.pooled(x, rows, columns, size)
+
+
 @torch.fx.wrap  # a node of its own, for its choice of a dtype cannot be traced
 def _accumulated_sum(t: Tensor) -> Tensor:
     """Over dimension 2, in the dtype of accumulation."""
@@ -161,6 +255,7 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
     "se": SEModule,
     "sge": SGEModule,
     "eca": ECAModule,
+    "fca": FCAModule,
 }
 
 

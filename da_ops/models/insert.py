@@ -37,13 +37,13 @@ def insert_attention(
     Args:
         model: any network with torchvision's or timm's ``BasicBlock`` or ``Bottleneck``: ResNet,
             ResNeXt, Wide-ResNet, or a detector over one.
-        attention: ``"da"``, ``"se"``, ``"sge"`` or ``"eca"``.
+        attention: ``"da"``, ``"se"``, ``"sge"``, ``"eca"`` or ``"fca"``.
         preserve_function: start with constant masks and divide weight and bias of the normalisation
             before them by their product, so that the output of ``model`` stays what it was, in
             training and evaluation, to rounding. DA then starts with ``merge`` and an "eca" gate at
-            0, SE with ``fc2``, ECA with ``conv``, SGE with ``weight``. Layers before a weight at 0
-            get their first gradient after a step has moved that weight; so it is, too, with the
-            last norms of a network that starts its branches at 0.
+            0, SE and FCA with ``fc2``, ECA with ``conv``, SGE with ``weight``. Layers before a
+            weight at 0 get their first gradient after a step has moved that weight; so it is, too,
+            with the last norms of a network that starts its branches at 0.
         fused: :func:`fuse` the blocks too, which goes with DA.
         options: keyword arguments of the layer, such as ``order``, ``gate`` and ``backend`` of
             :class:`da_ops.DAModule`.
@@ -113,7 +113,7 @@ def _make_constant(layer: nn.Module) -> float:
     match layer:
         case DAModule():
             return _make_da_constant(layer, half, one)
-        case SEModule():
+        case SEModule():  # FCAModule, too
             layer.fc2.weight.zero_()
             return half
         case ECAModule():

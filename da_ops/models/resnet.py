@@ -10,12 +10,16 @@ from torchvision.models import ResNet, get_model
 
 from .fuse import check_fusible, fuse
 from .insert import insert_attention
+from .transformer import insert_transformer
 from .weights import Weights, load_weights
 
 _DOCUMENTATION = """torchvision's ``{name}`` with attention at the end of every residual branch.
 
     Args:
-        attention: ``"da"``, ``"se"``, ``"sge"``, ``"eca"``, or None for torchvision's network.
+        attention: ``"da"``, ``"se"``, ``"sge"``, ``"eca"``, ``"fca"``, or None for torchvision's
+            network.
+        transformer: the stage, ``"layer1"`` to ``"layer4"``, that a spatial transformer comes in
+            front of; see :func:`da_ops.models.insert_transformer`.
         order, gate, backend: of the DA layer; see :class:`da_ops.DAModule`.
         fused: compute the last norm, DA, the addition and the ReLU of each block as one operator,
             to the same result but for rounding; see :func:`da_ops.models.fuse`. With DA or None.
@@ -26,12 +30,12 @@ _DOCUMENTATION = """torchvision's ``{name}`` with attention at the end of every 
             and logged. Of a script's checkpoint ``state_dict`` or ``model`` is taken; averaged
             weights beside it are to be passed as a state dict. Weights without attention leave the
             layers as they start, and a warning is logged; any other difference is an error that
-            names the keys.
+            names the keys. So it is with a transformer.
         num_classes: outputs of ``fc``.
         kwargs: of :class:`torchvision.models.ResNet`, for instance ``norm_layer``.
 
-    State-dict keys are torchvision's, and ``layer1.0.attention.*`` and so on. From one seed, what
-    networks have in common starts the same whichever attention they have.
+    State-dict keys are torchvision's, and ``layer1.0.attention.*``, ``layer2.transformer.*`` and so
+    on. From one seed, what networks have in common starts the same whichever attention they have.
 
     Returns:
         a network ``[N, 3, H, W] -> [N, num_classes]``.
@@ -49,6 +53,7 @@ def _constructor(name: str) -> Callable[..., ResNet]:
     def resnet(
         attention: str | None = "da",
         *,
+        transformer: str | None = None,
         order: str = _DEFAULTS["order"],
         gate: str = _DEFAULTS["gate"],
         backend: str = _DEFAULTS["backend"],
@@ -65,6 +70,8 @@ def _constructor(name: str) -> Callable[..., ResNet]:
         model: ResNet = get_model(name, weights=None, num_classes=num_classes, **kwargs)
         if attention is not None:
             insert_attention(model, attention, **options)
+        if transformer is not None:
+            insert_transformer(model, before=transformer)
         if fused:
             fuse(model)
         if weights is not None:
@@ -109,3 +116,8 @@ eca_resnet18 = partial(resnet18, "eca")
 eca_resnet34 = partial(resnet34, "eca")
 eca_resnet50 = partial(resnet50, "eca")
 eca_resnet101 = partial(resnet101, "eca")
+
+fca_resnet18 = partial(resnet18, "fca")
+fca_resnet34 = partial(resnet34, "fca")
+fca_resnet50 = partial(resnet50, "fca")
+fca_resnet101 = partial(resnet101, "fca")

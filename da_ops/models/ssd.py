@@ -15,6 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.transforms.v2.functional import resize
 
 from . import resnet
+from .blocks import residual_blocks
 from .fuse import FUSIBLE
 from .weights import Weights, load_weights
 
@@ -31,6 +32,7 @@ def ssd(
     backbone: str = "resnet50",
     attention: str | None = "da",
     *,
+    transformer: str | None = None,
     num_classes: int = 21,
     size: int = 300,
     mapping: str = "c4",
@@ -54,7 +56,10 @@ def ssd(
 
     Args:
         backbone: ``"resnet18"``, ``"resnet34"``, ``"resnet50"`` or ``"resnet101"``.
-        attention: ``"da"``, ``"se"``, ``"sge"``, ``"eca"`` or None, in every residual block.
+        attention: ``"da"``, ``"se"``, ``"sge"``, ``"eca"``, ``"fca"`` or None, in every residual
+            block.
+        transformer: the stage, of those that are not cut off, that a spatial transformer comes in
+            front of; see :func:`da_ops.models.insert_transformer`.
         num_classes: with the background, which is class 0.
         size: at least 32. Images of any other size are resized to it, boxes scaled back.
         mapping: ``"c4"``: the network is cut after layer3, whose stride becomes 1, and all other
@@ -86,6 +91,12 @@ def ssd(
         )
     sides = feature_sides(size)
     taken = MAPPINGS[mapping]
+    stages = [f"layer{number}" for number in range(1, int(taken[-1][-1]) + 1)]
+    if transformer not in (None, *stages):
+        raise ValueError(
+            f"transformer must be one of {', '.join(stages)} with mapping={mapping!r}, or None, "
+            f"got {transformer!r}"
+        )
     widths = [_WIDTH[layer] * _EXPANSION[backbone] for layer in taken]
     widths += [*_EXTRA_WIDTHS, *[_DEEP_WIDTH] * len(sides)][len(taken) - 1 : len(sides) - 1]
     # They draw their weights before the backbone, whose attention would shift the random numbers.
@@ -93,14 +104,21 @@ def ssd(
     boxes = _default_boxes(size, len(sides))
     head = _Head(widths, boxes.num_anchors_per_location(), num_classes)
 
-    fused = fused and attention in FUSIBLE
-    net = getattr(resnet, backbone)(attention, order=order, gate=gate, backend=backend, fused=fused)
+    net = getattr(resnet, backbone)(
+        attention,
+        transformer=transformer,
+        order=order,
+        gate=gate,
+        backend=backend,
+        fused=fused and attention in FUSIBLE,
+    )
     if weights is not None:
         load_weights(net, weights, backbone, head=False)
     if mapping == "c4":
-        for module in net.layer3.modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
+        for _, block in residual_blocks(net.layer3):
+            for module in block.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
     pyramid = _Pyramid(net, taken, extras, widths)
     model = SSD(pyramid, boxes, (size, size), num_classes, head=head, **kwargs)
     model.transform = _Transform(model.transform)

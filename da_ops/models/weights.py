@@ -18,6 +18,7 @@ Weights: TypeAlias = WeightsEnum | Mapping[str, Tensor] | str | os.PathLike[str]
 
 logger = logging.getLogger("da_ops")
 
+_ADDED = ("attention", "transformer")  # what keys are called of that torchvision's lack
 _WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep a state dict
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's prefix, anywhere in a key
 _PARALLEL = "module."  # DistributedDataParallel's and averaged models' prefix of each key
@@ -38,28 +39,28 @@ def load_weights(model: nn.Module, weights: Weights, name: str, *, head: bool = 
     Without ``head``, ``fc`` stays as it is, whatever the weights have there.
 
     Raises:
-        ValueError: something other than all attention parameters is missing, superfluous or of
-            another shape.
+        ValueError: something other than all parameters of the attention, or all of the
+            transformer, is missing, superfluous or of another shape.
         FileNotFoundError: ``weights`` is neither a name of torchvision's nor a file.
     """
     state, source = _state_dict(weights, name)
     own = dict(model.state_dict())
     if not head:
-        for keys in (state, own):
-            for key in ("fc.weight", "fc.bias"):
-                keys.pop(key, None)
-    attention = {key for key in own if ".attention." in key}
+        for key in ("fc.weight", "fc.bias"):
+            state.pop(key, None)
+            own.pop(key, None)
     # Counters of batches came to batch norms late; PyTorch loads checkpoints without them.
     required = {key for key in own if not key.endswith(".num_batches_tracked")}
     missing = required - state.keys()
-    fresh = attention if attention and attention <= missing else set()
+    added = {part: {key for key in own if f".{part}." in key} for part in _ADDED}
+    fresh = {part: keys for part, keys in added.items() if keys and keys <= missing}
     differ = [
         f"{key} is {list(state[key].shape)} and should be {list(tensor.shape)}"
         for key, tensor in own.items()
         if key in state and state[key].shape != tensor.shape
     ]
     problems = {
-        "missing": [key for key in own if key in missing - fresh],
+        "missing": [key for key in own if key in missing.difference(*fresh.values())],
         "unexpected": [key for key in state if key not in own],
         "of another shape": differ,
     }
@@ -67,12 +68,13 @@ def load_weights(model: nn.Module, weights: Weights, name: str, *, head: bool = 
         told = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{name}: {source} does not fit, {told}{_advice(problems, state)}")
     model.load_state_dict(state, strict=False)
-    if fresh:
+    for part, keys in fresh.items():
         logger.warning(
-            "da_ops: %s: %s has no attention, its %d parameters keep their initial values",
+            "da_ops: %s: %s has no %s, its %d parameters keep their initial values",
             name,
             source,
-            len(fresh),
+            part,
+            len(keys),
         )
 
 
