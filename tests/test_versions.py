@@ -43,7 +43,9 @@ def test_the_cuda_kernels_load():
     assert BACKENDS["cuda"].reason is None
 
 
-def test_beside_a_torch_without_cuda_nothing_is_to_be_rebuilt(monkeypatch):
+def test_beside_a_torch_without_cuda_nothing_is_to_be_rebuilt(monkeypatch, tmp_path):
+    (tmp_path / "_cuda.abi3.so").touch()
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(native, "load", lambda library: pytest.fail(f"loaded {library}"))
     assert "torch was built without CUDA" in cuda._load()

@@ -123,9 +123,10 @@ def _runs_on(capability: tuple[int, int], arch: str) -> bool:
 
 def _load() -> str | None:
     """Load the library; None, or the reason it is not usable."""
-    if torch.version.cuda is None:  # the library would miss those of torch's that are not there
+    library = "_cuda.abi3.so"
+    if torch.version.cuda is None and (native.FOLDER / library).exists():
         return "this torch was built without CUDA: install one with it, da-ops can stay as it is"
-    return native.load("_cuda.abi3.so")
+    return native.load(library)
 
 
 BACKEND = Backend(
