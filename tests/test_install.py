@@ -8,6 +8,7 @@ from __future__ import annotations
 import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from setuptools.errors import SetupError
 
 import da_ops
@@ -182,6 +184,9 @@ def test_sdist_installs_into_a_fresh_environment(wheels, tmp_path):
     info = run(python, "-m", "da_ops", "info", cwd=tmp_path).stdout
     assert "cpu" in info
     assert run(tmp_path / "env" / "bin" / "da-ops", "info", cwd=tmp_path).stdout == info
+    smoke = (python, "-I", ROOT / "build_tools" / "smoke.py")  # as `make wheel` tries it
+    assert info in run(*smoke, da_ops.__version__).stdout
+    assert "smoke test: version: not as expected" in run(*smoke, "0.0", check=False).stderr
 
 
 @pytest.mark.slow
@@ -420,6 +425,29 @@ def test_import_works_with_broken_binaries(package, tmp_path):
 def test_import_works_without_the_record(package, tmp_path):
     (package / "da_ops" / "_build.json").unlink()
     assert try_package(package, tmp_path)["cpu"] is None
+
+
+# Releases
+
+
+def test_workflows_run_on_the_pythons_that_are_promised():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject)
+
+    def jobs(name):
+        return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())["jobs"]
+
+    tested = jobs("ci.yml")["test"]["strategy"]["matrix"]["python"]
+    assert tested == [promised[0], promised[-1]]
+    built = jobs("wheels.yml")["build"]["strategy"]["matrix"]["python"]
+    assert built == [f"{tag}-{tag}" for tag in (f"cp{v.replace('.', '')}" for v in promised)]
+
+
+def test_who_reports_a_fault_is_asked_for_info():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    (field,) = [field for field in form["body"] if field["id"] == "info"]
+    assert "`python -m da_ops info`" in field["attributes"]["label"]
+    assert field["validations"]["required"]
 
 
 # What the Makefile installs
