@@ -225,10 +225,17 @@ def test_info_tells_of_every_gpu(capsys, choice, monkeypatch):
     gpus = [
         SimpleNamespace(name="Tesla T4", major=7, minor=5, total_memory=15 * 2**30),
         SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30),
+        None,
     ]
+
+    def properties(index):
+        if gpus[index] is None:
+            raise RuntimeError("CUDA error: it fell off the bus\nCompile with ...")
+        return gpus[index]
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(info, "select", lambda asked, kind: "triton" if kind == "cuda" else "cpu")
     monkeypatch.setattr(info, "passed_over", lambda name, kind: f"{name} does not suit {kind}")
     monkeypatch.setattr(info.driver, "version", lambda: "580.95.05")
@@ -237,6 +244,7 @@ def test_info_tells_of_every_gpu(capsys, choice, monkeypatch):
     assert facts["devices"]["gpus"] == [
         {"name": "Tesla T4", "capability": "7.5", "memory": 15 * 2**30},
         {"name": "NVIDIA H200", "capability": "9.0", "memory": 141 * 2**30},
+        {"name": "CUDA error: it fell off the bus", "capability": None, "memory": None},
     ]
     assert facts["devices"]["driver"] == {"version": "580.95.05", "cuda": "13.0"}
     assert facts["auto"]["cuda"] == {

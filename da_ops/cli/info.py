@@ -126,13 +126,18 @@ def _instruction_set() -> str | None:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return []
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [
-        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory}
-        for gpu in found
-    ]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [_gpu(index) for index in range(count)]
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    """Of one that does not answer, CUDA's error in the place of its name."""
+    try:
+        gpu = torch.cuda.get_device_properties(index)
+    except RuntimeError as error:
+        return {"name": str(error).partition("\n")[0], "capability": None, "memory": None}
+    capability = f"{gpu.major}.{gpu.minor}"
+    return {"name": gpu.name, "capability": capability, "memory": gpu.total_memory}
 
 
 def _chosen(kind: str) -> dict[str, Any]:
@@ -149,7 +154,7 @@ def _chosen(kind: str) -> dict[str, Any]:
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[str]:
-    has = {name: version or "not known" for name, version in facts["versions"].items()}
+    has = {name: version or "not found" for name, version in facts["versions"].items()}
     yield f"da_ops {has['da_ops']} in {facts['folder']}"
     names = {"CUDA": facts["versions"]["cuda"], "HIP": facts["versions"]["hip"]}
     built_with = [f"{name} {version}" for name, version in names.items() if version]
@@ -184,9 +189,8 @@ def _lines_of_build(record: dict[str, Any] | None, libraries: dict[str, Any]) ->
             archs = " ".join(record[part].get("arch_list", []))
             built = f"built for {archs}" if archs else "built"
             yield _row(part, built if reason is None else f"not built: {reason}")
-        yield _row(
-            "with", f"{record['compiler'] or 'no C++ compiler'}, {' '.join(record['flags'])}"
-        )
+        compiler = record["compiler"] or "no C++ compiler"
+        yield _row("with", f"{compiler}, {' '.join(record['flags'])}")
         if compiler := record["cuda"].get("compiler"):
             yield _row("with", compiler)
     for name, file in libraries.items():
@@ -200,10 +204,11 @@ def _lines_of_devices(devices: dict[str, Any]) -> Iterator[str]:
     counts = f"{cpu['cores'] or 'unknown'} cores, {cpu['threads']} threads"
     yield _row("CPU", f"{cpu['name']}, {instructions}, {counts}")
     for index, gpu in enumerate(gpus):
-        memory = f"{gpu['memory'] / 2**30:.1f} GiB"
-        yield _row(
-            f"GPU {index}", f"{gpu['name']}, compute capability {gpu['capability']}, {memory}"
-        )
+        has = ""
+        if gpu["memory"]:
+            memory = f"{gpu['memory'] / 2**30:.1f} GiB"
+            has = f", compute capability {gpu['capability']}, {memory}"
+        yield _row(f"GPU {index}", f"{gpu['name']}{has}")
     if not gpus:
         yield _row("GPU", "none")
     driver = devices["driver"]
