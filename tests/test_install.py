@@ -430,6 +430,15 @@ def test_import_works_without_the_record(package, tmp_path):
 # Releases
 
 
+def test_the_version_is_the_same_everywhere():
+    """The release's date, too."""
+    titles = re.findall(r"^## \[(.+)\](?: - (.+))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert titles[0] == ("Unreleased", "")
+    cite = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert titles[1] == (da_ops.__version__, str(cite["date-released"]))
+    assert cite["version"] == da_ops.__version__
+
+
 def test_workflows_run_on_the_pythons_that_are_promised():
     pyproject = (ROOT / "pyproject.toml").read_text()
     promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject)
