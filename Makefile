@@ -40,6 +40,9 @@ NEWEST := $(VENV)-newest
 VERSION_TESTS := $(patsubst %,tests/test_%.py,versions operator accuracy shapes sizes isolation \
   autograd module children distributed ecosystem compile errors explain reference triton)
 
+# A torch without CUDA, as pip is asked for it.
+override CPU_TORCH := $(or $(CPU_TORCH),torch --index-url https://download.pytorch.org/whl/cpu)
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -47,7 +50,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:  # two pips in one environment would collide
 MAKEFLAGS += --no-builtin-rules
 .PHONY: help env build test test-full test-oldest test-versions simt bench bench-full ablation \
-  demo gpu lint format cuda-report clean FORCE
+  demo gpu lint format cuda-report wheel clean FORCE
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -111,6 +114,10 @@ format: $(STAMPS)/env-dev  ## put Python and C++ into the house style
 
 cuda-report: $(STAMPS)/env-base  ## read the CUDA kernels' machine code, fail beyond its limits
 	$(PY) -m build_tools.cuda_report
+
+wheel: $(STAMPS)/env-wheel  ## build a wheel for all GPUs in dist/, try it in fresh environments
+	@$(if $(strip $(VENV)),$(NVCC))
+	$(PY) -m build_tools.wheel $(if $(strip $(VENV)),'$(CPU_TORCH)')
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist *.egg-info da_ops/*.so $(RECORD) $(BUILT)

@@ -27,6 +27,7 @@ from .cuda import (
     runtime_flags,
     unknown_archs,
 )
+from .project_page import version
 from .record import RECORD, summary
 
 try:
@@ -197,7 +198,7 @@ def survey(
         )
 
     record: dict[str, Any] = {
-        "version": Path("da_ops/_version.py").read_text().split('"')[1],
+        "version": version(),
         "cpu": cpu,
         "plan": part(None, no_cxx or no_python_h, environ),
         "cuda": {

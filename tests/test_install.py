@@ -1,12 +1,14 @@
-"""Installing da_ops: from an sdist, without a compiler, with a broken binary.
+"""Installing da_ops: from an sdist, without a compiler, with a broken binary; what a release has.
 
 The project is copied, packed and compiled once for all tests of this file.
 """
 
 from __future__ import annotations
 
+import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from setuptools.errors import SetupError
 
-from build_tools import requirements
+import da_ops
+from build_tools import project_page, requirements
 from build_tools.cuda import find_cuda
 from build_tools.cuda_report import Tools
 
@@ -179,6 +184,9 @@ def test_sdist_installs_into_a_fresh_environment(wheels, tmp_path):
     info = run(python, "-m", "da_ops", "info", cwd=tmp_path).stdout
     assert "cpu" in info
     assert run(tmp_path / "env" / "bin" / "da-ops", "info", cwd=tmp_path).stdout == info
+    smoke = (python, "-I", ROOT / "build_tools" / "smoke.py")  # as `make wheel` tries it
+    assert info in run(*smoke, da_ops.__version__).stdout
+    assert "smoke test: version: not as expected" in run(*smoke, "0.0", check=False).stderr
 
 
 @pytest.mark.slow
@@ -194,6 +202,83 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(sdist, no_compiler,
     backends = try_package(site, tmp_path)
     assert backends["eager"] is None
     assert "compiler" in backends["cpu"]
+
+
+# What a package index shows
+
+REPOSITORY = "https://git.example/us/da"
+
+
+@pytest.mark.parametrize(
+    ("relative", "there"),
+    [
+        ("[page](docs/install.md)", "[page](R/blob/v1/docs/install.md)"),
+        ("[part](./docs/a.md#part)", "[part](R/blob/v1/docs/a.md#part)"),
+        ("[root](/LICENSE)", "[root](R/blob/v1/LICENSE)"),
+        ('[a](a.md "a title"), [b](b)', '[a](R/blob/v1/a.md "a title"), [b](R/blob/v1/b)'),
+        ("![chart](results/a.png)", "![chart](R/raw/v1/results/a.png)"),
+        ("[![chart](a.SVG)](docs/)", "[![chart](R/raw/v1/a.SVG)](R/blob/v1/docs)"),
+        ('<img width="9" src="a.svg?x=1">', '<img width="9" src="R/raw/v1/a.svg?x=1">'),
+        ('<a href="x.md"><b src="b">', '<a href="R/blob/v1/x.md"><b src="R/blob/v1/b">'),
+        ('<source srcset="b.svg">', '<source srcset="R/raw/v1/b.svg">'),
+        ("[a][b]\n\n[b]: docs/b.md\n", "[a][b]\n\n[b]: R/blob/v1/docs/b.md\n"),
+        ("[in](<a.md>)", "[in](<R/blob/v1/a.md>)"),
+        ("`[code](a.md)` [link](b.md)", "`[code](a.md)` [link](R/blob/v1/b.md)"),
+        ("```sh\nx[i](a)\n```\n[link](b)", "```sh\nx[i](a)\n```\n[link](R/blob/v1/b)"),
+    ],
+)
+def test_relative_links_lead_into_the_repository(relative, there):
+    there = there.replace("R/", f"{REPOSITORY}/")
+    assert project_page.absolute(relative, REPOSITORY, "v1") == there
+    assert project_page.absolute(there, REPOSITORY, "v1") == there
+
+
+@pytest.mark.parametrize(
+    "text", ["[a](#part)", "[a](https://x.example/y.md)", "<a href='x'>", "[a](mailto:x@y.example)"]
+)
+def test_other_links_stay(text):
+    assert project_page.absolute(text, REPOSITORY, "v1") == text
+
+
+@pytest.mark.parametrize("written", ["", "/", ".git", ".git/"])
+def test_the_address_is_taken_as_it_is_written(written):
+    shown = project_page.fields({"DA_OPS_REPOSITORY": REPOSITORY + written})
+    assert shown["project_urls"]["Repository"] == REPOSITORY
+
+
+@pytest.mark.parametrize("wrong", ["us/da", "git@git.example:us/da", "https://git.example"])
+def test_what_is_no_address_is_refused(wrong):
+    with pytest.raises(SetupError, match=f"DA_OPS_REPOSITORY: expected .* got '{wrong}'"):
+        project_page.fields({"DA_OPS_REPOSITORY": wrong})
+
+
+def metadata_of(text):
+    """Addresses and the page of a package's metadata."""
+    fields = email.message_from_string(text)
+    assert fields["Description-Content-Type"] == "text/markdown"
+    assert fields["Version"] == da_ops.__version__
+    return fields.get_all("Project-URL", []), fields.get_payload().strip()
+
+
+@pytest.mark.slow
+def test_who_publishes_says_where_the_repository_is(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    (source,) = tmp_path.glob("da_ops-*")
+    readme = (ROOT / "README.md").read_text().strip()
+    assert metadata_of((source / "PKG-INFO").read_text()) == ([], readme)
+
+    hook = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('.')"
+    run(sys.executable, "-c", hook, cwd=source, env={"DA_OPS_REPOSITORY": REPOSITORY})
+    (info,) = source.glob("*.dist-info")
+    urls, page = metadata_of((info / "METADATA").read_text())
+    tag = f"v{da_ops.__version__}"
+    assert urls == [
+        f"Repository, {REPOSITORY}",
+        f"Issues, {REPOSITORY}/issues",
+        f"Changelog, {REPOSITORY}/blob/{tag}/CHANGELOG.md",
+    ]
+    assert page == project_page.absolute(readme, REPOSITORY, tag) != readme
 
 
 # Asking for more or less than auto
@@ -340,6 +425,38 @@ def test_import_works_with_broken_binaries(package, tmp_path):
 def test_import_works_without_the_record(package, tmp_path):
     (package / "da_ops" / "_build.json").unlink()
     assert try_package(package, tmp_path)["cpu"] is None
+
+
+# Releases
+
+
+def test_the_version_is_the_same_everywhere():
+    """The release's date, too."""
+    titles = re.findall(r"^## \[(.+)\](?: - (.+))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert titles[0] == ("Unreleased", "")
+    cite = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert titles[1] == (da_ops.__version__, str(cite["date-released"]))
+    assert cite["version"] == da_ops.__version__
+
+
+def test_workflows_run_on_the_pythons_that_are_promised():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject)
+
+    def jobs(name):
+        return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())["jobs"]
+
+    tested = jobs("ci.yml")["test"]["strategy"]["matrix"]["python"]
+    assert tested == [promised[0], promised[-1]]
+    built = jobs("wheels.yml")["build"]["strategy"]["matrix"]["python"]
+    assert built == [f"{tag}-{tag}" for tag in (f"cp{v.replace('.', '')}" for v in promised)]
+
+
+def test_who_reports_a_fault_is_asked_for_info():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    (field,) = [field for field in form["body"] if field["id"] == "info"]
+    assert "`python -m da_ops info`" in field["attributes"]["label"]
+    assert field["validations"]["required"]
 
 
 # What the Makefile installs

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import ResNet18_Weights, ResNet34_Weights
 
+import hubconf
 from da_ops import DAModule, models
 from da_ops.models import ATTENTIONS
 from da_ops.models.insert import BasicBlock, Bottleneck
 
+ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = {"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33}
 
 
@@ -43,6 +45,20 @@ def test_keys_are_torchvisions(name, attention):
     assert len(layers) == (BLOCKS[name] if attention else 0)
     assert ("layer4.1.attention.conv.weight" in keys) == (attention in ("da", "eca"))
     assert isinstance(network, torchvision.models.ResNet)
+
+
+def test_hub_builds_the_networks():
+    """As from a repository, of which this is a checkout."""
+    entries = {name for name in vars(hubconf) if not name.startswith("_")} - {"dependencies"}
+    assert entries == {f"da_{name}" for name in BLOCKS}
+    for name in entries:
+        assert "num_classes: outputs" in getattr(hubconf, name).__doc__
+        options = {"num_classes": 7, "gate": "eca"}
+        with torch.device("meta"):
+            network = torch.hub.load(str(ROOT), name, source="local", **options)
+            ours = getattr(models, name)(**options)
+        assert network.fc.out_features == 7
+        assert network.state_dict().keys() == ours.state_dict().keys()
 
 
 def test_options_of_the_da_layer():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from build_tools import extension, requirements
-from da_ops.backends import BACKENDS, native
+from da_ops.backends import BACKENDS, cuda, native
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMISE = next(r for r in requirements.requirements([]) if re.match(r"torch\b", r))
@@ -43,9 +43,17 @@ def test_the_cuda_kernels_load():
     assert BACKENDS["cuda"].reason is None
 
 
+def test_beside_a_torch_without_cuda_nothing_is_to_be_rebuilt(monkeypatch, tmp_path):
+    (tmp_path / "_cuda.abi3.so").touch()
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(native, "load", lambda library: pytest.fail(f"loaded {library}"))
+    assert "torch was built without CUDA" in cuda._load()
+
+
 def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "_cuda.abi3.so").write_bytes(b"not a library")
-    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     assert "_cuda.abi3.so: file too short" in native.load("_cuda.abi3.so")
 
 

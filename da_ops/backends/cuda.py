@@ -121,10 +121,18 @@ def _runs_on(capability: tuple[int, int], arch: str) -> bool:
     return capability >= least and (portable or capability[0] == least[0])
 
 
+def _load() -> str | None:
+    """Load the library; None, or the reason it is not usable."""
+    library = "_cuda.abi3.so"
+    if torch.version.cuda is None and (native.FOLDER / library).exists():
+        return "this torch was built without CUDA: install one with it, da-ops can stay as it is"
+    return native.load(library)
+
+
 BACKEND = Backend(
     "cuda",
     ("cuda",),
-    native.load("_cuda.abi3.so"),
+    _load(),
     native.forward,
     native.backward,
     _plan,

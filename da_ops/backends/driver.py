@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 
 def newest_cuda() -> int | None:
@@ -13,3 +14,11 @@ def newest_cuda() -> int | None:
     except OSError:
         return None
     return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+
+
+def version() -> str | None:
+    """The version of its kernel module, such as "580.95.05"; None where there is none."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip() or None
+    except OSError:
+        return None

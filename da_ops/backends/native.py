@@ -20,20 +20,20 @@ from ..parameters import Unnamed
 from .base import Gradients
 from .tuned import PLANS
 
-_FOLDER = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent.parent
 
 
 def build_record() -> dict[str, Any]:
     """The record of setup.py: what it built, and why not the rest; empty if it never ran."""
     try:
-        return dict(json.loads((_FOLDER / "_build.json").read_text()))
+        return dict(json.loads((FOLDER / "_build.json").read_text()))
     except (OSError, ValueError):
         return {}
 
 
 def load(library: str) -> str | None:
     """Load a library beside this package; None, or the reason it is not usable."""
-    path = _FOLDER / library
+    path = FOLDER / library
     if not path.exists():
         part = build_record().get(library.strip("_").partition(".")[0])
         if part is None:

@@ -122,15 +122,20 @@ def key(backend: str, call: Call, backward: bool, device: torch.device | None = 
 def _device_name(backend: str, device: torch.device | None = None) -> str:
     if backend == "cuda":  # as csrc/cuda/ops_cuda.cpp says it
         return f"{torch.cuda.get_device_name(device)}, driver {driver.newest_cuda()}"
+    parts = [cpu_name(), f"{os.cpu_count()} cores"]
+    if at_most := os.environ.get("DA_OPS_CPU_ISA"):
+        parts.append(f"at most {at_most}")
+    return ", ".join(parts)
+
+
+def cpu_name() -> str:
+    """The processor as it names itself, or its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    parts = [next(names, platform.machine()), f"{os.cpu_count()} cores"]
-    if at_most := os.environ.get("DA_OPS_CPU_ISA"):
-        parts.append(f"at most {at_most}")
-    return ", ".join(parts)
+    return next(names, platform.machine())
 
 
 @cache
