@@ -40,9 +40,6 @@ NEWEST := $(VENV)-newest
 VERSION_TESTS := $(patsubst %,tests/test_%.py,versions operator accuracy shapes sizes isolation \
   autograd module children distributed ecosystem compile errors explain reference triton)
 
-# A torch without CUDA, as pip is asked for it.
-override CPU_TORCH := $(or $(CPU_TORCH),torch --index-url https://download.pytorch.org/whl/cpu)
-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -117,7 +114,7 @@ cuda-report: $(STAMPS)/env-base  ## read the CUDA kernels' machine code, fail be
 
 wheel: $(STAMPS)/env-wheel  ## build a wheel for all GPUs in dist/, try it in fresh environments
 	@$(if $(strip $(VENV)),$(NVCC))
-	$(PY) -m build_tools.wheel $(if $(strip $(VENV)),'$(CPU_TORCH)')
+	$(PY) -m build_tools.wheel $(if $(strip $(VENV)),--try $(if $(CPU_TORCH),'$(CPU_TORCH)'))
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist *.egg-info da_ops/*.so $(RECORD) $(BUILT)

@@ -1,7 +1,7 @@
 """Build an sdist and a manylinux wheel into dist/, and try the wheel in fresh environments.
 
-python -m build_tools.wheel           builds them
-python -m build_tools.wheel TORCH     and tries the wheel
+python -m build_tools.wheel                  builds them
+python -m build_tools.wheel --try [TORCH]    and tries the wheel
 
 It is tried beside the oldest torch that is promised, the newest that pip has, and TORCH, which is
 to be one without CUDA, as pip is asked for it: "torch --index-url URL". A wheel serves all of them
@@ -74,23 +74,28 @@ def run(*command: str | Path, **options: Any) -> None:
     subprocess.run([str(part) for part in command], check=True, **options)
 
 
-def main(torch_without_cuda: str | None = None) -> None:
+def main(attempts: bool, torch_without_cuda: str | None) -> None:
     for folder in (DIST, BUILD):
         folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
         built = build(Path(temporary))
         wheel = Path(shutil.copy(repair(built, Path(temporary, "repaired")), DIST))
-    if torch_without_cuda:
+    if attempts:
         (promised,) = (r for r in requirements([]) if r.startswith("torch>"))
         for torch in (oldest(promised), "torch"):
             attempt(wheel, torch)
-        attempt(wheel, torch_without_cuda, without_cuda=True)
-    tried = "" if torch_without_cuda else ", not tried"
+        if torch_without_cuda:
+            attempt(wheel, torch_without_cuda, without_cuda=True)
+        else:
+            print(
+                "\nnot tried beside a torch without CUDA: CPU_TORCH='torch --index-url URL' names one"
+            )
+    tried = "" if attempts else ", not tried"
     print(f"\n{wheel}, {wheel.stat().st_size / 1e6:.1f} MB{tried}")
 
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
+        main("--try" in sys.argv[1:2], next(iter(sys.argv[2:]), None))
     except subprocess.CalledProcessError as error:
         sys.exit(f"make wheel: {shlex.join(error.cmd)} failed with {error.returncode}")
