@@ -150,7 +150,8 @@ class Image {
       Gradients<T> g = all;
       const int64_t at = r * p_.cols();
       g.dout += at, g.out += at, g.u += at, g.d += at;
-      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.stores = plan_.stores;
+      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.how = plan_.sums,
+      g.stores = plan_.stores;
       g.x = from(all.x, r), g.mask = of_pixels(all.mask, r);
       if (last) {
         g.sums = partial[0], g.products = partial[1];

@@ -11,8 +11,9 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
                 double* variance) {
   // A part is an image's slab: of channels, or of pixels, of which there is then one more set of
   // moments for each.
-  const int64_t rows = p.rows(), parts_aimed_at = 16, block = 8;
-  const int64_t part_rows = (rows + parts_aimed_at * block - 1) / (parts_aimed_at * block) * block;
+  const int64_t rows = p.rows(), aimed_at = 32, block = 8, most = 256;
+  const int64_t least = std::max<int64_t>(aimed_at / std::max<int64_t>(p.n, 1), 1) * block;
+  const int64_t part_rows = std::min((rows + least - 1) / least * block, most);
   const int64_t parts = (rows + part_rows - 1) / part_rows;
   const int64_t sets = p.channels_last ? parts : 1;  // of an image
   std::vector<double> means(p.n * sets * p.c), squares(means.size());
