@@ -56,11 +56,11 @@ py::list schedule(const da::Schedule& schedule) {
 }
 
 py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtype,
-             const std::string& order, int64_t threads, const std::string& limits) {
+             const std::string& order, int64_t threads, const std::string& limits, int tensors) {
   const da::Problem p = problem(shape, channels_last, dtype, order);
   da::cpu::Machine machine{threads, {}};
   if (!da::cpu::parse(limits, machine.limits)) throw py::value_error(da::cpu::kLimits + limits);
-  const da::cpu::Plan plan = da::cpu::plan(p, machine);
+  const da::cpu::Plan plan = da::cpu::plan(p, machine, tensors);
   py::dict d;
   d["instruction_set"] = da::cpu::name(da::cpu::instruction_set());
   d["threads"] = plan.threads;
@@ -167,9 +167,11 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
 PYBIND11_MODULE(_plan, m) {
   m.doc() = "Which kernels run for which problem; see da_ops.explain.";
   m.def("cpu", &cpu, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"), py::arg("order"),
-        py::arg("threads"), py::arg("limits") = "",
+        py::arg("threads"), py::arg("limits") = "", py::arg("tensors") = 2,
         "How the CPU backend splits a problem: threads, slabs, and its passes over x; within the "
-        "limits that DA_OPS_CPU_PLAN would set to this text.");
+        "limits that DA_OPS_CPU_PLAN would set to this text, for a call that reads and writes so "
+        "many "
+        "tensors of the size of x.");
   m.def("cuda", &cuda, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
         py::arg("order"), py::arg("gate"), py::arg("sm"), py::arg("multiprocessors"),
         py::arg("wish") = "", py::arg("l2_bytes") = 0,

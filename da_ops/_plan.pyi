@@ -7,6 +7,7 @@ def cpu(
     order: str,
     threads: int,
     limits: str = "",
+    tensors: int = 2,
 ) -> dict[str, Any]: ...
 def cuda(
     shape: tuple[int, ...],

@@ -112,6 +112,21 @@ def test_a_mean_of_a_thousand_deviations(fused_cpu, order, gate, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 5, 30, 31), (2, 2065, 3, 4)], ids=str)
+def test_statistics_of_images_that_begin_otherwise(fused_cpu, shape, layout):
+    """Far from their means, and so far from what sums are taken about."""
+    tail = make_tail(shape, "none", "sigmoid", layout=layout, mean=1000.0)
+    tail.u[:, :, 0] = 0
+    none = (None,) * len(PARAMETERS)
+    _, mean, var, *_ = torch.ops.da_ops.residual_forward(
+        tail.u, tail.shortcut, *tail.norm, *none, "none", "sigmoid"
+    )
+    var_of, mean_of = torch.var_mean(tail.u.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), mean_of, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), var_of, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_constant_channel_and_a_weight_of_zero(fused_cpu, layout):
     """Branches that start at zero do: nothing divides by a weight, or by a variance."""
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):

@@ -54,16 +54,19 @@ def test_any_slabs(fused_cpu, limits, order, gate, layout, shape):
         assert_promised(call, call.results(backend=fused_cpu))
 
 
-def chosen(limits, shape=(2, 64, 8, 8), dtype="float32", layout="contiguous", threads=2):
-    return plan(shape, layout == "channels_last", dtype, "spatial_channel", threads, limits)
+def chosen(limits, shape=(2, 64, 8, 8), dtype="float32", layout="contiguous", threads=2, tensors=2):
+    last = layout == "channels_last"
+    return plan(shape, last, dtype, "spatial_channel", threads, limits, tensors=tensors)
 
 
 def test_where_the_ways_part():
     """At the sizes that the limits say, of elements, bytes, or bytes of the sums' type."""
     size = 2 * 64 * 8 * 8
-    assert chosen(text(cache=8 * size - 2))["stream"]
-    assert not chosen(text(cache=8 * size))["stream"]
-    assert not chosen(text(cache=8 * size - 2), dtype="float16")["stream"]
+    for tensors in (2, 3, 5):  # of four bytes an element, in half of the cache
+        room = 2 * 4 * tensors * size
+        assert chosen(text(cache=room - 2 * tensors), tensors=tensors)["stream"]
+        assert not chosen(text(cache=room), tensors=tensors)["stream"]
+        assert not chosen(text(cache=room // 2), dtype="float16", tensors=tensors)["stream"]
     assert not chosen(text(cache=0))["stream"]  # unknown
     assert chosen(text(shared=size))["threads"] == 2
     assert chosen(text(shared=size + 1))["threads"] == 1

@@ -40,7 +40,8 @@ def test_candidates_are_all_different(order, layout, threads):
         assert texts[0] == candidates.DEFAULT
         names = ("slab_rows", "stream", "sum_together") + ("scale_together",) * backward
         planned = [
-            plan(of.shape, of.channels_last, "float32", order, threads, text) for text in texts
+            plan(of.shape, of.channels_last, "float32", order, threads, text, 2 + backward)
+            for text in texts
         ]
         effects = [tuple(p[name] for name in names) for p in planned]
         assert len(set(effects)) == len(effects)

@@ -86,29 +86,16 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
       for (int64_t i = 0; pass.sums.pixels && i < pixels; i++) ds[i] += more_ds[i];
       for (int64_t i = 0; pass.sums.channels && i < c; i++) dc[i] += more_dc[i];
     };
-    // The terms are dg and dm, divided by the pixels and by the channels.
-    const auto through_channel_mask = [&] {
-      A* dt = all_dt.data() + n * c;
-      for (int64_t i = 0; i < c; i++) dt[i] = dc[i] * sigmoid_slope(channel_mask[i]);
-      for (int64_t i = 0; i < c; i++)
-        dg[i] =
-            gate_transposed<A>(problem.gate, weights.gate, problem.kernel_size, dt, c, i) / pixels;
-    };
-    const auto through_spatial_mask = [&] {
-      A* dz = ds;
-      for (int64_t i = 0; i < pixels; i++) dz[i] *= sigmoid_slope(spatial_mask[i]);
-      image.tap_sums(dz, m, all_sums.data() + n * kSpatialSums);
-      image.stencil(dz, weights.spatial.transposed_stencil(), dm);
-      for (int64_t i = 0; i < pixels; i++) dm[i] /= c;
-    };
 
     for (const Pass& pass : schedule(problem.order, true)) {
       if (pass.sums.any())
         add_up(pass);
       else
         image.combine(dyn, dx + n * size, by_channel, by_pixel, dg, dm, outer(problem.order));
-      if (pass.complete.channels) through_channel_mask();
-      if (pass.complete.pixels) through_spatial_mask();
+      if (pass.complete.channels)
+        image.through_channel_mask(dc, channel_mask, all_dt.data() + n * c, dg);
+      if (pass.complete.pixels)
+        image.through_spatial_mask(ds, spatial_mask, m, &all_sums[n * kSpatialSums], dm);
     }
   });
 

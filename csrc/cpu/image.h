@@ -150,7 +150,8 @@ class Image {
       Gradients<T> g = all;
       const int64_t at = r * p_.cols();
       g.dout += at, g.out += at, g.u += at, g.d += at;
-      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.stores = plan_.stores;
+      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.how = plan_.sums,
+      g.stores = plan_.stores;
       g.x = from(all.x, r), g.mask = of_pixels(all.mask, r);
       if (last) {
         g.sums = partial[0], g.products = partial[1];
@@ -175,14 +176,6 @@ class Image {
     });
   }
 
-  // The stencil over a dense map [h, w].
-  void stencil(const A* map, const Stencil<A>& taps, A* out) {
-    border(map, plane_);
-    each(p_.h, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
-      kernels_.stencil(plane_, p_.w, begin, end, taps, out);
-    });
-  }
-
   void spatial_mask(const A* channel_mean, A* mask) {
     border(channel_mean, plane_);
     each(p_.h, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
@@ -196,6 +189,31 @@ class Image {
       mask[c] = gate_logit<A>(p_.gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled,
                               p_.c, c);
     kernels_.sigmoid(mask, p_.c);
+  }
+
+  // From dc, the gradients at a channel mask: those of its logits, dt, and the term of dx, dg.
+  void through_channel_mask(const A* dc, const A* mask, A* dt, A* dg) const {
+    for (int64_t i = 0; i < p_.c; i++) dt[i] = dc[i] * sigmoid_slope(mask[i]);
+    for (int64_t i = 0; i < p_.c; i++)
+      dg[i] = gate_transposed<A>(p_.gate, weights_.gate, p_.kernel_size, dt, p_.c, i) / p_.pixels();
+  }
+
+  // From ds, the gradients at the spatial mask of channel_mean m: those of its logits, which take
+  // the place of ds, the parameters' sums, and the term of dx, dm.
+  void through_spatial_mask(A* ds, const A* mask, const A* m, double* sums, A* dm) {
+    for (int64_t i = 0; i < p_.pixels(); i++) ds[i] *= sigmoid_slope(mask[i]);
+    tap_sums(ds, m, sums);
+    stencil(ds, weights_.spatial.transposed_stencil(), dm);
+    for (int64_t i = 0; i < p_.pixels(); i++) dm[i] /= p_.c;
+  }
+
+ private:
+  // The stencil over a dense map [h, w].
+  void stencil(const A* map, const Stencil<A>& taps, A* out) {
+    border(map, plane_);
+    each(p_.h, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
+      kernels_.stencil(plane_, p_.w, begin, end, taps, out);
+    });
   }
 
   // The sums that formula.h's spatial_gradients takes, from dense maps dz and m.
@@ -212,7 +230,6 @@ class Image {
       for (int t = 0; t < kSpatialSums; t++) sums[t] += band_sums_[i * kSpatialSums + t];
   }
 
- private:
   static constexpr int64_t kBand = 8;  // rows of a map whose tap sums are one partial sum
   static constexpr int kMaps = 4, kVectors = 4;
 

@@ -51,7 +51,7 @@ struct Elements {
   DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols);
   }
-  DA_INLINE void prefetch(int64_t r, int64_t q) const { __builtin_prefetch(x + r * cols + q); }
+  DA_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
 };
 template <class T>
 struct Products {
@@ -62,9 +62,9 @@ struct Products {
   DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols) * read(dy + r * cols);
   }
-  DA_INLINE void prefetch(int64_t r, int64_t q) const {
-    __builtin_prefetch(x + r * cols + q);
-    __builtin_prefetch(dy + r * cols + q);
+  DA_INLINE void prefetch(int64_t i) const {
+    __builtin_prefetch(x + i);
+    __builtin_prefetch(dy + i);
   }
 };
 template <bool kByRow, class T>
@@ -79,7 +79,7 @@ struct Deviations {
   DA_INLINE auto at(int64_t r, int64_t q, Read read, Keep keep) const {
     return read(x + r * cols) - keep(Along<kByRow, accumulate_t<T>>(centre, r)(q));
   }
-  DA_INLINE void prefetch(int64_t r, int64_t q) const { __builtin_prefetch(x + r * cols + q); }
+  DA_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
 };
 
 // Row sums alone: one row after the other, so that memory is read in one stream.
@@ -112,7 +112,7 @@ DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight,
 // Column sums, and row sums if asked for, of a few rows together. What is left over of the columns
 // goes to `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
 template <bool kRows, int kBlock, class T, class Source, class A = accumulate_t<T>>
-DA_INLINE void sum_block(Source source, const Tail<T>& tail, const A* row_weight,
+DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const A* row_weight,
                          const A* col_weight, A* row_sums, A* col_sums, vec<A>& tail_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
   vec<A> total[kBlock] = {}, sum[kBlock] = {};
@@ -121,7 +121,7 @@ DA_INLINE void sum_block(Source source, const Tail<T>& tail, const A* row_weight
   const auto columns = [&](int64_t q, auto read, auto keep) DA_LAMBDA_INLINE {
     vec<A> parts[2] = {};
     for (int b = 0; b < kBlock; b++) {
-      source.prefetch(b + kBlock, q);
+      source.prefetch(kBlock * cols + kBlock * q + b * lanes);
       const vec<A> t = source.at(b, q, read, keep);
       if constexpr (kRows) sum[b] += t * load(col_weight + q);
       parts[b % 2] += t * row_weight[b];
@@ -159,8 +159,8 @@ DA_INLINE void reduce_slab(const Source& source, int64_t rows, int64_t cols, con
     for (; r + kSize <= rows; r += kSize) {
       A* sums = kRows ? row_sums + r : nullptr;
       if constexpr (kCols)
-        sum_block<kRows, kSize, T>(source.from(r), tail, row_weight + r, col_weight, sums, col_sums,
-                                   tail_sums);
+        sum_block<kRows, kSize, T>(source.from(r), cols, tail, row_weight + r, col_weight, sums,
+                                   col_sums, tail_sums);
       else
         sum_rows<kSize, T>(source.from(r), tail, col_weight, sums);
     }

@@ -64,7 +64,7 @@ ResidualOutputs residual_forward_cpu(const Tensor& u, const Tensor& shortcut,
     using T = decltype(t);
     using A = accumulate_t<T>;
     const Converted<A> converted(p, given);
-    const Plan plan = plan_here(p, false);
+    const Plan plan = plan_here(p, false, 3);
     const T* data = static_cast<const T*>(u.const_data_ptr());
     const bool batch = !norm_mean;
     Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
@@ -114,7 +114,7 @@ ResidualInputGradients residual_backward_cpu(
     std::vector<double> d_weight(p.c), d_bias(p.c);
     const GradientValues values(p);
     residual_backward<T>(
-        p, plan_here(p, true), kPool, norm, converted.weights,
+        p, plan_here(p, true, 5), kPool, norm, converted.weights,
         {data(dout), data(out), data(u), map(channel_mean), map(pooled), batch},
         {static_cast<T*>(du.mutable_data_ptr()), static_cast<T*>(d_shortcut.mutable_data_ptr()),
          d_weight.data(), d_bias.data(), values.places});

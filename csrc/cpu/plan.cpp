@@ -70,7 +70,7 @@ bool parse(const std::string& text, Limits& limits) {
                           {"near", &limits.near_bytes, 0}});
 }
 
-Plan plan(const Problem& problem, const Machine& machine) {
+Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   const Limits& limits = machine.limits;
   Plan p{};
   p.shared_work = limits.shared_work;
@@ -93,7 +93,8 @@ Plan plan(const Problem& problem, const Machine& machine) {
   const auto rows = [](bool together) { return together ? Rows::together : Rows::singly; };
   p.sums = rows(problem.cols() > limits.long_row);
   p.combines = rows(3 * problem.cols() * sum_bytes > limits.near_bytes);
-  const bool large = limits.cache_bytes > 0 && problem.bytes() > limits.cache_bytes / 2;
+  // What the cache cannot hold together with all else is not fetched to be overwritten.
+  const bool large = limits.cache_bytes > 0 && problem.bytes() > limits.cache_bytes / (2 * tensors);
   p.stores = large ? Stores::streamed : Stores::cached;
   return p;
 }

@@ -23,7 +23,7 @@ struct Limits {
   int64_t shared_work = 32768;  // elements below which a second thread costs more than it brings
   int64_t slabs = 16;           // aimed at per image, for threads to share
   int64_t slab_rows = 64;       // at most
-  int64_t long_row = 1024;      // elements above which rows are added up together
+  int64_t long_row = 1000;      // elements above which rows are added up together
   int64_t near_bytes = 12288;   // of what is kept by column, above which rows are scaled together
 };
 
@@ -47,10 +47,12 @@ struct Plan {
   int64_t shared_work;   // elements from which on threads share a step
   Rows sums;             // how rows are added up where columns are, too
   Rows combines;         // how rows of dx are made
-  Stores stores;         // of y and dx
+  Stores stores;         // of what the call writes
 };
 
-Plan plan(const Problem& problem, const Machine& machine);
+// `tensors` of the size of x are what a call reads or writes: those of the layer's forward, if not
+// said otherwise.
+Plan plan(const Problem& problem, const Machine& machine, int tensors = 2);
 
 // Whether what an image's passes read again is still in cache, so that memory sees each tensor
 // once.

@@ -11,8 +11,9 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
                 double* variance) {
   // A part is an image's slab: of channels, or of pixels, of which there is then one more set of
   // moments for each.
-  const int64_t rows = p.rows(), parts_aimed_at = 16, block = 8;
-  const int64_t part_rows = (rows + parts_aimed_at * block - 1) / (parts_aimed_at * block) * block;
+  const int64_t rows = p.rows(), aimed_at = 32, block = 8, most = 256;
+  const int64_t least = std::max<int64_t>(aimed_at / std::max<int64_t>(p.n, 1), 1) * block;
+  const int64_t part_rows = std::min((rows + least - 1) / least * block, most);
   const int64_t parts = (rows + part_rows - 1) / part_rows;
   const int64_t sets = p.channels_last ? parts : 1;  // of an image
   std::vector<double> means(p.n * sets * p.c), squares(means.size());
@@ -171,22 +172,6 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
     A *dc = scale, *dm_products = bias;  // both are free
     std::fill_n(dm_products, c, A(0));
     for (int64_t i = 0; i < c; i++) dc[i] = norm.scale[i] * products[i] + norm.bias[i] * sums[i];
-    const auto through_channel_mask = [&] {
-      A* dt = &all_dt[n * c];
-      for (int64_t i = 0; i < c; i++) dt[i] = dc[i] * sigmoid_slope(k[i]);
-      for (int64_t i = 0; i < c; i++)
-        dg[i] =
-            gate_transposed<A>(problem.gate, weights.gate, problem.kernel_size, dt, c, i) / pixels;
-    };
-    const auto through_spatial_mask = [&] {
-      A* dz = ds;
-      for (int64_t i = 0; i < pixels; i++) dz[i] *= sigmoid_slope(s[i]);
-      image.tap_sums(dz, m, &all_taps[n * kSpatialSums]);
-      image.stencil(dz, weights.spatial.transposed_stencil(), dm);
-      for (int64_t i = 0; i < pixels; i++) dm[i] /= c;
-      dm_sum = sum_of(dm, pixels);
-      image.reduce_deviations(un, centre, nullptr, dm, nullptr, dm_products);
-    };
     for (const Pass& pass : schedule(problem.order, true)) {
       if (pass.weights == Maps::terms && pass.sums.channels) {
         for (int64_t i = 0; i < c; i++)
@@ -202,8 +187,12 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
         image.reduce_deviations(un, centre, by_channel, nullptr, more_ds, nullptr);
         for (int64_t i = 0; i < pixels; i++) ds[i] += more_ds[i] + A(constant);
       }
-      if (pass.complete.channels) through_channel_mask();
-      if (pass.complete.pixels) through_spatial_mask();
+      if (pass.complete.channels) image.through_channel_mask(dc, k, &all_dt[n * c], dg);
+      if (pass.complete.pixels) {
+        image.through_spatial_mask(ds, s, m, &all_taps[n * kSpatialSums], dm);
+        dm_sum = sum_of(dm, pixels);
+        image.reduce_deviations(un, centre, nullptr, dm, nullptr, dm_products);
+      }
     }
 
     // dx = d k s + o_p dg + o_c dm, o the outer mask or one; raw is (sum_p o_p (u - mean)) / P.

@@ -1,52 +1,60 @@
 // The residual tail's primitives, of kernels.h: u is centred where it is read, so that no sum of it
-// loses what a large mean would drown. Included once per instruction
-// set, by kernels.inl.
+// loses what a large mean would drown. Included once per instruction set, by kernels.inl.
 
-// Means and sums of squared deviations that were found in double.
-template <class A>
-struct Moments {
-  double *mean, *squares;
+constexpr int64_t kShort = 512;  // elements up to which the next few rows are fetched ahead
 
-  // Takes the moments of further `count` elements of each lane of the columns at q to those of the
-  // `before` elements before them (Chan et al., 1979).
-  DA_INLINE void add(int64_t q, int64_t lanes, double before, double count, vec<A> new_mean,
-                     vec<A> new_squares) const {
-    const double share = count / (before + count);
-    for (int64_t i = 0; i < lanes; i++) {
-      const double delta = new_mean[i] - mean[q + i];
-      mean[q + i] += delta * share;
-      squares[q + i] += new_squares[i] + delta * delta * (before * share);
+// Each column's mean and sum of squared deviations. The squares are first taken about the mean of
+// eight rows: these are at most 1 + rows / 8 times those about the mean, however large it is.
+template <class T, class A = accumulate_t<T>>
+void column_moments(const T* u, int64_t rows, int64_t cols, double* mean, double* squares) {
+  constexpr int64_t lanes = Vector<A>::lanes, kTile = 2048, kFirst = 8;
+  alignas(kAlignment) A centre[kTile], sums[kTile], square_sums[kTile];
+  for (int64_t begin = 0; begin < cols; begin += kTile, u += kTile) {
+    const int64_t n = begin + kTile < cols ? kTile : cols - begin, full = n / lanes * lanes;
+    // f(q, value) for all the tile's vectors, with value[b] that of the b-th row from `row` on.
+    const auto columns = [&](const T* row, auto size, auto f) DA_LAMBDA_INLINE {
+      constexpr int kSize = decltype(size)::value;
+      vec<A> value[kSize];
+      for (int64_t q = 0; q < full; q += lanes) {
+        for (int b = 0; b < kSize; b++) {
+          if (kSize > 1) __builtin_prefetch(row + (2 * cols + q) * kSize + b * lanes);
+          value[b] = load(row + b * cols + q);
+        }
+        f(q, value);
+      }
+      if (full == n) return;
+      for (int b = 0; b < kSize; b++) value[b] = load_part(row + b * cols + full, n - full);
+      f(full, value);
+    };
+    for (A* array : {centre, sums, square_sums}) __builtin_memset(array, 0, padded(n) * sizeof(A));
+    const int64_t first = rows < kFirst ? rows : kFirst;
+    const A share = A(1) / first;
+    for (int64_t r = 0; r < first; r++)
+      columns(u + r * cols, std::integral_constant<int, 1>(),
+              [&](int64_t q, const vec<A>* value)
+                  DA_LAMBDA_INLINE { store(centre + q, load(centre + q) + value[0] * share); });
+    int64_t r = 0;
+    const auto block = [&](auto size) DA_LAMBDA_INLINE {
+      constexpr int kSize = decltype(size)::value;
+      for (; r + kSize <= rows; r += kSize)
+        columns(u + r * cols, size, [&](int64_t q, const vec<A>* value) DA_LAMBDA_INLINE {
+          vec<A> sum[2] = {}, square[2] = {};
+          for (int b = 0; b < kSize; b++) {
+            const vec<A> v = value[b] - load(centre + q);
+            sum[b % 2] += v, square[b % 2] += v * v;
+          }
+          store(sums + q, load(sums + q) + (sum[0] + sum[1]));
+          store(square_sums + q, load(square_sums + q) + (square[0] + square[1]));
+        });
+    };
+    block(std::integral_constant<int, 4>());
+    block(std::integral_constant<int, 1>());
+    for (int64_t q = 0; q < n; q++) {
+      const double off = double(sums[q]) / rows;
+      mean[begin + q] = centre[q] + off;
+      squares[begin + q] = square_sums[q] - off * sums[q];
     }
   }
-};
-
-// Of each column: eight rows at a time, which stay in registers.
-template <class T, class A = accumulate_t<T>>
-void column_moments(const T* u, int64_t rows, int64_t cols, const Moments<A>& to) {
-  constexpr int64_t lanes = Vector<A>::lanes;
-  const Tail<T> tail(cols);
-  for (int64_t q = 0; q < cols; q++) to.mean[q] = to.squares[q] = 0;
-  int64_t r = 0;
-  const auto block = [&](auto size) DA_LAMBDA_INLINE {
-    constexpr int kSize = decltype(size)::value;
-    for (; r + kSize <= rows; r += kSize) {
-      const T* row = u + r * cols;
-      const auto columns = [&](int64_t q, int64_t n, auto read) DA_LAMBDA_INLINE {
-        vec<A> value[kSize], sum = {}, squares = {};
-        for (int b = 0; b < kSize; b++) sum += value[b] = read(row + b * cols);
-        const vec<A> mean = sum * (A(1) / kSize);
-        for (int b = 0; b < kSize; b++) squares += (value[b] - mean) * (value[b] - mean);
-        to.add(q, n, r, kSize, mean, squares);
-      };
-      for (int64_t q = 0; q < tail.full; q += lanes)
-        columns(q, lanes, [=](const T* in) DA_LAMBDA_INLINE { return load(in + q); });
-      if (tail.n)
-        columns(tail.full, tail.n,
-                [&](const T* in) DA_LAMBDA_INLINE { return load_part(in + tail.full, tail.n); });
-    }
-  };
-  block(std::integral_constant<int, 8>());
-  block(std::integral_constant<int, 1>());
 }
 
 // A few rows' sums of deviations from their centres, and of the deviations' squares if asked for.
@@ -83,21 +91,21 @@ DA_INLINE void deviations(const T* row, int64_t cols, const Tail<T>& tail, const
 
 // Of each row: once for a centre near its mean, and from cache again for the deviations from it.
 template <class T, class A = accumulate_t<T>>
-void row_moments(const T* u, int64_t rows, int64_t cols, const Moments<A>& to) {
+void row_moments(const T* u, int64_t rows, int64_t cols, double* mean, double* squares) {
   const Tail<T> tail(cols);
   int64_t r = 0;
   const auto block = [&](auto size) DA_LAMBDA_INLINE {
     constexpr int kSize = decltype(size)::value;
     for (; r + kSize <= rows; r += kSize) {
       const T* row = u + r * cols;
-      A centre[kSize], sums[kSize] = {}, squares[kSize];
-      deviations<false, kSize>(row, cols, tail, sums, centre, squares);
+      A centre[kSize], sums[kSize] = {}, square_sums[kSize];
+      deviations<false, kSize>(row, cols, tail, sums, centre, square_sums);
       for (int b = 0; b < kSize; b++) centre[b] /= cols;
-      deviations<true, kSize>(row, cols, tail, centre, sums, squares);
+      deviations<true, kSize>(row, cols, tail, centre, sums, square_sums);
       for (int b = 0; b < kSize; b++) {
         const double off = double(sums[b]) / cols;
-        to.mean[r + b] = centre[b] + off;
-        to.squares[r + b] = squares[b] - off * sums[b];
+        mean[r + b] = centre[b] + off;
+        squares[r + b] = square_sums[b] - off * sums[b];
       }
     }
   };
@@ -109,7 +117,7 @@ template <class T>
 void moments(const T* u, int64_t rows, int64_t cols, bool channels_last, double* mean,
              double* squares) {
   const auto of = channels_last ? column_moments<T> : row_moments<T>;
-  of(u, rows, cols, {mean, squares});
+  of(u, rows, cols, mean, squares);
 }
 
 template <class T, class A = accumulate_t<T>>
@@ -175,6 +183,13 @@ DA_INLINE void gradients_block(const Gradients<T>& g, int64_t r, const Tail<T>& 
                            vec<A>(&col)[2]) DA_LAMBDA_INLINE {
     for (int b = 0; b < kBlock; b++) {
       const int64_t row = r + b, at = row * g.cols;
+      if (kBlock > 1 && g.cols <= kShort) {
+        const int64_t next = (r + kBlock) * g.cols + kBlock * q + b * lanes;
+        __builtin_prefetch(g.dout + next);
+        __builtin_prefetch(g.out + next);
+        __builtin_prefetch(g.u + next);
+        if (!streamed) __builtin_prefetch(g.d + next, 1);
+      }
       const vec<A> dout = read(g.dout + at), out = read(g.out + at);
       const vec<A> d = out <= 0 ? vec<A>{} : dout;  // a NaN lets the gradient pass
       write(g.d + at, d);
@@ -233,8 +248,10 @@ void gradients_slab(const Gradients<T>& g) {
   for (int i = 0; kCols && i < kColSums; i++)
     __builtin_memset(cols[i], 0, padded(g.cols) * sizeof(A));
   const bool streamed = streams(g.d, tail, g.stores);
+  // Side by side rows are many streams: short ones are fetched ahead, long ones are few.
+  const bool together = g.cols <= kShort || g.how == Rows::together;
   int64_t r = 0;
-  for (; r + 4 <= g.rows; r += 4)
+  for (; together && r + 4 <= g.rows; r += 4)
     gradients_block<kChannelsLast, kPixelSums, 4>(g, r, tail, streamed, tail_sums);
   for (; r < g.rows; r++)
     gradients_block<kChannelsLast, kPixelSums, 1>(g, r, tail, streamed, tail_sums);

@@ -54,7 +54,13 @@ def _of_cpu(call: Call, backward: bool) -> list[str]:
 
     def effect(text: str) -> dict[str, Any]:
         plan = native.planner().cpu(
-            call.shape, call.channels_last, dtype, call.order, torch.get_num_threads(), text
+            call.shape,
+            call.channels_last,
+            dtype,
+            call.order,
+            torch.get_num_threads(),
+            text,
+            tensors=3 if backward else 2,
         )
         return {name: plan[name] for name in decided}
 
