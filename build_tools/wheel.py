@@ -87,9 +87,7 @@ def main(attempts: bool, torch_without_cuda: str | None) -> None:
         if torch_without_cuda:
             attempt(wheel, torch_without_cuda, without_cuda=True)
         else:
-            print(
-                "\nnot tried beside a torch without CUDA: CPU_TORCH='torch --index-url URL' names one"
-            )
+            print("\nnot tried without CUDA: CPU_TORCH='torch --index-url URL' names one")
     tried = "" if attempts else ", not tried"
     print(f"\n{wheel}, {wheel.stat().st_size / 1e6:.1f} MB{tried}")
 
