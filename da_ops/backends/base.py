@@ -89,7 +89,7 @@ class Backend:
     the six parameters, which come in the order of ``Parameters``. Both get checked arguments, ``x``
     contiguous or channels_last and ``dy`` in the same layout. ``plan(call)`` says what they will
     do. ``residual_forward`` and ``residual_backward`` are those of the residual tail, the operators
-    of these names; None where the backend has none.
+    of these names; None where the backend has none, and "auto" takes the next one that has them.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
     run on the devices that are there; it is asked once there is a tensor on one. ``for_auto`` is

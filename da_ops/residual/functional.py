@@ -144,10 +144,7 @@ def unfused(
         return "there are hooks on all modules"
     if attention is not None and attention.fused_parameters() is None:
         return attention.unfused()
-    backend = _options(attention)[2]
-    if CHOICE.implementation(backend, device_type).residual_forward is None:
-        return f"backend {CHOICE.select(backend, device_type)!r} has no kernel of the residual tail"
-    return None
+    return CHOICE.without_tails(_options(attention)[2], device_type)
 
 
 def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | None) -> str | None:
