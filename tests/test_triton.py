@@ -329,7 +329,7 @@ def test_measures_once_and_only_when_it_may(monkeypatch, wish, capturing, measur
     x = torch.empty(2, 8, 4, 4)
     m = tiles.matrix(tuple(x.shape), 4, channels_last=False)
     for _ in range(2):
-        tune.scale(m, 2, (x, x, *[None] * 5, 2, 8, 16), {"OUTER": "neither"}, tiles.DEVICE)
+        tune.scale(m, 2, (x, x, *[None] * 4, (), 2, 8, 16), {"OUTER": "neither"}, tiles.DEVICE)
     assert len(times) == measured
     assert taken == [tune.CANDIDATES[2 if measured else 0]] * 2
 

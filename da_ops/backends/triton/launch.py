@@ -36,6 +36,8 @@ class ByAxis(NamedTuple):
 
 NOTHING = ByAxis()
 NO_SHARES = ByAxis(Shares(), Shares())
+NO_ENDS = Ends()
+NO_NORM = Normed()
 
 
 class Batch:
@@ -168,7 +170,7 @@ class Batch:
         terms: ByAxis = NOTHING,
         outer: Axes = NONE,
         *,
-        ends: Ends | None = None,
+        ends: Ends = NO_ENDS,
         relu: bool = False,
         backwards: bool = False,
     ) -> None:
@@ -195,7 +197,7 @@ class Batch:
         axes: Axes,
         means: ByAxis,
         shares: ByAxis = NO_SHARES,
-        normed: Normed | None = None,
+        normed: Normed = NO_NORM,
     ) -> ByAxis:
         """The masks of these axes from the means, which where shares are given are stored first."""
         made = self.new_maps(axes)
@@ -221,7 +223,7 @@ class Batch:
         shares: ByAxis,
         more: ByAxis = NO_SHARES,
         *,
-        normed: Normed | None = None,
+        normed: Normed = NO_NORM,
     ) -> None:
         """Start a kernel over the small maps of these axes, with the shares of one pass or two."""
         by_axis = by_axis._replace(channels=by_axis.channels._replace(normed=normed))

@@ -56,9 +56,9 @@ class Normed(NamedTuple):
     scale times that of u - centre, and bias times that of the weights.
     """
 
-    pooled: Tensor  # the mean of u - centre
-    scale: Tensor  # [C]
-    bias: Tensor  # [C]
+    pooled: Tensor | None = None  # the mean of u - centre; without it there is no norm
+    scale: Tensor | None = None  # [C]
+    bias: Tensor | None = None  # [C]
     weights: Tensor | None = None  # by pixel, of the latest sum; ones where absent
 
 
@@ -74,7 +74,7 @@ class AxisMaps(NamedTuple):
     shares: Shares = Shares()  # forward of a mean that is yet to be stored; backward of d_mask
     more_shares: Shares = Shares()  # of d_mask, from another pass
     PARTS: tl.constexpr = tl.constexpr(1)  # shares that are added at once
-    normed: Normed | None = None
+    normed: Normed = Normed()
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _store_means(maps, image, length, divisor, first, reach, pixels, ACC):
     """
     end = tl.minimum(first + maps.blocks.SIZE + reach, length)
     normed = maps.normed
-    if normed is not None:
+    if normed.pooled is not None:
         weight = 1.0
         if normed.weights is not None:
             weight = sum_of(normed.weights, image, pixels, ACC) / pixels
@@ -98,7 +98,7 @@ def _store_means(maps, image, length, divisor, first, reach, pixels, ACC):
             mean = sums / divisor
         else:
             mean = tl.load(normed.pooled + image * length + i, mask=wanted, other=0.0)
-        if normed is not None:
+        if normed.pooled is not None:
             if shares.sums is not None:
                 tl.store(normed.pooled + image * length + i, mean, mask=wanted)
             mean *= tl.load(normed.scale + i, mask=wanted, other=0.0)
@@ -112,14 +112,14 @@ def _store_d_logits(maps, image, length, first, reach, pixels, ACC):
     """Stores what the block that begins at first reaches of d_logit, from the mask's gradient."""
     end = tl.minimum(first + maps.blocks.SIZE + reach, length)
     normed = maps.normed
-    if normed is not None and maps.more_shares.sums is not None:
+    if normed.pooled is not None and maps.more_shares.sums is not None:
         weight = sum_of(normed.weights, image, pixels, ACC)
     for step in range(maps.blocks.steps):
         i = tl.maximum(first - reach, 0) + step * maps.blocks.SIZE + tl.arange(0, maps.blocks.SIZE)
         wanted = i < end
         shares = maps.shares
         d = folded(shares.sums, shares.number, image, length, i, wanted, maps.PARTS, ACC)
-        if normed is not None:
+        if normed.pooled is not None:
             scale = tl.load(normed.scale + i, mask=wanted, other=0.0)
             bias = tl.load(normed.bias + i, mask=wanted, other=0.0)
             of_d = folded(shares.of_d, shares.number, image, length, i, wanted, maps.PARTS, ACC)
@@ -127,7 +127,7 @@ def _store_d_logits(maps, image, length, first, reach, pixels, ACC):
         shares = maps.more_shares
         if shares.sums is not None:
             more = folded(shares.sums, shares.number, image, length, i, wanted, maps.PARTS, ACC)
-            if normed is not None:
+            if normed.pooled is not None:
                 more = scale * more + bias * weight
             d += more
         mask = tl.load(maps.mask + image * length + i, mask=wanted, other=0.0)
@@ -227,7 +227,7 @@ def _channel_mask(maps, parameters, size, image, block, taps, GATE, ACC):
     """The channel mask of a block of channels."""
     channels = size.channels
     first = block * maps.blocks.SIZE
-    if maps.shares.sums is not None or maps.normed is not None:
+    if maps.shares.sums is not None or maps.normed.pooled is not None:
         reach = taps // 2 if GATE == "eca" else 0
         _store_means(maps, image, channels, size.pixels, first, reach, size.pixels, ACC)
     channel = first + tl.arange(0, maps.blocks.SIZE)

@@ -51,7 +51,10 @@ class Rectified(NamedTuple):
 
 class Ends(NamedTuple):
     """What comes before and after the masks of a scaling: x is ``before(x)``, and its result is
-    multiplied by ``factor``, by channel, and gets ``after(more)`` added. Each may be absent."""
+    multiplied by ``factor``, by channel, and gets ``after(more)`` added. Each may be absent.
+
+    A tuple is compared to None by a field: Triton 3.6 cannot compare one with an absent field.
+    """
 
     before: Affine | None = None
     factor: Tensor | None = None
@@ -315,11 +318,10 @@ def scale(
     valid = place < stride
     wanted = (super_row < super_rows)[:, None] & valid[None, :]
     t = load(x, None, begin, super_row * stride, place, wanted, ACC)
-    if ends is not None:
-        if ends.before is not None:
-            t = _applied(
-                ends.before, t, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
-            )
+    if ends.before is not None:
+        t = _applied(
+            ends.before, t, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
+        )
 
     row_at, col_at = image * rows, image * cols + col
     if OUTER == "rows":
@@ -340,19 +342,18 @@ def scale(
     if OUTER != "rows":
         if col_bias is not None:
             t += tl.load(col_bias + col_at, mask=valid, other=0.0)[None, :]
-    if ends is not None:
-        if ends.factor is not None:
-            t *= _by_channel(
-                ends.factor, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
-            )
-        if ends.more is not None:
-            more = load(ends.more, None, begin, super_row * stride, place, wanted, ACC)
-            if ends.after is not None:
-                more = _applied(
-                    ends.after, more, col, valid, super_row, super_rows, phase, crossed,
-                    CHANNELS, PERIOD,
-                )  # fmt: skip
-            t += more
+    if ends.factor is not None:
+        t *= _by_channel(
+            ends.factor, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
+        )
+    if ends.more is not None:
+        more = load(ends.more, None, begin, super_row * stride, place, wanted, ACC)
+        if ends.after is not None:
+            more = _applied(
+                ends.after, more, col, valid, super_row, super_rows, phase, crossed,
+                CHANNELS, PERIOD,
+            )  # fmt: skip
+        t += more
     if RELU:
         t = tl.where(t < 0, 0.0, t)
     to = y + begin + (super_row * stride)[:, None] + place[None, :]

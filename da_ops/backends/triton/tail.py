@@ -18,7 +18,7 @@ from ...residual.reference import Norm
 from ..base import Gradients
 from ..schedule import BOTH, CHANNELS, NONE, PIXELS, SCHEDULES, Axes, Pass
 from . import launch, maps, norms
-from .launch import NO_SHARES, NOTHING, Batch, ByAxis
+from .launch import NO_NORM, NO_SHARES, NOTHING, Batch, ByAxis
 from .maps import Normed, Shares
 from .passes import Affine, Ends
 from .run import run
@@ -101,9 +101,9 @@ class Tail(Batch):
         )  # fmt: skip
         return found, shares
 
-    def normed(self, pooled: Tensor | None, weights: Tensor | None) -> Normed | None:
+    def normed(self, pooled: Tensor | None, weights: Tensor | None) -> Normed:
         if pooled is None:
-            return None
+            return NO_NORM
         return Normed(pooled, self.norm.scale, self.norm.bias, weights)
 
     def given_masks(self, means: ByAxis, pooled: Tensor | None) -> ByAxis:

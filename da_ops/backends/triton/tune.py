@@ -42,7 +42,7 @@ def scale(
         start((limits.tile_bytes, limits.widest, 4))
         return
     x, _, *factors, ends = arguments[:7]
-    present = tuple(t is not None for t in (*factors, *(ends or ())))
+    present = tuple(t is not None for t in (*factors, *ends))
     key = (x.device, x.dtype, m, images, options["OUTER"], present)
     if key not in _chosen and _may_measure():
         _chosen[key] = _quickest(start)
