@@ -199,6 +199,12 @@ def test_auto_takes_it_where_the_first_has_none(first_without, caplog):
     assert select("auto", DEVICE) == "cuda"  # the layer alone
 
 
+def test_benchmarks_name_the_backend_that_serves(first_without):
+    of_benchmarks = pytest.importorskip("benchmarks.tail")
+    assert of_benchmarks.unfused(norm_of(), None, "triton", DEVICE) is None
+    assert "'triton' is taken" in of_benchmarks.unfused(norm_of(), None, "cuda", DEVICE)
+
+
 def test_whoever_names_the_first_gets_no_other(first_without, monkeypatch):
     reason = "backend 'cuda' has no kernel of the residual tail"
     assert unfused(norm_of(), layer_of(backend="cuda"), DEVICE) == reason

@@ -115,7 +115,7 @@ def normal(
         sums = tl.full((PARTS, BLOCK), 0.0, tl.float64)
         for first in range(0, shares, PARTS):
             share = first + tl.arange(0, PARTS)
-            at = share[:, None] * channels + channel[None, :]
+            at = share.to(tl.int64)[:, None] * channels + channel[None, :]
             there = (share < shares)[:, None] & wanted[None, :]
             n = tl.load(counts + at, mask=there, other=0.0)
             sums += n * tl.load(means + at, mask=there, other=0.0)
@@ -123,7 +123,7 @@ def normal(
         sums = tl.full((PARTS, BLOCK), 0.0, tl.float64)
         for first in range(0, shares, PARTS):
             share = first + tl.arange(0, PARTS)
-            at = share[:, None] * channels + channel[None, :]
+            at = share.to(tl.int64)[:, None] * channels + channel[None, :]
             there = (share < shares)[:, None] & wanted[None, :]
             n = tl.load(counts + at, mask=there, other=0.0)
             off = tl.load(means + at, mask=there, other=0.0) - of_all[None, :]
