@@ -101,7 +101,7 @@ def unfused(norm: nn.Module, attention: nn.Module | None, backend: str, device: 
     from da_ops.backends.choice import CHOICE
     from da_ops.residual.functional import unfused
 
-    chosen = CHOICE.select("auto", device)
+    chosen = CHOICE.for_tails("auto", device).name
     if attention is None and backend != chosen:
         return f"without attention there is no choice of a backend, {chosen!r} is taken"
     return unfused(norm, attention, device)

@@ -170,8 +170,7 @@ PYBIND11_MODULE(_plan, m) {
         py::arg("threads"), py::arg("limits") = "", py::arg("tensors") = 2,
         "How the CPU backend splits a problem: threads, slabs, and its passes over x; within the "
         "limits that DA_OPS_CPU_PLAN would set to this text, for a call that reads and writes so "
-        "many "
-        "tensors of the size of x.");
+        "many tensors of the size of x.");
   m.def("cuda", &cuda, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
         py::arg("order"), py::arg("gate"), py::arg("sm"), py::arg("multiprocessors"),
         py::arg("wish") = "", py::arg("l2_bytes") = 0,

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .backends import BACKENDS, NAMES, faster, passed_over, select, unserved
 from .backends.base import Call, Direction, Plan
+from .backends.choice import CHOICE, without_kernel
 from .backends.cuda import OLDEST
 from .backends.tail import MODES, floor, fused_plan, modules_plan, plain_plan
 from .backends.tuned import PLANS
 from .checks import check_options
 from .module import DAModule
-from .residual.functional import fusible_now, takes_batch, unfused_modules, without_kernel
+from .residual.functional import fusible_now, takes_batch, unfused_modules
 from .residual.module import DAResidual
 
 _IN = {"training": "in training", "frozen": "with a frozen norm", "evaluation": "in evaluation"}
@@ -221,7 +222,10 @@ def explain(
     else:
         kind = x.device.type
         known = backend in BACKENDS
-        chosen = backend if known else select(backend, kind)
+        chosen = backend
+        if not known:
+            for_tails = tail is not None and CHOICE.for_tails(backend, kind).name
+            chosen = for_tails or select(backend, kind)
         unusable = unserved(chosen, kind) if known else None
         better = NAMES[: NAMES.index(chosen)] if backend == "auto" else ()
         passed = {name: _passed_over(name, kind, tail) for name in better}

@@ -161,6 +161,7 @@ def triton_limits(draw: st.DrawFn, call: Call, interpreted: bool) -> tiles.Limit
         pixel_block=block * draw(st.sampled_from([1, 4])),
         channel_block=block * draw(st.sampled_from([1, 4])),
         stencil_block=draw(st.sampled_from([8, 16])),
+        norm_block=block * draw(st.sampled_from([1, 4])),
         shares=draw(st.sampled_from([1, 3, 64])),
         parts=draw(st.sampled_from([16, 64, 4096])),
         large=draw(st.sampled_from([2**30, 1])),

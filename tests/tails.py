@@ -88,13 +88,19 @@ def in_steps(tail: Tail) -> Tensor:
     return torch.relu(x + tail.shortcut)
 
 
-def by_kernels(tail: Tail) -> Tensor:
-    """The fused operator of the CPU."""
-    weight, bias, mean, var, eps = tail.norm
-    parameters = map(tail.parameters.get, PARAMETERS)
-    norm = (weight, bias, mean, var, eps)
-    out, *_ = fused(tail.u, tail.shortcut, *norm, *parameters, tail.order, tail.gate, "cpu")
-    return out
+def by(backend: str) -> Callable[[Tail], Tensor]:
+    """The fused operator of a backend."""
+
+    def function(tail: Tail) -> Tensor:
+        parameters = map(tail.parameters.get, PARAMETERS)
+        options = tail.order, tail.gate, backend
+        out, *_ = fused(tail.u, tail.shortcut, *tail.norm, *parameters, *options)
+        return out
+
+    return function
+
+
+by_kernels = by("cpu")
 
 
 def make_tail(
@@ -108,6 +114,7 @@ def make_tail(
     batch: bool = True,
     affine: bool = True,
     mean: float = 0.0,
+    device: str = "cpu",
     seed: int = 0,
 ) -> Tail:
     """A call with random numbers; `mean` is put on top of every channel's own."""
@@ -120,12 +127,13 @@ def make_tail(
         dtype=dtype,
         parameter_dtype=kind,
         layout=layout,
+        device=device,
         seed=seed,
     )
     generator = torch.Generator().manual_seed(seed + 1)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(device)
 
     channels = shape[1]
     # A shortcut that is now larger and now smaller, so that ReLU does both.

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from da_ops.backends.triton import launch, run, tune
+from da_ops.backends.triton import launch, run, tail, tune
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,40 +62,52 @@ def compiled(kernel, target, arguments, options):
     }
 
 
-def launches(shape, layout, dtype, order, gate):
-    """The kernels of one call forward and backward with their arguments; none is run."""
+def launches(shape, layout, dtype, order, gate, residual):
+    """The kernels of one call forward and backward with their arguments; none is run. In training,
+    of the residual tail if it is what is asked for."""
     made = []
 
     def note(kernel, programs, *arguments, **options):
         made.append((kernel, arguments, options))
 
-    launch.run = tune.run = note
+    launch.run = tune.run = tail.run = note
     tune._may_measure = lambda: False
     x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=layout)
     size = {"affine": shape[1], "scalar": 1, "eca": 5}.get(gate)
-    spatial = order != "channel"
+    spatial = order not in ("channel", "none")
     parameters = [
         torch.empty(1, 1, 3, 3, device="meta") if spatial else None,
         torch.empty(1, 1, 3, 3, device="meta") if spatial else None,
         torch.empty(1, 2, 1, 1, device="meta") if spatial else None,
         torch.empty(1, device="meta") if spatial else None,
-        torch.empty(size, device="meta") if size and order != "spatial" else None,
-        torch.empty(size, device="meta") if size and order != "spatial" and gate != "eca" else None,
+        torch.empty(size, device="meta") if size and order not in ("spatial", "none") else None,
+        torch.empty(size, device="meta")
+        if size and order not in ("spatial", "none") and gate != "eca"
+        else None,
     ]
-    if dtype == torch.float64:
-        parameters = [None if p is None else p.double() for p in parameters]
-    _, m, g = launch.forward(x, *parameters, order, gate)
-    launch.backward(x, x, *parameters, m, g, order, gate)
+    parameters_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    parameters = [None if p is None else p.to(parameters_dtype) for p in parameters]
+    if residual:
+        norm = [torch.empty(shape[1], dtype=parameters_dtype, device="meta") for _ in range(2)]
+        attention = (*parameters, order, gate)
+        _, *statistics, m, g = tail.residual_forward(x, x, *norm, None, None, 1e-5, *attention)
+        kept = (*norm, *statistics, True, 1e-5, *parameters, m, g, order, gate)
+        tail.residual_backward(x, x, x, *kept)
+    else:
+        _, m, g = launch.forward(x, *parameters, order, gate)
+        launch.backward(x, x, *parameters, m, g, order, gate)
     return made
 
 
 def main():
-    """One JSON object: for each case on standard input, its kernels by name."""
+    """One JSON object: for each case on standard input, its kernels by name. A case is a target,
+    x's shape, layout and dtype, the order, the gate, and whether it is the residual tail's."""
     assert not run.INTERPRETED
     answers = []
-    for target, shape, layout, dtype, order, gate in json.load(sys.stdin):
+    for target, shape, layout, dtype, order, gate, residual in json.load(sys.stdin):
         kernels = []
-        call = launches(shape, getattr(torch, layout), getattr(torch, dtype), order, gate)
+        kinds = getattr(torch, layout), getattr(torch, dtype)
+        call = launches(shape, *kinds, order, gate, residual)
         for kernel, arguments, options in call:
             made = compiled(kernel, target, arguments, options)
             kernels.append({"kernel": kernel.__name__, **made})

@@ -89,9 +89,9 @@ class Backend:
     the six parameters, which come in the order of ``Parameters``. Both get checked arguments, ``x``
     contiguous or channels_last and ``dy`` in the same layout. ``plan(call)`` says what they will
     do. ``residual_forward`` and ``residual_backward`` are those of the residual tail, the operators
-    of these names; None where the backend has none. ``residual_plan(call, mode)`` is their plan,
-    the mode one of ``tail.MODES``; None where they make the passes of ``tail.tail_walks``, and each
-    moves all that it reads and writes.
+    of these names; None where the backend has none, and "auto" takes the next one that has them.
+    ``residual_plan(call, mode)`` is their plan, the mode one of ``tail.MODES``; None where they
+    make the passes of ``tail.tail_walks``, and each moves all that it reads and writes.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
     run on the devices that are there; it is asked once there is a tensor on one. ``for_auto`` is

@@ -22,12 +22,14 @@ class Choice:
     def __init__(self) -> None:
         self.backends: dict[str, Backend] = {}  # the best first
         self._chosen: dict[str, str] = {}  # name by device type, for "auto"
+        self._chosen_for_tails: dict[str, str] = {}  # the same, of residual tails
         self._warned: set[str] = set()  # reasons
         self._given_up: dict[str, str] = {}  # reason by name
 
     def forget(self) -> None:
         """Choose anew from here on, as after the import."""
         self._chosen.clear()
+        self._chosen_for_tails.clear()
         self._warned.clear()
         self._given_up.clear()
         self.follow_plans()
@@ -91,6 +93,47 @@ class Choice:
         backend = self.backends[name]
         return backend.for_auto or backend
 
+    def for_tails(self, asked: str, device_type: str) -> Backend:
+        """The backend that computes residual tails: that of :meth:`implementation`, but where
+        "auto" took one without a kernel of them, the best that has one. If none has, it is without,
+        and :meth:`without_tails` says why."""
+        first = self.implementation(asked, device_type)
+        if first.residual_forward is not None or asked != "auto" or _wish() != "auto":
+            return first
+        name = self._chosen_for_tails.get(device_type)
+        if name is None:
+            able = self._able_for_tails(device_type)
+            name = next((n for n, reason in able.items() if reason is None), first.name)
+            if torch.compiler.is_compiling():
+                return self.backends[name].for_auto or self.backends[name]
+            self._chosen_for_tails[device_type] = name
+            if name != first.name:
+                told = (
+                    "da_ops: backend %r for residual tails of %s tensors (%r has no kernel of them)"
+                )
+                logger.info(told, name, device_type, first.name)
+        backend = self.backends[name]
+        return backend.for_auto or backend
+
+    def without_tails(self, asked: str, device_type: str) -> str | None:
+        """Why no kernel computes residual tails; None if one does."""
+        if self.for_tails(asked, device_type).residual_forward is not None:
+            return None
+        reason = without_kernel(self.select(asked, device_type))
+        if asked != "auto" or _wish() != "auto":
+            return reason
+        others = self._able_for_tails(device_type).items()
+        return "; ".join([reason, *(f"not {name!r}: {why}" for name, why in others)])
+
+    def _able_for_tails(self, device_type: str) -> dict[str, str | None]:
+        """The backends with a kernel of residual tails for this device, the best first, and why
+        "auto" does not take them."""
+        return {
+            name: self.passed_over(name, device_type)
+            for name, backend in self.backends.items()
+            if backend.residual_forward is not None and backend.serves(device_type)
+        }
+
     def faster(self, name: str, call: Call, backward: bool, device: torch.device) -> str:
         """The name of the backend that computes such a call where "auto" has chosen ``name``:
         another one that can serve, where tuning found that faster."""
@@ -152,6 +195,7 @@ class Choice:
         """Never choose backend ``name`` again, which turned out at run time not to work; warn."""
         self._given_up[name] = reason
         self._chosen.clear()
+        self._chosen_for_tails.clear()
         self.follow_plans()
         if reason not in self._warned:
             self._warned.add(reason)
@@ -195,6 +239,10 @@ class Choice:
         new = bool(reasons - self._warned)
         self._warned.update(reasons)
         return new
+
+
+def without_kernel(name: str) -> str:
+    return f"backend {name!r} has no kernel of the residual tail"
 
 
 def _wish() -> str:

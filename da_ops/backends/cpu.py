@@ -24,12 +24,13 @@ def _residual_plan(call: Call, mode: str) -> Plan:
 
 
 def _plan_of(call: Call, walks: Walks) -> Plan:
-    default = _planned(call, os.environ.get(ENVIRONMENT["cpu"], ""))
     directions, details = [], []
     for name, passes in walks._asdict().items():
+        tensors = {one for walk in passes for step in walk for one in (*step.reads, *step.writes)}
+        default = _planned(call, os.environ.get(ENVIRONMENT["cpu"], ""), len(tensors))
         tuned = PLANS.of("cpu", call, name == "backward")
         directions.append(direction(passes, in_cache=default[f"{name}_cached"]))
-        details.append(_planned(call, tuned.launches) if tuned else default)
+        details.append(_planned(call, tuned.launches, len(tensors)) if tuned else default)
     other = details[1]
     told = {
         key: value if value == other[key] else f"{value} forward, {other[key]} backward"
@@ -40,11 +41,12 @@ def _plan_of(call: Call, walks: Walks) -> Plan:
     return Plan(forward, backward, {**told, **PLANS.words("cpu", call)})
 
 
-def _planned(call: Call, limits: str) -> dict[str, Any]:
+def _planned(call: Call, limits: str, tensors: int) -> dict[str, Any]:
+    """The plan of a call that reads and writes so many tensors of the size of x."""
     dtype = str(call.dtype).removeprefix("torch.")
     order = "channel" if call.order == "none" else call.order  # no plan depends on the order
     shape = call.shape, call.channels_last, dtype, order
-    return dict(native.planner().cpu(*shape, torch.get_num_threads(), limits))
+    return dict(native.planner().cpu(*shape, torch.get_num_threads(), limits, tensors))
 
 
 BACKEND = Backend(

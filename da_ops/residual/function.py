@@ -40,7 +40,7 @@ class ResidualFunction(torch.autograd.Function):
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters, (order, gate, backend, *track) = rest[:6], rest[6:]
-        served = CHOICE.implementation(backend, u.device.type)
+        served = CHOICE.for_tails(backend, u.device.type)
         assert served.residual_forward is not None  # residual_attention asked
         u = dense(u)
         norm = (norm_weight, norm_bias, norm_mean, norm_var)

@@ -132,10 +132,7 @@ def unfused(
     """
     if (reason := unfused_modules(norm, attention, activation)) is not None:
         return reason
-    backend = _options(attention)[2]
-    if CHOICE.implementation(backend, device_type).residual_forward is None:
-        return without_kernel(CHOICE.select(backend, device_type))
-    return None
+    return CHOICE.without_tails(_options(attention)[2], device_type)
 
 
 def unfused_modules(
@@ -157,10 +154,6 @@ def unfused_modules(
     if attention is not None and attention.fused_parameters() is None:
         return attention.unfused()
     return None
-
-
-def without_kernel(backend: str) -> str:
-    return f"backend {backend!r} has no kernel of the residual tail"
 
 
 def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | None) -> str | None:

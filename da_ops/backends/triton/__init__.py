@@ -1,13 +1,14 @@
 """Triton kernels: the fused layer on every GPU that Triton knows, with no compiler at build time.
 
 The kernels are imported, and compiled, when a call first needs them, so it may turn out as late as
-then that they do not work. They have operators of their own, `da_ops::triton_forward` and
-`triton_backward`, since `da_ops::forward` is there only where a compiled library is.
+then that they do not work. They have operators of their own, `da_ops::triton_forward` and so
+on, since `da_ops::forward` is there only where a compiled library is.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...layout import like
-from ...parameters import Unnamed
+from ...layout import empty_gradient, like
+from ...parameters import Parameters, Unnamed
+from ...residual import reference as residual
 from .. import eager, native, schedule
 from ..base import Backend, Call, Direction, Gradients, Pass, Plan
 from ..choice import CHOICE
@@ -51,11 +53,12 @@ def _check_capability(device: torch.device) -> None:
 def _run(direction: str, x: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     _check_capability(x.device)
     try:
-        from . import launch
+        from . import launch, tail
     except Exception as error:  # whatever a broken installation may raise
         raise TritonFailed(f"{type(error).__name__}: {error}") from error
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        return tuple(getattr(launch, direction)(*arguments))
+        where = tail if direction.startswith("residual") else launch
+        return tuple(getattr(where, direction)(*arguments))
 
 
 def _refuse_or_tell(error: TritonFailed, *, forgiving: bool) -> None:
@@ -97,8 +100,53 @@ def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
-def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return native.fake_forward(x, *arguments[:-1])
+def _residual_forward(u: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *of_all, forgiving = arguments
+    if not (forgiving and CHOICE.gave_up("triton")):
+        try:
+            return _run("residual_forward", u, (u, *of_all))
+        except TritonFailed as error:
+            _refuse_or_tell(error, forgiving=forgiving)
+    shortcut, *norm_arguments = of_all[:6]
+    norm = residual.Norm(*norm_arguments)
+    out = residual.forward(u, shortcut, norm, *_attention(of_all[6:12], *of_all[12:]))
+    _, *small = native.fake_residual_forward(u, *of_all)
+    if norm.mean is None:
+        small[:2] = residual.statistics(u)
+    return like(out, u), *small[:2], *(kept.zero_() for kept in small[2:])
+
+
+def _residual_backward(dout: Tensor, out: Tensor, u: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *of_all, forgiving = arguments
+    gradients: Gradients | None = None
+    if not (forgiving and CHOICE.gave_up("triton")):
+        try:
+            gradients = _run("residual_backward", u, (dout, out, u, *of_all))
+        except TritonFailed as error:
+            _refuse_or_tell(error, forgiving=forgiving)
+    if gradients is None:  # plain PyTorch does not look at the maps that forward may have left
+        weight, bias, mean, var, batch, eps = of_all[:6]
+        norm = residual.Norm(weight, bias, None if batch else mean, None if batch else var, eps)
+        attention = _attention(of_all[6:12], *of_all[14:])
+        found = residual.backward(dout, out, u, norm, *attention)
+        given = (u, u, weight, bias, *of_all[6:12])
+        gradients = tuple(
+            None if g is None else like(g, u) if p is u else empty_gradient(p).copy_(g)
+            for g, p in zip(found, given)
+        )
+    return tuple(u.new_empty(0) if g is None else g for g in gradients)
+
+
+def _attention(
+    parameters: Sequence[Tensor | None], order: str, gate: str
+) -> tuple[Parameters | None, str, str]:
+    """The attention of a residual tail, as the definition takes it."""
+    return None if order == "none" else Parameters(*parameters), order, gate
+
+
+def _without_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of arguments without the last, whether to forgive."""
+    return lambda *arguments: function(*arguments[:-1])
 
 
 def _calls(*, forgiving: bool) -> dict[str, Any]:
@@ -112,7 +160,18 @@ def _calls(*, forgiving: bool) -> dict[str, Any]:
         given = (x, *parameters)
         return tuple([None if p is None else g for g, p in zip(out, given, strict=True)])
 
-    return {"forward": forward, "backward": backward}
+    def residual_forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.da_ops.triton_residual_forward.default(*arguments, forgiving)
+
+    def residual_backward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.da_ops.triton_residual_backward.default(*arguments, forgiving)
+
+    return {
+        "forward": forward,
+        "backward": backward,
+        "residual_forward": residual_forward,
+        "residual_backward": residual_backward,
+    }
 
 
 _library = torch.library.Library("da_ops", "FRAGMENT")
@@ -133,13 +192,39 @@ def _register() -> None:
         "Tensor d_dilated_weight, Tensor d_merge_weight, Tensor d_spatial_bias, "
         "Tensor d_gate_weight, Tensor d_gate_bias)"
     )
+    _library.define(
+        "triton_residual_forward(Tensor u, Tensor shortcut, Tensor? norm_weight, "
+        "Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float eps, "
+        f"{_PARAMETERS}, str order, str gate, bool forgiving) "
+        "-> (Tensor out, Tensor mean, Tensor var, Tensor channel_mean, Tensor pooled)"
+    )
+    _library.define(
+        "triton_residual_backward(Tensor dout, Tensor out, Tensor u, Tensor? norm_weight, "
+        "Tensor? norm_bias, Tensor mean, Tensor var, bool batch, float eps, "
+        f"{_PARAMETERS}, Tensor channel_mean, Tensor pooled, str order, str gate, bool forgiving) "
+        "-> (Tensor du, Tensor d_shortcut, Tensor d_norm_weight, Tensor d_norm_bias, "
+        "Tensor d_conv_weight, Tensor d_dilated_weight, Tensor d_merge_weight, "
+        "Tensor d_spatial_bias, Tensor d_gate_weight, Tensor d_gate_bias)"
+    )
     for name, function, fake, flops in (
-        ("triton_forward", _forward, _fake_forward, native.flops_forward),
+        ("triton_forward", _forward, native.fake_forward, native.flops_forward),
         ("triton_backward", _backward, native.fake_backward, native.flops_backward),
+        (
+            "triton_residual_forward",
+            _residual_forward,
+            native.fake_residual_forward,
+            native.flops_residual_forward,
+        ),
+        (
+            "triton_residual_backward",
+            _residual_backward,
+            native.fake_residual_backward,
+            native.flops_residual_backward,
+        ),
     ):
         for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
             _library.impl(name, function, key)
-        torch.library.register_fake(f"da_ops::{name}", fake, lib=_library)
+        torch.library.register_fake(f"da_ops::{name}", _without_last(fake), lib=_library)
         register_flop_formula(getattr(torch.ops.da_ops, name))(flops)
 
 

@@ -5,6 +5,7 @@ Imported when first used, so that `import da_ops` is quick and does not want Tri
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from ...parameters import Parameters
 from ..base import Gradients
 from ..schedule import NONE, SCHEDULES, Axes
 from . import interpreter, maps, passes, tune
-from .maps import AxisMaps, Blocks, Shares, Size
+from .maps import AxisMaps, Blocks, Normed, Shares, Size
+from .passes import Affine, Ends, Rectified
 from .run import INTERPRETED, run
 from .tiles import DEVICE, INTERPRETER, matrix, power_of_two, split, sum_tiles
 
@@ -34,6 +36,8 @@ class ByAxis(NamedTuple):
 
 NOTHING = ByAxis()
 NO_SHARES = ByAxis(Shares(), Shares())
+NO_ENDS = Ends()
+NO_NORM = Normed()
 
 
 class Batch:
@@ -41,6 +45,8 @@ class Batch:
 
     Maps are by pixel, ``[N, H, W]``, or by channel, ``[N, C]``, whichever of the two is rows.
     """
+
+    norm: Affine | None = None  # what gives x from the tensor that is read, in the residual tail
 
     def __init__(self, x: Tensor, parameters: Parameters, order: str, gate: str) -> None:
         self.images, channels, height, width = x.shape
@@ -56,7 +62,7 @@ class Batch:
             "INDEX": tl.int64 if large else tl.int32,
             "ACC": tl.float64 if double else tl.float32,
         }
-        self.axes = SCHEDULES[order].masks
+        self.axes = NONE if order == "none" else SCHEDULES[order].masks
         self.gate = gate if self.axes.channels else "sigmoid"
         self.parameters = parameters.each(lambda p: p.contiguous())
         weight = parameters.gate_weight
@@ -103,6 +109,7 @@ class Batch:
         dy: Tensor | None = None,
         *,
         backwards: bool,
+        relu: tuple[Tensor, Tensor] | None = None,
     ) -> ByAxis:
         """The shares of sums that one read of x gives, or of x and dy for their product t:
 
@@ -110,31 +117,33 @@ class Batch:
             channels    sum_p weights.pixels[p] t, for each channel
 
         ``wanted`` says which. ``backwards`` takes the last image first, the one that caches still
-        hold of a large batch.
+        hold of a large batch. With a norm, t is as passes.py says; then ``relu``, the result of a
+        ReLU and where what of dy passes it is stored, may come in before, and channels are wanted.
         """
         m, n = self.matrix, self.images
         want_rows, want_cols = self.rows_and_columns(wanted)
         row_scale, col_scale = self.rows_and_columns(weights)
-        t = sum_tiles(m, n, LIMITS)
-        options = {
-            "PERIOD": m.period,
-            "VECTOR": m.vector,
-            "HEIGHT": t.height,
-            "WIDTH": t.width,
-            "BACKWARDS": backwards,
-            **self.types,
-        }
+        t = sum_tiles(m, n, replace(LIMITS, tile_bytes=LIMITS.tile_bytes // 2) if relu else LIMITS)
+        options = {"HEIGHT": t.height, "WIDTH": t.width, "BACKWARDS": backwards, **self.options()}
         row_shares = col_shares = Shares()
-        if want_cols:
+        if want_cols or relu is not None:
             s = split(t.blocks, n * t.windows, LIMITS)
-            number = s.splits * m.period
-            col_shares = Shares(self.empty(n, number, m.cols), number)
+
+            def shares(number: int, length: int, of_d: bool) -> Shares:
+                sums = [self.empty(n, number, length) for _ in range(1 + of_d)]
+                return Shares(sums[0], number, *sums[1:])
+
+            by_pixel = m.by_pixel
+            if want_cols:
+                number = s.splits * m.period
+                col_shares = shares(number, m.cols, relu is not None and by_pixel)
             if want_rows:
-                row_shares = Shares(self.empty(n, t.windows, m.rows), t.windows)
+                row_shares = shares(t.windows, m.rows, relu is not None and not by_pixel)
             run(
                 passes.column_sums, n * s.splits * t.windows,
                 x, dy, row_scale, col_scale if want_rows else None,
                 col_shares.sums, row_shares.sums,
+                self.norm, relu and Rectified(*relu, (col_shares if by_pixel else row_shares).of_d),
                 n, m.rows, m.cols, t.windows, s.splits, s.each, **options,
             )  # fmt: skip
         else:
@@ -142,36 +151,57 @@ class Batch:
             row_shares = Shares(self.empty(n, s.splits, m.rows), s.splits)
             run(
                 passes.row_sums, n * t.blocks * s.splits,
-                x, dy, col_scale, row_shares.sums,
+                x, dy, col_scale, row_shares.sums, self.norm,
                 n, m.rows, m.cols, t.blocks, s.splits, s.each, **options,
             )  # fmt: skip
         return ByAxis(*self.rows_and_columns((row_shares, col_shares)))
 
+    def options(self) -> dict[str, Any]:
+        """Those of every kernel over full-size tensors."""
+        m = self.matrix
+        channels = "columns" if self.norm is not None and m.by_pixel else "rows"
+        return {"CHANNELS": channels, "PERIOD": m.period, "VECTOR": m.vector, **self.types}
+
     def scale(
-        self, x: Tensor, y: Tensor, masks: ByAxis, terms: ByAxis = NOTHING, outer: Axes = NONE
+        self,
+        x: Tensor,
+        y: Tensor,
+        masks: ByAxis,
+        terms: ByAxis = NOTHING,
+        outer: Axes = NONE,
+        *,
+        ends: Ends = NO_ENDS,
+        relu: bool = False,
+        backwards: bool = False,
     ) -> None:
         """y = x masks.channels masks.pixels + terms.channels + terms.pixels.
 
         An outer axis' mask also multiplies the other axis' term: where it is the pixels,
-        y = (x masks.channels + terms.channels) masks.pixels + terms.pixels.
+        y = (x masks.channels + terms.channels) masks.pixels + terms.pixels. ``ends`` say what comes
+        before and after, ``relu`` whether a ReLU is last.
         """
         m = self.matrix
         outer_rows, outer_cols = self.rows_and_columns(outer)
         factors = (*self.rows_and_columns(masks), *self.rows_and_columns(terms))
         options = {
             "OUTER": "rows" if outer_rows else "columns" if outer_cols else "neither",
-            "PERIOD": m.period,
-            "VECTOR": m.vector,
-            "BACKWARDS": False,
-            **self.types,
+            "RELU": relu,
+            "BACKWARDS": backwards,
+            **self.options(),
         }
-        arguments = (x, y, *factors, self.images, m.rows, m.cols)
+        arguments = (x, y, *factors, ends, self.images, m.rows, m.cols)
         tune.scale(m, self.images, arguments, options, LIMITS)
 
-    def masks(self, axes: Axes, means: ByAxis, shares: ByAxis = NO_SHARES) -> ByAxis:
+    def masks(
+        self,
+        axes: Axes,
+        means: ByAxis,
+        shares: ByAxis = NO_SHARES,
+        normed: Normed = NO_NORM,
+    ) -> ByAxis:
         """The masks of these axes from the means, which where shares are given are stored first."""
         made = self.new_maps(axes)
-        self.over_blocks(maps.masks, axes, self.small_maps(means, made), shares)
+        self.over_blocks(maps.masks, axes, self.small_maps(means, made), shares, normed=normed)
         return made
 
     def gradient_maps(self, means: ByAxis, masks: ByAxis) -> ByAxis:
@@ -186,9 +216,17 @@ class Batch:
         return ByAxis(*map(AxisMaps, self.blocks, *by_axis))
 
     def over_blocks(
-        self, kernel: Any, axes: Axes, by_axis: ByAxis, shares: ByAxis, more: ByAxis = NO_SHARES
+        self,
+        kernel: Any,
+        axes: Axes,
+        by_axis: ByAxis,
+        shares: ByAxis,
+        more: ByAxis = NO_SHARES,
+        *,
+        normed: Normed = NO_NORM,
     ) -> None:
         """Start a kernel over the small maps of these axes, with the shares of one pass or two."""
+        by_axis = by_axis._replace(channels=by_axis.channels._replace(normed=normed))
         spatial, channel = [
             m._replace(shares=s, more_shares=t, PARTS=_parts(m.blocks, s, t)) if wanted
             else AxisMaps()

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sums import folded, sum_of, sum_over_images
+
 TAP_SUMS = 32  # 19 numbers, up to a power of two: 9 near taps, 9 far taps, the bias
 
 
@@ -44,6 +46,20 @@ class Shares(NamedTuple):
 
     sums: Tensor | None = None
     number: int = 0
+    of_d: Tensor | None = None  # of what a sum of d * (u - centre) goes with, of d alone
+
+
+class Normed(NamedTuple):
+    """What the residual tail's norm adds to the maps over the channels.
+
+    Shares are of u - centre, and x is ``(u - centre) scale + bias``: a sum of x with weights is
+    scale times that of u - centre, and bias times that of the weights.
+    """
+
+    pooled: Tensor | None = None  # the mean of u - centre; without it there is no norm
+    scale: Tensor | None = None  # [C]
+    bias: Tensor | None = None  # [C]
+    weights: Tensor | None = None  # by pixel, of the latest sum; ones where absent
 
 
 class AxisMaps(NamedTuple):
@@ -58,42 +74,64 @@ class AxisMaps(NamedTuple):
     shares: Shares = Shares()  # forward of a mean that is yet to be stored; backward of d_mask
     more_shares: Shares = Shares()  # of d_mask, from another pass
     PARTS: tl.constexpr = tl.constexpr(1)  # shares that are added at once
+    normed: Normed = Normed()
 
 
 @triton.jit
-def _folded(shares, image, length, i, wanted, PARTS, ACC):
-    """sum_part shares[image, part, i] in the order of the parts, for a block of i."""
-    sums = tl.full((PARTS, i.shape[0]), 0.0, ACC)
-    for first in range(0, shares.number, PARTS):
-        part = first + tl.arange(0, PARTS)
-        at = shares.sums + (image * shares.number + part)[:, None] * length + i[None, :]
-        valid = (part < shares.number)[:, None] & wanted[None, :]
-        sums += tl.load(at, mask=valid, other=0.0)
-    return tl.sum(sums, 0)
+def _store_means(maps, image, length, divisor, first, reach, pixels, ACC):
+    """Stores what the block that begins at first reaches of the mean, from its shares.
 
-
-@triton.jit
-def _store_means(maps, image, length, divisor, first, reach, ACC):
-    """Stores what the block that begins at first reaches of the mean, from its shares."""
+    With a norm, the mean of u - centre is what shares give, which then is stored too, or is known.
+    """
     end = tl.minimum(first + maps.blocks.SIZE + reach, length)
+    normed = maps.normed
+    if normed.pooled is not None:
+        weight = 1.0
+        if normed.weights is not None:
+            weight = sum_of(normed.weights, image, pixels, ACC) / pixels
     for step in range(maps.blocks.steps):
         i = tl.maximum(first - reach, 0) + step * maps.blocks.SIZE + tl.arange(0, maps.blocks.SIZE)
-        sums = _folded(maps.shares, image, length, i, i < end, maps.PARTS, ACC)
-        tl.store(maps.mean + image * length + i, sums / divisor, mask=i < end)
+        wanted = i < end
+        shares = maps.shares
+        if shares.sums is not None:
+            sums = folded(shares.sums, shares.number, image, length, i, wanted, maps.PARTS, ACC)
+            mean = sums / divisor
+        else:
+            mean = tl.load(normed.pooled + image * length + i, mask=wanted, other=0.0)
+        if normed.pooled is not None:
+            if shares.sums is not None:
+                tl.store(normed.pooled + image * length + i, mean, mask=wanted)
+            mean *= tl.load(normed.scale + i, mask=wanted, other=0.0)
+            mean += tl.load(normed.bias + i, mask=wanted, other=0.0) * weight
+        tl.store(maps.mean + image * length + i, mean, mask=wanted)
     tl.debug_barrier()
 
 
 @triton.jit
-def _store_d_logits(maps, image, length, first, reach, ACC):
+def _store_d_logits(maps, image, length, first, reach, pixels, ACC):
     """Stores what the block that begins at first reaches of d_logit, from the mask's gradient."""
     end = tl.minimum(first + maps.blocks.SIZE + reach, length)
+    normed = maps.normed
+    if normed.pooled is not None and maps.more_shares.sums is not None:
+        weight = sum_of(normed.weights, image, pixels, ACC)
     for step in range(maps.blocks.steps):
         i = tl.maximum(first - reach, 0) + step * maps.blocks.SIZE + tl.arange(0, maps.blocks.SIZE)
-        d = _folded(maps.shares, image, length, i, i < end, maps.PARTS, ACC)
-        if maps.more_shares.sums is not None:
-            d += _folded(maps.more_shares, image, length, i, i < end, maps.PARTS, ACC)
-        mask = tl.load(maps.mask + image * length + i, mask=i < end, other=0.0)
-        tl.store(maps.d_logit + image * length + i, d * mask * (1.0 - mask), mask=i < end)
+        wanted = i < end
+        shares = maps.shares
+        d = folded(shares.sums, shares.number, image, length, i, wanted, maps.PARTS, ACC)
+        if normed.pooled is not None:
+            scale = tl.load(normed.scale + i, mask=wanted, other=0.0)
+            bias = tl.load(normed.bias + i, mask=wanted, other=0.0)
+            of_d = folded(shares.of_d, shares.number, image, length, i, wanted, maps.PARTS, ACC)
+            d = scale * d + bias * of_d
+        shares = maps.more_shares
+        if shares.sums is not None:
+            more = folded(shares.sums, shares.number, image, length, i, wanted, maps.PARTS, ACC)
+            if normed.pooled is not None:
+                more = scale * more + bias * weight
+            d += more
+        mask = tl.load(maps.mask + image * length + i, mask=wanted, other=0.0)
+        tl.store(maps.d_logit + image * length + i, d * mask * (1.0 - mask), mask=wanted)
     tl.debug_barrier()
 
 
@@ -138,7 +176,7 @@ def _spatial_mask(maps, parameters, size, image, block, ACC):
     first = block * maps.blocks.SIZE
     if maps.shares.sums is not None:
         reach = 3 * size.width + 3
-        _store_means(maps, image, size.pixels, size.channels, first, reach, ACC)
+        _store_means(maps, image, size.pixels, size.channels, first, reach, size.pixels, ACC)
     weights = _tap_weights(parameters, ACC)[:, None]
     for chunk in range(0, maps.blocks.SIZE, maps.blocks.CHUNK):
         pixel = first + chunk + tl.arange(0, maps.blocks.CHUNK)
@@ -158,7 +196,7 @@ def _spatial_gradients(maps, parameters, size, image, block, ACC):
     at = image * size.pixels
     first = block * maps.blocks.SIZE
     reach = 3 * size.width + 3
-    _store_d_logits(maps, image, size.pixels, first, reach, ACC)
+    _store_d_logits(maps, image, size.pixels, first, reach, size.pixels, ACC)
     weights = _tap_weights(parameters, ACC)[:, None]
     tap = tl.arange(0, 32)
     sums = tl.full((32, maps.blocks.CHUNK), 0.0, ACC)
@@ -189,9 +227,9 @@ def _channel_mask(maps, parameters, size, image, block, taps, GATE, ACC):
     """The channel mask of a block of channels."""
     channels = size.channels
     first = block * maps.blocks.SIZE
-    if maps.shares.sums is not None:
+    if maps.shares.sums is not None or maps.normed.pooled is not None:
         reach = taps // 2 if GATE == "eca" else 0
-        _store_means(maps, image, channels, size.pixels, first, reach, ACC)
+        _store_means(maps, image, channels, size.pixels, first, reach, size.pixels, ACC)
     channel = first + tl.arange(0, maps.blocks.SIZE)
     wanted = channel < channels
     pooled = maps.mean + image * channels
@@ -224,7 +262,8 @@ def _channel_gradients(maps, parameters, size, image, block, taps, GATE, ACC):
     """
     channels = size.channels
     first = block * maps.blocks.SIZE
-    _store_d_logits(maps, image, channels, first, taps // 2 if GATE == "eca" else 0, ACC)
+    reach = taps // 2 if GATE == "eca" else 0
+    _store_d_logits(maps, image, channels, first, reach, size.pixels, ACC)
     channel = first + tl.arange(0, maps.blocks.SIZE)
     wanted = channel < channels
     d_logits, pooled = maps.d_logit + image * channels, maps.mean + image * channels
@@ -292,29 +331,11 @@ def mask_gradients(
 
 
 @triton.jit
-def _sum_over_images(terms, factors, number, length, i, PARTS):
-    """sum_k terms[k, i] factors[k, i] for a block of i, in float64, since the terms may cancel.
-
-    Absent factors are ones.
-    """
-    sums = tl.full((PARTS, i.shape[0]), 0.0, tl.float64)
-    for first in range(0, number, PARTS):
-        k = first + tl.arange(0, PARTS)
-        at = k.to(tl.int64)[:, None] * length + i[None, :]
-        wanted = (k < number)[:, None] & (i < length)[None, :]
-        t = tl.load(terms + at, mask=wanted, other=0.0).to(tl.float64)
-        if factors is not None:
-            t *= tl.load(factors + at, mask=wanted, other=0.0).to(tl.float64)
-        sums += t
-    return tl.sum(sums, 0)
-
-
-@triton.jit
 def _stencil_gradients(shares, parameters, gradients, PARTS, ACC):
     """The gradients of the convolutions, the merge and the spatial bias."""
     tap = tl.arange(0, 32)
     near, far = tap < 9, (tap >= 9) & (tap < 18)
-    sums = _sum_over_images(shares.sums, None, shares.number, 32, tap, PARTS)
+    sums = sum_over_images(shares.sums, None, shares.number, 32, tap, PARTS)
     merge = parameters.merge_weight
     near_merge, far_merge = tl.load(merge).to(tl.float64), tl.load(merge + 1).to(tl.float64)
     conv = tl.load(parameters.conv_weight + tap, mask=near, other=0.0).to(tl.float64)
@@ -332,12 +353,12 @@ def _stencil_gradients(shares, parameters, gradients, PARTS, ACC):
 def _gate_gradients(shares, d_logit, pooled, images, length, i, gradients, GATE, PARTS, ACC):
     """The gradients of the gate's parameters, for a block of i."""
     if GATE == "affine":
-        d_weight = _sum_over_images(d_logit, pooled, images, length, i, PARTS)
-        d_bias = _sum_over_images(d_logit, None, images, length, i, PARTS)
+        d_weight = sum_over_images(d_logit, pooled, images, length, i, PARTS)
+        d_bias = sum_over_images(d_logit, None, images, length, i, PARTS)
         tl.store(gradients.gate_weight + i, d_weight.to(ACC), mask=i < length)
         tl.store(gradients.gate_bias + i, d_bias.to(ACC), mask=i < length)
     else:
-        sums = _sum_over_images(shares.sums, None, shares.number, length, i, PARTS).to(ACC)
+        sums = sum_over_images(shares.sums, None, shares.number, length, i, PARTS).to(ACC)
         if GATE == "eca":
             tl.store(gradients.gate_weight + i, sums, mask=i < length)
         else:

@@ -18,16 +18,52 @@ A place is a column of a super-row, counted from where its first row begins. The
 
 Sums have a fixed order: the tiles of a program follow one another, and the programs' shares are
 added by index.
+
+In the residual tail u is read, and x is its batch norm, `(u - centre) scale + bias` by channel.
+Sums by pixel are then of x; those by channel of u - centre, of which the norm's gradients come too.
+CHANNELS says what channels are there, "rows" or "columns".
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class Affine(NamedTuple):
+    """``(u - centre) scale + bias``, each ``[C]``."""
+
+    centre: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+class Rectified(NamedTuple):
+    """What it takes to go back through a ReLU."""
+
+    out: Tensor  # its result
+    d: Tensor  # where dy is stored, zero where out is
+    sums: Tensor | None  # shares by channel of the sums of d alone
+
+
+class Ends(NamedTuple):
+    """What comes before and after the masks of a scaling: x is ``before(x)``, and its result is
+    multiplied by ``factor``, by channel, and gets ``after(more)`` added. Each may be absent.
+
+    A tuple is compared to None by a field: Triton 3.6 cannot compare one with an absent field.
+    """
+
+    before: Affine | None = None
+    factor: Tensor | None = None
+    more: Tensor | None = None
+    after: Affine | None = None
 
 
 @triton.jit
-def _load(x, dy, begin, rows_at, place, wanted, ACC: tl.constexpr):
+def load(x, dy, begin, rows_at, place, wanted, ACC: tl.constexpr):
     """A tile of x, or of x * dy where dy is given, in accumulation precision."""
     at = begin + rows_at[:, None] + place[None, :]
     t = tl.load(x + at, mask=wanted, other=0.0).to(ACC)
@@ -37,16 +73,30 @@ def _load(x, dy, begin, rows_at, place, wanted, ACC: tl.constexpr):
 
 
 @triton.jit
+def _affine(of, at, wanted, AXIS: tl.constexpr):
+    """Centre, scale and bias of channels that lie along an axis of a tile, zeros where unwanted."""
+    centre = tl.load(of.centre + at, mask=wanted, other=0.0)
+    scale = tl.load(of.scale + at, mask=wanted, other=0.0)
+    bias = tl.load(of.bias + at, mask=wanted, other=0.0)
+    other: tl.constexpr = 1 - AXIS
+    return (
+        tl.expand_dims(centre, other),
+        tl.expand_dims(scale, other),
+        tl.expand_dims(bias, other),
+    )
+
+
+@triton.jit
 def row_sums(
-    x, dy, col_scale, out,
-    images, rows, cols, blocks, splits, tiles,
+    x, dy, col_scale, out, norm,
+    images, rows, cols, blocks, splits, tiles, CHANNELS: tl.constexpr,
     PERIOD: tl.constexpr, VECTOR: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BACKWARDS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out[image, split, row] = sum_col t[row, col] col_scale[col], with t = x or x * dy.
 
-    An absent col_scale is ones. A program: one image, HEIGHT super-rows, a split of so many tiles
-    of WIDTH columns.
+    With a norm, t is u - centre where rows are channels, else x. An absent col_scale is ones. A
+    program: one image, HEIGHT super-rows, a split of so many tiles of WIDTH columns.
     """
     program = tl.program_id(0)
     split = program % splits
@@ -63,27 +113,35 @@ def row_sums(
         first_vector = first // VECTOR * VECTOR
         end = (first + cols + VECTOR - 1) // VECTOR * VECTOR
         sums = tl.full((HEIGHT, WIDTH), 0.0, ACC)
+        row = super_row * PERIOD + phase
+        if norm is not None and CHANNELS == "rows":
+            centre, _, _ = _affine(norm, row, super_row < super_rows, 0)
         for tile in range(tiles):
             window = split.to(INDEX) * tiles + tile
             place = first_vector + window * WIDTH + tl.arange(0, WIDTH)
             col = place - first
             inside = (col >= 0) & (col < cols)
             wanted = (super_row < super_rows)[:, None] & (place < end)[None, :]
-            t = _load(x, dy, begin, super_row * stride, place, wanted, ACC)
-            if PERIOD > 1:
+            t = load(x, dy, begin, super_row * stride, place, wanted, ACC)
+            if norm is not None:
+                if CHANNELS == "rows":
+                    t -= centre
+                else:
+                    centre, factor, bias = _affine(norm, col, inside, 1)
+                    t = (t - centre) * factor + bias
+            if PERIOD > 1 or norm is not None:
                 t = tl.where(inside[None, :], t, 0.0)
             if col_scale is not None:
                 t *= tl.load(col_scale + image * cols + col, mask=inside, other=0.0)[None, :]
             sums += t
-        row = super_row * PERIOD + phase
         to = out + (image * splits + split) * rows + row
         tl.store(to, tl.sum(sums, 1), mask=super_row < super_rows)
 
 
 @triton.jit
 def column_sums(
-    x, dy, row_scale, col_scale, out, row_out,
-    images, rows, cols, windows, splits, tiles,
+    x, dy, row_scale, col_scale, out, row_out, norm, relu,
+    images, rows, cols, windows, splits, tiles, CHANNELS: tl.constexpr,
     PERIOD: tl.constexpr, VECTOR: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BACKWARDS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +150,12 @@ def column_sums(
         out[image, share, col]       = sum_row row_scale[row] t[row, col]
         row_out[image, window, row]  = sum_col t[row, col] col_scale[col]
 
-    with t = x or x * dy. An absent scale is ones. A program: one image, a window of WIDTH columns,
-    a split of so many tiles of HEIGHT super-rows. A share is a split's rows of one phase.
+    with t = x or x * dy; with a norm, u - centre by channel, x by pixel, or either times dy. Past a
+    ReLU, dy is first made what passes it, which is stored, and summed by channel as u - centre is;
+    out may then be absent. An absent scale is ones.
+
+    A program: one image, a window of WIDTH columns, a split of so many tiles of HEIGHT super-rows.
+    A share is a split's rows of one phase.
     """
     program = tl.program_id(0)
     window = program % windows
@@ -112,27 +174,67 @@ def column_sums(
         inside = (col >= 0) & (col < cols)
         if col_scale is not None:
             by_col = tl.load(col_scale + image * cols + col, mask=inside, other=0.0)[None, :]
+        if norm is not None and CHANNELS == "columns":
+            centre, factor, bias = _affine(norm, col, inside, 1)
         sums = tl.full((HEIGHT, WIDTH), 0.0, ACC)
+        if relu is not None and CHANNELS == "columns":
+            sums_of_d = tl.full((HEIGHT, WIDTH), 0.0, ACC)
         for tile in range(tiles):
             block = split.to(INDEX) * tiles + tile
             super_row = block * HEIGHT + tl.arange(0, HEIGHT)
             row = super_row * PERIOD + phase
             valid = super_row < super_rows
             wanted = valid[:, None] & (place < end)[None, :]
-            t = _load(x, dy, begin, super_row * stride, place, wanted, ACC)
-            if PERIOD > 1:
-                t = tl.where(inside[None, :], t, 0.0)
+            if norm is None:
+                t = load(x, dy, begin, super_row * stride, place, wanted, ACC)
+                if PERIOD > 1:
+                    t = tl.where(inside[None, :], t, 0.0)
+                of_row, of_col = t, t
+            else:
+                if CHANNELS == "rows":
+                    centre, factor, bias = _affine(norm, row, valid, 0)
+                t = load(x, None, begin, super_row * stride, place, wanted, ACC)
+                own = valid[:, None] & inside[None, :]
+                t = tl.where(own, t - centre, 0.0)
+                of_row, of_col = t, t
+                if CHANNELS == "rows":
+                    of_col = t * factor + bias
+                else:
+                    of_row = t * factor + bias
+            if relu is not None:
+                at = begin + (super_row * stride)[:, None] + place[None, :]
+                d = tl.load(dy + at, mask=wanted, other=0.0)
+                d = tl.where(tl.load(relu.out + at, mask=wanted, other=0.0) <= 0, 0.0, d)
+                # Of a vector across the end of a row, the row that ends there stores nothing.
+                stored = valid[:, None] & (place < (first + cols) // VECTOR * VECTOR)[None, :]
+                tl.store(relu.d + at, d, mask=stored)
+                d = tl.where(own, d.to(ACC), 0.0)
+                of_row *= d
+                of_col *= d
+                if CHANNELS == "rows":
+                    of_d = d
+                    if col_scale is not None:
+                        of_d = d * by_col
+                    to = relu.sums + (image * windows + window) * rows + row
+                    tl.store(to, tl.sum(of_d, 1), mask=valid)
             if row_out is not None:
-                weighted = t
                 if col_scale is not None:
-                    weighted = t * by_col
+                    of_row *= by_col
                 to = row_out + (image * windows + window) * rows + row
-                tl.store(to, tl.sum(weighted, 1), mask=valid)
+                tl.store(to, tl.sum(of_row, 1), mask=valid)
             if row_scale is not None:
-                t *= tl.load(row_scale + image * rows + row, mask=valid, other=0.0)[:, None]
-            sums += t
-        to = out + ((image * splits + split) * PERIOD + phase) * cols + col
-        tl.store(to, tl.sum(sums, 0), mask=inside)
+                by_row = tl.load(row_scale + image * rows + row, mask=valid, other=0.0)[:, None]
+                of_col *= by_row
+            sums += of_col
+            if relu is not None and CHANNELS == "columns":
+                if row_scale is not None:
+                    d *= by_row
+                sums_of_d += d
+        share = ((image * splits + split) * PERIOD + phase) * cols + col
+        if out is not None:
+            tl.store(out + share, tl.sum(sums, 0), mask=inside)
+        if relu is not None and CHANNELS == "columns":
+            tl.store(relu.sums + share, tl.sum(sums_of_d, 0), mask=inside)
 
 
 @triton.jit
@@ -147,10 +249,39 @@ def _by_row(values, super_row, super_rows, phase, crossed, PERIOD: tl.constexpr)
 
 
 @triton.jit
+def _by_channel(
+    values, col, valid, super_row, super_rows, phase, crossed,
+    CHANNELS: tl.constexpr, PERIOD: tl.constexpr,
+):  # fmt: skip
+    """The value of its channel for each element of a tile."""
+    if CHANNELS == "rows":
+        return _by_row(values, super_row, super_rows, phase, crossed, PERIOD)
+    else:
+        return tl.load(values + col, mask=valid, other=0.0)[None, :]
+
+
+@triton.jit
+def _applied(
+    of, t, col, valid, super_row, super_rows, phase, crossed,
+    CHANNELS: tl.constexpr, PERIOD: tl.constexpr,
+):  # fmt: skip
+    """(t - centre) scale + bias."""
+    centre = _by_channel(
+        of.centre, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
+    )
+    scale = _by_channel(
+        of.scale, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
+    )
+    bias = _by_channel(of.bias, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD)
+    return (t - centre) * scale + bias
+
+
+@triton.jit
 def scale(
-    x, y, row_scale, col_scale, row_bias, col_bias,
+    x, y, row_scale, col_scale, row_bias, col_bias, ends,
     images, rows, cols, blocks, windows,
-    OUTER: tl.constexpr, PERIOD: tl.constexpr, VECTOR: tl.constexpr,
+    OUTER: tl.constexpr, RELU: tl.constexpr, CHANNELS: tl.constexpr,
+    PERIOD: tl.constexpr, VECTOR: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BACKWARDS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -160,8 +291,11 @@ def scale(
               "rows"      (x col_scale + col_bias) row_scale + row_bias
               "neither"   x row_scale col_scale + row_bias + col_bias
 
-    Each of the four may be absent. A program: one tile, over the columns of whole super-rows. It
-    has at most cols columns, so that it crosses the end of one row at the most.
+    Each of the four may be absent. Of the ends, where there are any, `before` comes first, the rest
+    last; then the ReLU, if there is one, in which a NaN stays.
+
+    A program: one tile, over the columns of whole super-rows. It has at most cols columns, so that
+    it crosses the end of one row at the most.
     """
     program = tl.program_id(0)
     window = program % windows
@@ -183,7 +317,11 @@ def scale(
     begin = image * rows * cols // VECTOR * VECTOR
     valid = place < stride
     wanted = (super_row < super_rows)[:, None] & valid[None, :]
-    t = _load(x, None, begin, super_row * stride, place, wanted, ACC)
+    t = load(x, None, begin, super_row * stride, place, wanted, ACC)
+    if ends.before is not None:
+        t = _applied(
+            ends.before, t, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
+        )
 
     row_at, col_at = image * rows, image * cols + col
     if OUTER == "rows":
@@ -204,5 +342,19 @@ def scale(
     if OUTER != "rows":
         if col_bias is not None:
             t += tl.load(col_bias + col_at, mask=valid, other=0.0)[None, :]
+    if ends.factor is not None:
+        t *= _by_channel(
+            ends.factor, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
+        )
+    if ends.more is not None:
+        more = load(ends.more, None, begin, super_row * stride, place, wanted, ACC)
+        if ends.after is not None:
+            more = _applied(
+                ends.after, more, col, valid, super_row, super_rows, phase, crossed,
+                CHANNELS, PERIOD,
+            )  # fmt: skip
+        t += more
+    if RELU:
+        t = tl.where(t < 0, 0.0, t)
     to = y + begin + (super_row * stride)[:, None] + place[None, :]
     tl.store(to, t.to(y.dtype.element_ty), mask=wanted)

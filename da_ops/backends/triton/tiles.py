@@ -21,6 +21,7 @@ class Limits:
     pixel_block: int  # pixels of a program over small maps
     channel_block: int  # channels of a program over small maps
     stencil_block: int  # pixels whose stencil is computed at once
+    norm_block: int  # channels of a program over the norm's vectors
     shares: int = 64  # of a sum, at the most: the program that adds them up is small
     parts: int = 4096  # elements of shares that are added at once
     large: int = 2**30  # elements of an image from which on 32 bits are too few for its offsets
@@ -37,6 +38,7 @@ DEVICE = Limits(
     pixel_block=512,
     channel_block=64,
     stencil_block=64,
+    norm_block=16,
 )
 # In the interpreter an operation costs the same however much it does.
 INTERPRETER = Limits(
@@ -47,6 +49,7 @@ INTERPRETER = Limits(
     pixel_block=4096,
     channel_block=4096,
     stencil_block=4096,
+    norm_block=4096,
 )
 
 

@@ -41,8 +41,8 @@ def scale(
     if INTERPRETED:
         start((limits.tile_bytes, limits.widest, 4))
         return
-    x = arguments[0]
-    present = tuple(t is not None for t in arguments[2:6])
+    x, _, *factors, ends = arguments[:7]
+    present = tuple(t is not None for t in (*factors, *ends))
     key = (x.device, x.dtype, m, images, options["OUTER"], present)
     if key not in _chosen and _may_measure():
         _chosen[key] = _quickest(start)
