@@ -10,17 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from da_ops.accuracy import PARAMETERS
+from da_ops.accuracy import PARAMETERS, PROMISED, rms
 from da_ops.parameters import Parameters
 from da_ops.reference import da_attention, formula
 from da_ops.residual import reference
 from da_ops.residual.function import fused
 from da_ops.residual.reference import Norm
 
-from .cases import CASES, LAYOUTS, make
+from .cases import CASES, LAYOUTS, distance, make
 
-# Every order and gate, and no attention.
+# Every order and gate, and no attention; and some, with every order.
 TAILS = [*CASES, ("none", "sigmoid")]
+FEW_TAILS = [
+    ("spatial_channel", "affine"),
+    ("channel_spatial", "eca"),
+    ("parallel", "scalar"),
+    ("spatial", "affine"),
+    ("channel", "sigmoid"),
+    ("none", "sigmoid"),
+]
 
 
 @dataclass
@@ -45,6 +53,17 @@ class Tail:
         parameters = {name: p.to(dtype) for name, p in self.parameters.items()}
         norm = self.norm.to(dtype)
         return replace(self, u=u, shortcut=shortcut, dout=dout, norm=norm, parameters=parameters)
+
+    def on(self, device: str) -> Tail:
+        u, shortcut, dout = (t.to(device) for t in (self.u, self.shortcut, self.dout))
+        parameters = {name: p.to(device) for name, p in self.parameters.items()}
+        given = (None if t is None else t.to(device) for t in self.norm[:4])
+        norm = Norm(*given, self.norm.eps)
+        return replace(self, u=u, shortcut=shortcut, dout=dout, norm=norm, parameters=parameters)
+
+    def tensors(self) -> list[Tensor]:
+        given = (self.u, self.shortcut, *self.norm[:4], *self.parameters.values(), self.dout)
+        return [t for t in given if t is not None]
 
     def results(self, function: Callable[[Tail], Tensor]) -> dict[str, Tensor]:
         """`out` and every gradient, by name."""
@@ -88,13 +107,47 @@ def in_steps(tail: Tail) -> Tensor:
     return torch.relu(x + tail.shortcut)
 
 
-def by_kernels(tail: Tail) -> Tensor:
-    """The fused operator of the CPU."""
-    weight, bias, mean, var, eps = tail.norm
-    parameters = map(tail.parameters.get, PARAMETERS)
-    norm = (weight, bias, mean, var, eps)
-    out, *_ = fused(tail.u, tail.shortcut, *norm, *parameters, tail.order, tail.gate, "cpu")
-    return out
+def by_kernels(tail: Tail, backend: str = "cpu", device: str = "cpu") -> Tensor:
+    """A backend's fused operator, on its device."""
+
+    def place(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(device)
+
+    *norm, eps = tail.norm
+    parameters = map(place, map(tail.parameters.get, PARAMETERS))
+    arguments = (*map(place, (tail.u, tail.shortcut, *norm)), eps, *parameters)
+    out, *_ = fused(*arguments, tail.order, tail.gate, backend)
+    return out.to(tail.u.device)
+
+
+def assert_as_good_as_steps(
+    tails: list[Tail], answers: list[dict[str, Tensor]], *, times: float = 2.0
+) -> None:
+    """The errors of several draws, in root mean square, are at most so many times those of the
+    modules one after the other in the same dtype, or as small as the layer's promise."""
+    ours: list[dict[str, float]] = []
+    steps: list[dict[str, float]] = []
+    for tail, answer in zip(tails, answers, strict=True):
+        want = tail.truth()
+        for errors, got in ((ours, answer), (steps, tail.results(in_steps))):
+            errors.append({name: distance(got[name], want[name]) for name in want})
+    for name in ours[0]:
+        found, beside = (rms(draw[name] for draw in draws) for draws in (ours, steps))
+        allowed = max(times * beside, PROMISED[answers[0][name].dtype])
+        assert found <= allowed, (name, found, beside)
+
+
+# Sums of few numbers may cancel: this is to see mistakes, assert_as_good_as_steps sees errors.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
+
+
+def assert_near(tail: Tail, got: dict[str, Tensor]) -> None:
+    """Against the definition in float64; what is not written is seen."""
+    want = tail.truth()
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        off, least = (got[name].double() - exact).norm(), 1e-2 * exact.numel() ** 0.5
+        assert off <= TOLERANCE[tail.u.dtype] * (exact.norm() + least), name
 
 
 def make_tail(

@@ -130,4 +130,6 @@ BACKEND = Backend(
     _plan,
     missing=_missing,
     unfit=_unfit,
+    residual_forward=native.residual_forward,
+    residual_backward=native.residual_backward,
 )

@@ -25,9 +25,7 @@ def _request(tail: Tail, multiprocessors: int, aligned: bool, limits: str, far: 
     of_norm = np.array([mean is None, weight is not None, wide], np.int64).tobytes()
     of_norm += np.float64(eps).tobytes()
     full = (t.contiguous(memory_format=memory_format(tail.u)) for t in (tail.shortcut, tail.dout))
-    return b"".join(
-        [begin, of_norm, parameters, *map(raw, given), raw(tail.u), *map(raw, full)]
-    )
+    return b"".join([begin, of_norm, parameters, *map(raw, given), raw(tail.u), *map(raw, full)])
 
 
 def results(

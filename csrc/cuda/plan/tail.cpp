@@ -1,9 +1,9 @@
 #include "cuda/plan/tail.h"
 
+#include "cuda/plan/cache.h"
 #include "cuda/plan/maps.h"
 #include "cuda/plan/places.h"
 #include "cuda/plan/tail_memory.h"
-#include "cuda/plan/tile.h"
 
 namespace da::cuda {
 namespace {
@@ -185,6 +185,25 @@ TailPlan tail_plan(const Problem& problem, bool batch, const Device& device, boo
   plan.forward = TailPlanner(problem, batch, plan, limits, Way::forward).direction();
   plan.backward = TailPlanner(problem, batch, plan, limits, Way::backward).direction();
   return plan;
+}
+
+Waves waves(const Problem& p, const Device& device, const TailPlan& plan, const TailStep& step) {
+  if (step.reads) return waves(plan.tiling, p.n, slots(p, device, step.shared_bytes, kTailPerSm));
+  const int64_t slots =
+      int64_t(device.multiprocessors) * (step.kernel == TailKernel::maps ? kMapsPerSm : 1);
+  const int64_t waves = ceil_div(step.jobs, slots);
+  return {step.jobs, slots, waves, step.jobs ? double(step.jobs) / (waves * slots) : 0};
+}
+
+int64_t expected_in_l2(const Problem& p, const Device& device, const TailDirection& direction,
+                       const TailStep& step) {
+  Direction passes{};
+  for (const TailStep& each : direction.steps) {
+    Step pass{};
+    pass.pass.reads = each.reads, pass.pass.writes = each.writes, pass.backwards = each.backwards;
+    passes.steps.push_back(pass);
+  }
+  return expected_in_l2(p, device, passes, passes.steps[&step - direction.steps.data()]);
 }
 
 }  // namespace da::cuda

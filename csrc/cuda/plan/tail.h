@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/plan/plan.h"
+#include "cuda/plan/tile.h"
 
 namespace da::cuda {
 
@@ -81,11 +82,14 @@ struct TailPlan {
 TailPlan tail_plan(const Problem& problem, bool batch, const Device& device, bool aligned,
                    const Limits& limits);
 
-// Vectors of each tensor that a thread has in flight, and the sums of a row that it has on their
-// way to other threads, by the size of a sum.
-constexpr int tail_depth(TailSums sums, size_t sum_bytes) {
-  return sums == TailSums::gradients || (sums == TailSums::moments && sum_bytes == 8) ? 2 : 4;
-}
-constexpr int kTailRowSums = 2;
+// As of the layer's passes: the waves of a launch, and the bytes of what it reads that the launches
+// before it should have left in L2.
+Waves waves(const Problem& problem, const Device& device, const TailPlan& plan,
+            const TailStep& step);
+int64_t expected_in_l2(const Problem& problem, const Device& device, const TailDirection& direction,
+                       const TailStep& step);
+
+// Vectors of each tensor that a thread of a pass has in flight: fewer where it reads three.
+constexpr int tail_depth(TailSums sums) { return sums == TailSums::gradients ? 2 : 4; }
 
 }  // namespace da::cuda

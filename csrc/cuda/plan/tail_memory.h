@@ -16,16 +16,15 @@ struct TailMemory {
   A* scratch;    // sums on their way to other threads
   size_t bytes;  // in all
 
-  // So many maps; `rounds`: sums of rows that a thread has on their way.
+  // So many maps; `rounds`: of sums of rows, one a thread.
   DA_HD TailMemory(unsigned char* base, const Tiling& t, int channel_maps, int pixel_maps,
                    int rounds)
       : TailMemory(simt::Carver(base), t, channel_maps, pixel_maps, rounds) {}
 
   DA_HD static TailMemory of_sums(unsigned char* base, const Tiling& t, TailSums sums) {
-    const int maps = sums == TailSums::gradients ? 3 : 2;
-    const int rounds =
-        2 * tail_depth(sums, sizeof(A)) * (sums == TailSums::deviations ? 1 : kTailRowSums);
-    return TailMemory(base, t, maps, sums == TailSums::moments ? 0 : 1, rounds);
+    const bool deviations = sums == TailSums::deviations;
+    const int row_sums = tail_depth(sums) * (deviations ? 1 : 2);  // of a thread's round
+    return TailMemory(base, t, deviations ? 2 : 3, sums == TailSums::moments ? 0 : 1, 2 * row_sums);
   }
   DA_HD static TailMemory of_scale(unsigned char* base, const Tiling& t, bool backward) {
     return TailMemory(base, t, backward ? 6 : 3, backward ? 2 : 1, 0);

@@ -5,13 +5,6 @@
 namespace da::cuda {
 namespace {
 
-// Blocks of a pass that the device holds at once, where registers hold `per_sm` (0: the layer's).
-int64_t slots(const Problem& p, const Device& device, size_t shared_bytes, int per_sm = 0) {
-  int fitting = per_sm ? per_sm : blocks_per_sm(p.element_size());
-  while (fitting > 1 && int64_t(shared_bytes) > shared_limit(device.sm, fitting)) fitting--;
-  return int64_t(device.multiprocessors) * fitting;
-}
-
 Kernel kernel_of(const Pass& pass) { return pass.sums.any() ? Kernel::sums : Kernel::scale; }
 
 // The measures by which one tiling is better than another.
@@ -49,6 +42,12 @@ Quality quality(const Problem& p, const Device& device, const Tiling& t, int per
 }
 
 }  // namespace
+
+int64_t slots(const Problem& p, const Device& device, size_t shared_bytes, int per_sm) {
+  int fitting = per_sm ? per_sm : blocks_per_sm(p.element_size());
+  while (fitting > 1 && int64_t(shared_bytes) > shared_limit(device.sm, fitting)) fitting--;
+  return int64_t(device.multiprocessors) * fitting;
+}
 
 Waves waves(const Tiling& t, int64_t images, int64_t slots) {
   const int64_t blocks = images * t.tiles(), waves = ceil_div(blocks, slots);

@@ -19,6 +19,10 @@ struct Waves {
   bool whole() const { return blocks >= slots; }
 };
 
+// Blocks of a pass that the device holds at once, where registers hold `per_sm` a multiprocessor;
+// 0: as many as of the layer's.
+int64_t slots(const Problem& problem, const Device& device, size_t shared_bytes, int per_sm = 0);
+
 // The waves of a pass over images that are cut like this.
 Waves waves(const Tiling& tiling, int64_t images, int64_t slots);
 

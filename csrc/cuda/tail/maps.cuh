@@ -4,7 +4,7 @@
 
 #include "cuda/common/finish.cuh"
 #include "cuda/portable/maps.cuh"
-#include "cuda/tail/args.h"
+#include "cuda/tail/sums.cuh"
 
 namespace da::cuda {
 
@@ -51,10 +51,12 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const bool there = c < call.channels;
   double mean = 0, variance = 0;
   if (args.new_mean) {
-    // Deviations from one of the means, by blocks of tiles in A, and of blocks in double.
+    // Means are counted from the channel's datum. Deviations from the first of them are added up by
+    // blocks of tiles in A, and blocks in double.
     const int64_t tiles = call.channel_sums.tiles, all = call.images * tiles;
     const int64_t pixels = call.tiling.tile_pixels(), last = call.pixels - (tiles - 1) * pixels;
-    const A near = there ? call.channel_sums.data[c] : A(0);
+    const bool any = there && call.images > 0;
+    const A near = any ? call.channel_sums.data[c] : A(0);
     double sum = 0, squares = 0;
     constexpr int kBlock = 8;
     for (int64_t block = slice; there && block < all; block += kBlock * kSlices) {
@@ -69,7 +71,7 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     }
     add_slices(shares, sum, squares);
     const double count = double(call.images) * call.pixels;
-    mean = near + sum / count;
+    mean = (any ? double(datum<T>(call, c)) : 0) + near + sum / count;
     variance = (squares - sum * (sum / count)) / count;
     if (variance < 0) variance = 0;
   } else if (there) {
@@ -239,9 +241,10 @@ tail_norm_gradients(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const double inverse = args.inverse[c], weight = product * inverse;
   put<T>(args.d_weight, c, weight, args.weight.wide);
   put<T>(args.d_bias, c, sum, args.bias.wide);
-  const double each = args.batch ? -args.scale[c] / (double(call.images) * call.pixels) : 0;
-  args.du_slope[c] = static_cast<A>(each * weight * inverse);
-  args.du_offset[c] = static_cast<A>(each * sum);
+  // A frozen norm's du has no such part, not even where the sums are no numbers.
+  const double each = -args.scale[c] / (double(call.images) * call.pixels);
+  args.du_slope[c] = args.batch ? static_cast<A>(each * weight * inverse) : A(0);
+  args.du_offset[c] = args.batch ? static_cast<A>(each * sum) : A(0);
 }
 
 }  // namespace da::cuda

@@ -51,7 +51,7 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
   constexpr bool in_rows = Are == ChannelsAre::rows;
-  constexpr int depth = Backward || sizeof(A) == 8 ? 2 : 4;
+  constexpr int depth = Backward ? 2 : 4;
   constexpr int channel_maps = Backward ? 6 : 3, pixel_maps = Backward ? 2 : 1;
   constexpr int row_maps = in_rows ? channel_maps : pixel_maps;
   constexpr int col_maps = in_rows ? pixel_maps : channel_maps;

@@ -10,15 +10,27 @@
 
 namespace da::cuda {
 
-// A number near a channel's mean over the tile: the mean of a few of its pixels.
+// A number near a channel's mean over the tile: the mean of a few of its pixels, without the
+// smallest and the largest, for one that is far from all others would cost the sums precision.
 template <class T>
 SIMT_FN accumulate_t<T> local_centre(const T* first, int64_t stride, int pixels) {
   using A = accumulate_t<T>;
-  constexpr int kSamples = 4;
-  A sum = 0;
+  constexpr int kSamples = 8;
+  A least = simt::to<A>(*first), most = least, sum = least;
   SIMT_UNROLL
-  for (int i = 0; i < kSamples; i++) sum += simt::to<A>(first[i * pixels / kSamples * stride]);
-  return sum / kSamples;
+  for (int i = 1; i < kSamples; i++) {
+    const A sample = simt::to<A>(first[i * pixels / kSamples * stride]);
+    least = min(least, sample), most = max(most, sample), sum += sample;
+  }
+  return (sum - least - most) / (kSamples - 2);
+}
+
+// One of a channel's numbers, from which all tiles' means are counted: where these are large, their
+// differences would be lost to rounding.
+template <class T, class A>
+SIMT_FN A datum(const Args<A>& call, int64_t c) {
+  return simt::to<A>(
+      static_cast<const T*>(call.x)[call.tiling.channels_last ? c : c * call.pixels]);
 }
 
 // Mean and sum of squared deviations of so many numbers, from the sums of their deviations from
@@ -40,10 +52,13 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
                            tile.image * call.channels * call.pixels +
                            tile.row() * tile.tiling.cols + tile.col();
     const int64_t along = tile.tiling.cols;
-    for (int i = simt::thread(); i < tile.channels(); i += kThreads)
-      memory.channel[0][i] = tile.tiling.channels_last
-                                 ? local_centre(first + i, along, tile.pixels())
-                                 : local_centre(first + i * along, 1, tile.pixels());
+    for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
+      const A centre = tile.tiling.channels_last
+                           ? local_centre(first + i, along, tile.pixels())
+                           : local_centre(first + i * along, 1, tile.pixels());
+      memory.channel[0][i] = centre;
+      memory.channel[1][i] = centre - datum<T>(call, tile.channel() + i);
+    }
   } else {
     const A* const by_channel = terms ? call.d_pooled : call.channel_mask;
     const bool factor = terms || call.weights.channels;
@@ -79,7 +94,7 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   using V = Access<T, E>;
   constexpr bool moments = Kind == TailSums::moments, gradients = Kind == TailSums::gradients;
   constexpr bool in_rows = Are == ChannelsAre::rows;
-  constexpr int depth = tail_depth(Kind, sizeof(A));
+  constexpr int depth = tail_depth(Kind);
   constexpr int by_channel = Kind == TailSums::deviations ? 1 : 2;
   constexpr int by_row = in_rows ? by_channel : 1;
   const Args<A>& call = args.call;
@@ -99,10 +114,12 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
-  const T* u = static_cast<const T*>(call.x) + start;
-  const T* out = static_cast<const T*>(args.out) + start;
-  const T* dout = static_cast<const T*>(args.dout) + start;
-  T* d_to = static_cast<T*>(args.d) + start;
+  const T* const u = static_cast<const T*>(call.x);
+  const T* const out = static_cast<const T*>(args.out);
+  const T* const dout = static_cast<const T*>(args.dout);
+  // Where the next vectors are to be asked for and used: a pointer for each tensor would take more
+  // registers than there are.
+  int64_t asked = start, used = start;
   // A thread's vectors of the rows that the block reads before it syncs, and of its rows how many
   // are left: the next round's are on their way while the sums of this one are added up, the first
   // one's while the maps are loaded. A vector that is not there stays as it was.
@@ -114,10 +131,11 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     SIMT_UNROLL
     for (int d = 0; d < depth; d++) {
       if (d * at_once < left) {
-        raw[d] = V::load(u);
-        if (gradients) raw_out[d] = V::load_once(out), raw_dout[d] = V::load_once(dout);
+        raw[d] = V::load(u + asked);
+        if (gradients)
+          raw_out[d] = V::load_once(out + asked), raw_dout[d] = V::load_once(dout + asked);
       }
-      u += stride, out += stride, dout += stride;
+      asked += stride;
     }
   };
   load();
@@ -175,7 +193,7 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
           V::unpack(raw_dout[d], g);
           SIMT_UNROLL
           for (int j = 0; j < E; j++) g[j] = rectified[j] <= 0 ? A(0) : g[j];  // a NaN lets it pass
-          V::store(d_to, g, lane.begin, lane.end);
+          V::store(static_cast<T*>(args.d) + used, g, lane.begin, lane.end);
         }
         const A of_row = in_rows ? row_centre[row] : A(0);
         SIMT_UNROLL
@@ -204,7 +222,7 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
           }
         }
       }
-      d_to += stride;
+      used += stride;
       if (adds_rows && lane.segment < at_once) {
         SIMT_UNROLL
         for (int i = 0; i < by_row; i++) mine[(i * depth + d) * kPitch] = dot[i];
@@ -220,19 +238,21 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       int row = helped, turn = first_turn, segment = first_segment;
       SIMT_ROLLED
       do {
-        A total[by_row];
+        A total[2] = {0, 0};
+        const A* const of_row = others + turn * kPitch + segment * pitch;
+        if (row < rows)
+          for (int l = 0; l < t.lanes - part; l += 4) {
+            total[0] += of_row[l];
+            if (by_row == 2) total[1] += of_row[depth * kPitch + l];
+          }
         SIMT_UNROLL
         for (int i = 0; i < by_row; i++) {
-          const A* of_row = others + (i * depth + turn) * kPitch + segment * pitch;
-          total[i] = 0;
-          if (row < rows)
-            for (int l = 0; l < t.lanes - part; l += 4) total[i] += of_row[l];
           total[i] += simt::shuffle_xor(total[i], 1);
           total[i] += simt::shuffle_xor(total[i], 2);
         }
         if (part == 0 && row < rows) {
           if constexpr (moments && in_rows) {
-            const Moment<A> m(memory.channel[0][row0 + row], total[0], total[1], tile.cols);
+            const Moment<A> m(memory.channel[1][row0 + row], total[0], total[1], tile.cols);
             row_sums[row0 + row] = m.mean, row_products[row0 + row] = m.squares;
           } else {
             row_sums[row0 + row] = total[0];
@@ -270,9 +290,9 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       if (!moments) {
         (i == 0 ? col_sums : col_products)[col] = total;
       } else if (i == 0) {
-        memory.channel[1][col] = total;
+        memory.channel[2][col] = total;
       } else {
-        const Moment<A> m(memory.channel[0][col], memory.channel[1][col], total, tile.rows);
+        const Moment<A> m(memory.channel[1][col], memory.channel[2][col], total, tile.rows);
         col_sums[col] = m.mean, col_products[col] = m.squares;
       }
     }
