@@ -217,7 +217,7 @@ FAULTS = {
     "elements that no edge has": (
         "VOTE.ANY R8, PT, PT ;",
         "STG.E [R8.64], R4 ;\n        /*0281*/   STG.E [R8.64], R5 ;",
-        "y: expected at most 5 narrow stores, of edges' elements and a sum, got 6",
+        "y: expected at most 5 narrow stores, of edges' elements and sums, got 6",
     ),
     "one at a time": ("IMAD.WIDE R8, R2,", "IMAD.WIDE R8, R6,", "2 vectors in flight, got 1"),
     "a copy that is none": (

@@ -79,6 +79,13 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
   }
 }
 
+// Blocks of a multiprocessor: one less where a GPU has no bfloat16, and registers round d instead.
+template <class T, TailSums Kind>
+constexpr int tail_sums_blocks() {
+  const bool rounds = std::is_same_v<T, simt::bfloat16> && simt::kArch == 75;
+  return kTailPerSm - (rounds && Kind == TailSums::gradients);
+}
+
 // Sums over a tile:
 //   moments     by channel, of u - a number near its mean, and squared; written as Moment
 //   deviations  by channel, of mask (u - centre); by pixel, of channel weight (u - centre)
@@ -88,7 +95,7 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
 // A thread keeps its columns' sums in registers over all rows. Its sums over a row's elements go to
 // shared memory, a round of rows at a time; then four threads add up the lanes of each row.
 template <class T, int E, TailSums Kind, ChannelsAre Are>
-SIMT_KERNEL(kThreads, kTailPerSm)
+SIMT_KERNEL(kThreads, (tail_sums_blocks<T, Kind>()))
 tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
@@ -240,11 +247,17 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       do {
         A total[2] = {0, 0};
         const A* const of_row = others + turn * kPitch + segment * pitch;
-        if (row < rows)
-          for (int l = 0; l < t.lanes - part; l += 4) {
-            total[0] += of_row[l];
-            if (by_row == 2) total[1] += of_row[depth * kPitch + l];
-          }
+        const auto add = [&](int l) {
+          total[0] += of_row[l];
+          if (by_row == 2) total[1] += of_row[depth * kPitch + l];
+        };
+        const int end = row < rows ? t.lanes - part : 0;
+        if constexpr (sizeof(A) == 8) {  // of which unrolled loops would be far too long
+          SIMT_ROLLED
+          for (int l = 0; l < end; l += 4) add(l);
+        } else {
+          for (int l = 0; l < end; l += 4) add(l);
+        }
         SIMT_UNROLL
         for (int i = 0; i < by_row; i++) {
           total[i] += simt::shuffle_xor(total[i], 1);
