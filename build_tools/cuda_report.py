@@ -53,7 +53,8 @@ that is loaded, at most: with every sum that the loop can be asked for, and of r
 inside a vector. Vectors are in flight when they are asked for before the first is used. H100 and
 H200: what share of all instructions that these GPUs, which are sm_90, can issue it is while their
 memory moves 3.0 and 4.3 TB/s; "all that is kept" is a launch whose image stays in shared memory,
-with all sums in all sweeps. On sm_75 the limit is larger by what rounding to bfloat16 takes there."""
+with all sums in all sweeps. On sm_75 the limit is larger by what rounding to bfloat16 takes
+there."""
 
 WORDS = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "d": "double"}
 WORDS |= {"Lb0E": "false", "Lb1E": "true"}
