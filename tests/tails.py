@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from da_ops.accuracy import PARAMETERS, PROMISED, rms
+from da_ops.accuracy import PARAMETERS
 from da_ops.parameters import Parameters
 from da_ops.reference import da_attention, formula
 from da_ops.residual import reference
 from da_ops.residual.function import fused
 from da_ops.residual.reference import Norm
 
-from .cases import CASES, LAYOUTS, distance, make
+from .cases import CASES, LAYOUTS, make
 
 # Every order and gate, and no attention; and some, with every order.
 TAILS = [*CASES, ("none", "sigmoid")]
@@ -52,13 +52,6 @@ class Tail:
         u, shortcut, dout = (t.to(dtype) for t in (self.u, self.shortcut, self.dout))
         parameters = {name: p.to(dtype) for name, p in self.parameters.items()}
         norm = self.norm.to(dtype)
-        return replace(self, u=u, shortcut=shortcut, dout=dout, norm=norm, parameters=parameters)
-
-    def on(self, device: str) -> Tail:
-        u, shortcut, dout = (t.to(device) for t in (self.u, self.shortcut, self.dout))
-        parameters = {name: p.to(device) for name, p in self.parameters.items()}
-        given = (None if t is None else t.to(device) for t in self.norm[:4])
-        norm = Norm(*given, self.norm.eps)
         return replace(self, u=u, shortcut=shortcut, dout=dout, norm=norm, parameters=parameters)
 
     def tensors(self) -> list[Tensor]:
@@ -107,47 +100,19 @@ def in_steps(tail: Tail) -> Tensor:
     return torch.relu(x + tail.shortcut)
 
 
-def by_kernels(tail: Tail, backend: str = "cpu", device: str = "cpu") -> Tensor:
-    """A backend's fused operator, on its device."""
+def by(backend: str) -> Callable[[Tail], Tensor]:
+    """The fused operator of a backend."""
 
-    def place(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(device)
+    def function(tail: Tail) -> Tensor:
+        parameters = map(tail.parameters.get, PARAMETERS)
+        options = tail.order, tail.gate, backend
+        out, *_ = fused(tail.u, tail.shortcut, *tail.norm, *parameters, *options)
+        return out
 
-    *norm, eps = tail.norm
-    parameters = map(place, map(tail.parameters.get, PARAMETERS))
-    arguments = (*map(place, (tail.u, tail.shortcut, *norm)), eps, *parameters)
-    out, *_ = fused(*arguments, tail.order, tail.gate, backend)
-    return out.to(tail.u.device)
-
-
-def assert_as_good_as_steps(
-    tails: list[Tail], answers: list[dict[str, Tensor]], *, times: float = 2.0
-) -> None:
-    """The errors of several draws, in root mean square, are at most so many times those of the
-    modules one after the other in the same dtype, or as small as the layer's promise."""
-    ours: list[dict[str, float]] = []
-    steps: list[dict[str, float]] = []
-    for tail, answer in zip(tails, answers, strict=True):
-        want = tail.truth()
-        for errors, got in ((ours, answer), (steps, tail.results(in_steps))):
-            errors.append({name: distance(got[name], want[name]) for name in want})
-    for name in ours[0]:
-        found, beside = (rms(draw[name] for draw in draws) for draws in (ours, steps))
-        allowed = max(times * beside, PROMISED[answers[0][name].dtype])
-        assert found <= allowed, (name, found, beside)
+    return function
 
 
-# Sums of few numbers may cancel: this is to see mistakes, assert_as_good_as_steps sees errors.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
-
-
-def assert_near(tail: Tail, got: dict[str, Tensor]) -> None:
-    """Against the definition in float64; what is not written is seen."""
-    want = tail.truth()
-    assert got.keys() == want.keys()
-    for name, exact in want.items():
-        off, least = (got[name].double() - exact).norm(), 1e-2 * exact.numel() ** 0.5
-        assert off <= TOLERANCE[tail.u.dtype] * (exact.norm() + least), name
+by_kernels = by("cpu")
 
 
 def make_tail(
@@ -161,6 +126,7 @@ def make_tail(
     batch: bool = True,
     affine: bool = True,
     mean: float = 0.0,
+    device: str = "cpu",
     seed: int = 0,
 ) -> Tail:
     """A call with random numbers; `mean` is put on top of every channel's own."""
@@ -173,12 +139,13 @@ def make_tail(
         dtype=dtype,
         parameter_dtype=kind,
         layout=layout,
+        device=device,
         seed=seed,
     )
     generator = torch.Generator().manual_seed(seed + 1)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(device)
 
     channels = shape[1]
     # A shortcut that is now larger and now smaller, so that ReLU does both.

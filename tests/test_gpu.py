@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import math
 
 import pytest
@@ -24,7 +23,7 @@ from .cases import (
 )
 from .conftest import GPU, need
 from .plans import Plan, or_skipped
-from .tails import FEW_TAILS, by_kernels, defined, make_tail
+from .tails import FEW_TAILS, by, defined, make_tail
 
 pytestmark = pytest.mark.skipif(not GPU, reason="torch finds no GPU")
 # Each way of CUDA to launch a call, which no two GPUs would choose alike.
@@ -110,7 +109,7 @@ def tail_kernels(monkeypatch):
     """The CUDA kernels of the residual tail, for tensors that are on the GPU."""
     need("cuda")
     monkeypatch.delenv("DA_OPS_PLAN", raising=False)
-    return functools.partial(by_kernels, backend="cuda", device="cuda")
+    return by("cuda")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,7 +117,7 @@ def tail_kernels(monkeypatch):
 def test_graph_replays_the_residual_tail_with_new_data(tail_kernels, order, gate, layout):
     """Statistics, forward and backward in one graph; a replay is bit for bit the call."""
     shape = (3, 24, 14, 14)
-    tail = make_tail(shape, order, gate, layout=layout).on("cuda")
+    tail = make_tail(shape, order, gate, layout=layout, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -128,7 +127,7 @@ def test_graph_replays_the_residual_tail_with_new_data(tail_kernels, order, gate
     with torch.cuda.graph(graph):
         got = tail.results(tail_kernels)
     for seed in (1, 2):
-        other = make_tail(shape, order, gate, layout=layout, seed=seed).on("cuda")
+        other = make_tail(shape, order, gate, layout=layout, device="cuda", seed=seed)
         for mine, new in zip(tail.tensors(), other.tensors(), strict=True):
             mine.copy_(new)
         graph.replay()
@@ -140,8 +139,8 @@ def test_graph_replays_the_residual_tail_with_new_data(tail_kernels, order, gate
 @pytest.mark.parametrize("shape", [(16, 256, 56, 56), (32, 2048, 7, 7)])
 def test_the_residual_tail_at_real_sizes(tail_kernels, shape, layout):
     """The same bits twice, beside other work, and near the definition in float32."""
-    small = make_tail(shape, dtype=torch.float16, layout=layout, parameter_dtype=torch.float32)
-    tail = small.on("cuda")
+    dtypes = {"dtype": torch.float16, "parameter_dtype": torch.float32}
+    tail = make_tail(shape, **dtypes, layout=layout, device="cuda")
     once, again = (tail.results(tail_kernels) for _ in range(2))
     assert_equal(once, again)
     want = tail.to(torch.float32).results(defined)
