@@ -8,7 +8,7 @@ For float16, bfloat16 and float32, and for float64 as far as it has such kernels
   these 16-byte accesses on the way over whole vectors; there is no other loop that reads or writes
   vectors in global memory, except those that copy whole vectors into shared memory
 - on that way every access of global memory is of a vector; anywhere in the loop every load is, and
-  narrow stores are no more than the elements of the vectors stored, at edges, and one sum of a row
+  narrow stores are no more than the elements of the vectors stored, at edges, and the sums of a row
 - on that way narrow accesses of shared memory are at most as many as the table says, each of one
   number of the type that sums are made in: the masks, the terms and the sums of rows
 - it has no more instructions a vector than the table says
@@ -48,6 +48,7 @@ class HotLoop:
     in_flight: int  # vectors that must be asked for before one is used
     limit: tuple[int, int, int]  # instructions a loaded vector, of 2-, 4- and 8-byte elements
     times: int = 0  # that it is gone through, in vectors of x, where a launch keeps the image
+    sums: int = 1  # of a row, that leave the loop for memory
 
     def instructions(self, loop: Loop) -> float:
         """For each vector that is loaded."""
@@ -58,8 +59,9 @@ class HotLoop:
 # architectures; the report prints what they are of the slots. Narrow accesses are, of a row, its
 # weight, or its sum on the way to other lanes (sums), or the mask and term of the row, or of both
 # rows, that a vector lies in (y, dx); sums of the one launch have, of a turn, a sum and what it
-# comes on top of. Vectors in flight are kDepth; the one launch reads them in shared memory. Where
-# rows are whole numbers of vectors (whole), nothing is masked or selected.
+# comes on top of. The residual tail's passes (tail_) also read what a row has by channel or pixel.
+# Vectors in flight are kDepth; the one launch reads them in shared memory. Where rows are whole
+# numbers of vectors (whole), nothing is masked or selected.
 HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "sums, forward, rows, whole": (HotLoop("x", (4, 0, 0), 1, 4, 4, (27, 17, 0)),),
     "sums, forward, rows, split": (HotLoop("x", (4, 0, 0), 1, 4, 4, (34, 24, 0)),),
@@ -77,6 +79,16 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "scale, forward, split": (HotLoop("y", (4, 0, 4), 1, 8, 4, (85, 40, 40)),),
     "scale, backward, whole": (HotLoop("dx", (4, 0, 4), 3, 8, 4, (61, 26, 0)),),
     "scale, backward, split": (HotLoop("dx", (4, 0, 4), 3, 16, 4, (102, 49, 61)),),
+    "tail_sums, moments, rows": (HotLoop("u", (4, 0, 0), 1, 12, 4, (75, 52, 74), sums=2),),
+    "tail_sums, moments, cols": (HotLoop("u", (4, 0, 0), 1, 0, 4, (54, 54, 52)),),
+    "tail_sums, deviations, rows": (HotLoop("u", (4, 0, 0), 1, 12, 4, (73, 52, 69)),),
+    "tail_sums, deviations, cols": (HotLoop("u", (4, 0, 0), 1, 8, 4, (70, 66, 65)),),
+    "tail_sums, gradients, rows": (HotLoop("d", (6, 0, 2), 1, 10, 6, (60, 44, 47), sums=2),),
+    "tail_sums, gradients, cols": (HotLoop("d", (6, 0, 2), 1, 4, 6, (58, 44, 47)),),
+    "tail_scale, forward, rows": (HotLoop("out", (8, 0, 4), 1, 12, 8, (53, 27, 33)),),
+    "tail_scale, forward, cols": (HotLoop("out", (8, 0, 4), 1, 4, 8, (52, 25, 32)),),
+    "tail_scale, backward, rows": (HotLoop("du", (4, 0, 2), 1, 12, 4, (62, 33, 46)),),
+    "tail_scale, backward, cols": (HotLoop("du", (4, 0, 2), 1, 4, 4, (57, 30, 45)),),
     "chip_forward": (
         HotLoop("sums of x", (0, 4, 0), 3, 6, 0, (56, 35, 0), times=2),
         HotLoop("y, whole", (0, 4, 4), 1, 4, 0, (49, 19, 0), times=1),
@@ -92,14 +104,17 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
 # A loop that reads so many numbers in shared memory is the stencil's, over pixels; the vectors that
 # it reads there are its coefficients.
 TAPS = 18
-# Instructions of the loops within those of sums, a turn of each: they add a row's lanes, unrolled.
-WITHIN = 200
+# Instructions of the loops within those of sums, a turn of each, by the sums that a row has: they
+# add its lanes, unrolled.
+WITHIN = {1: 200, 2: 250}
 # Instructions that round a float to bfloat16 on 7.5, which has none of its own for that.
 ROUNDING = 20
 # Instructions that widening a vector of bfloat16 takes more than one of float16, on any of ours.
 WIDENING = 6
 # All instructions of kernels without a loop over vectors; those for elements mostly make masks.
 WHOLE = {"sums": 5100, "scale": 6300, "maps": 5000, "finish": 2750}
+WHOLE |= {"tail_sums": 2450, "tail_scale": 1500, "tail_maps": 5650}
+WHOLE |= {"tail_norm": 1900, "tail_norm_gradients": 3050}
 # Until the launch before has ended, from sm_90 on: griddepcontrol.wait.
 WAIT = "ACQBULK"
 # Full-size tensors that go through memory where a launch keeps the image.
@@ -110,7 +125,7 @@ def kernel_of(name: str) -> tuple[str, int, bool]:
     """Of scale<half, 8, true, split>: "scale, backward, split"; an element's bytes; for vectors."""
     base, *arguments = re.findall(r"\w+", name)
     size = SIZES.get(arguments[0], 0) if arguments else 0
-    if base in ("sums", "scale"):
+    if base.removeprefix("tail_") in ("sums", "scale"):
         ways = {"true": "backward", "false": "forward"}
         base = ", ".join([base, *(ways.get(word, word) for word in arguments[2:])])
     vectors = base in HOT_LOOPS and arguments[1:2] != ["1"]
@@ -249,12 +264,12 @@ def loop_faults(
     loads, stores = (narrow(loop.body, "global", load) for load in (True, False))
     if loads:
         yield f"expected loads of whole vectors, got {len(loads)} of {min(loads)} bytes"
-    most = 1 + hot.vectors[2] * VECTOR // size
+    most = hot.sums + hot.vectors[2] * VECTOR // size
     if len(stores) > most or any(width not in (size, entry) for width in stores):
         got = f"{len(stores)}, the narrowest of {min(stores)} bytes"
-        yield f"expected at most {most} narrow stores, of edges' elements and a sum, got {got}"
-    if len(loop.within) > WITHIN:
-        yield f"expected at most {WITHIN} instructions of loops within, got {len(loop.within)}"
+        yield f"expected at most {most} narrow stores, of edges' elements and sums, got {got}"
+    if len(loop.within) > (most := WITHIN[hot.sums]):
+        yield f"expected at most {most} instructions of loops within, got {len(loop.within)}"
     # ptxas asks for half of the vectors, then for the others, where registers are short: of
     # float64, and from 10.0 on.
     in_flight = hot.in_flight if size < 8 and capability < 100 else (hot.in_flight + 1) // 2

@@ -47,13 +47,14 @@ class Kernel:
 
 
 LEGEND = """\
-The loops that read x or dy. Vectors are of 16 bytes: so many a turn come from global memory, from
-shared memory, are stored. Instructions are those for a vector that is loaded, at most: with every
-sum that the loop can be asked for, and of rows that begin inside a vector. Vectors are in flight
-when they are asked for before the first is used. H100 and H200: what share of all instructions that
-these GPUs, which are sm_90, can issue it is while their memory moves 3.0 and 4.3 TB/s; "all that is
-kept" is a launch whose image stays in shared memory, with all sums in all sweeps. On sm_75 the
-limit is larger by what rounding to bfloat16 takes there."""
+The loops that read x or dy, or the residual tail's tensors. Vectors are of 16 bytes: so many a
+turn come from global memory, from shared memory, are stored. Instructions are those for a vector
+that is loaded, at most: with every sum that the loop can be asked for, and of rows that begin
+inside a vector. Vectors are in flight when they are asked for before the first is used. H100 and
+H200: what share of all instructions that these GPUs, which are sm_90, can issue it is while their
+memory moves 3.0 and 4.3 TB/s; "all that is kept" is a launch whose image stays in shared memory,
+with all sums in all sweeps. On sm_75 the limit is larger by what rounding to bfloat16 takes
+there."""
 
 WORDS = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "d": "double"}
 WORDS |= {"Lb0E": "false", "Lb1E": "true"}
@@ -62,6 +63,8 @@ ENUMERATORS = {
     "Adds": ("rows", "cols", "any"),
     "Fit": ("whole", "split"),
     "Made": ("masks_of_sums", "masks_again", "terms"),
+    "TailSums": ("moments", "deviations", "gradients"),
+    "ChannelsAre": ("rows", "cols"),
 }
 ARGUMENT = "|".join([*WORDS, r"Li\d+E", r"LN\w+?E\d+E"])  # types, numbers, enumerators
 
@@ -80,7 +83,7 @@ def short_name(mangled: str) -> str:
 def _value(argument: str) -> str:
     """A number, or an enumerator's name."""
     number = re.findall(r"\d+", argument)[-1]
-    enumeration = re.search(r"\d([A-Z][a-z]+)E\d+E$", argument)
+    enumeration = re.search(r"\d([A-Za-z]+)E\d+E$", argument)
     return ENUMERATORS[enumeration[1]][int(number)] if enumeration else number
 
 

@@ -4,6 +4,7 @@
 #include "cpu/plan.h"
 #include "cuda/plan/cache.h"
 #include "cuda/plan/choose.h"
+#include "cuda/plan/tail.h"
 #include "cuda/plan/tile.h"
 
 namespace py = pybind11;
@@ -17,7 +18,10 @@ da::Problem problem(const py::tuple& shape, bool channels_last, const std::strin
   p.h = shape[2].cast<int64_t>(), p.w = shape[3].cast<int64_t>();
   p.channels_last = channels_last;
   if (!da::parse(dtype, p.dtype)) throw py::value_error("unknown dtype " + dtype);
-  if (!da::parse(order, p.order)) throw py::value_error("unknown order " + order);
+  if (order == "none")  // of the residual tail
+    p.order = da::Order::none;
+  else if (!da::parse(order, p.order))
+    throw py::value_error("unknown order " + order);
   return p;
 }
 
@@ -121,15 +125,20 @@ py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p,
   return d;
 }
 
+da::cuda::Device device_of(int sm, int multiprocessors, int64_t l2_bytes) {
+  da::cuda::Device device = da::cuda::typical_device(sm);
+  if (multiprocessors > 0) device.multiprocessors = multiprocessors;
+  if (l2_bytes > 0) device.l2_bytes = l2_bytes;
+  return device;
+}
+
 py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dtype,
               const std::string& order, const std::string& gate, int sm, int multiprocessors,
               const std::string& wish, int64_t l2_bytes) {
   da::Problem p = problem(shape, channels_last, dtype, order);
   if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
   if (p.gate == da::Gate::eca) p.kernel_size = 3;  // larger ones are planned alike
-  da::cuda::Device device = da::cuda::typical_device(sm);
-  if (multiprocessors > 0) device.multiprocessors = multiprocessors;
-  if (l2_bytes > 0) device.l2_bytes = l2_bytes;
+  const da::cuda::Device device = device_of(sm, multiprocessors, l2_bytes);
   da::cuda::Wish wished;
   if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
   constexpr bool aligned = true;  // as PyTorch allocates tensors
@@ -162,6 +171,36 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
   return d;
 }
 
+py::dict cuda_tail(const py::tuple& shape, bool channels_last, const std::string& dtype,
+                   const std::string& order, const std::string& gate, bool batch, int sm,
+                   int multiprocessors, const std::string& wish, int64_t l2_bytes) {
+  da::Problem p = problem(shape, channels_last, dtype, order);
+  if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
+  if (p.gate == da::Gate::eca) p.kernel_size = 3;  // larger ones are planned alike
+  const da::cuda::Device device = device_of(sm, multiprocessors, l2_bytes);
+  da::cuda::Wish wished;
+  if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
+  const da::cuda::TailPlan plan = da::cuda::tail_plan(p, batch, device, true, wished.limits);
+  const auto steps = [&](const da::cuda::TailDirection& direction) {
+    py::list list;
+    for (const auto& step : direction.steps)
+      list.append(py::dict(
+          py::arg("name") = step.name, py::arg("reads") = da::count(step.reads),
+          py::arg("writes") = da::count(step.writes), py::arg("grid") = step.grid,
+          py::arg("threads") = da::cuda::kThreads, py::arg("shared_bytes") = step.shared_bytes,
+          py::arg("backwards") = step.backwards,
+          py::arg("waves") = waves(da::cuda::waves(p, device, plan, step)),
+          py::arg("in_l2") = da::cuda::expected_in_l2(p, device, direction, step)));
+    return list;
+  };
+  py::dict d;
+  d["vector_bytes"] = plan.tiling.vector * p.element_size();
+  d["tiles_an_image"] = plan.tiling.tiles();
+  d["forward"] = steps(plan.forward);
+  d["backward"] = steps(plan.backward);
+  return d;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_plan, m) {
@@ -176,6 +215,12 @@ PYBIND11_MODULE(_plan, m) {
         py::arg("wish") = "", py::arg("l2_bytes") = 0,
         "The CUDA backend's launches on a GPU of this compute capability, with so many "
         "multiprocessors and bytes of L2 (0: as many as a typical one).");
+  m.def(
+      "cuda_tail", &cuda_tail, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
+      py::arg("order"), py::arg("gate"), py::arg("batch"), py::arg("sm"),
+      py::arg("multiprocessors") = 0, py::arg("wish") = "", py::arg("l2_bytes") = 0,
+      "The launches of the CUDA backend's residual tail, as cuda() has them; order \"none\" leaves "
+      "attention out; batch: the norm's statistics are the batch's.");
   m.def(
       "schedules",
       [] {

@@ -18,5 +18,18 @@ def cuda(
     sm: int,
     multiprocessors: int,
     wish: str = "",
+    l2_bytes: int = 0,
+) -> dict[str, Any]: ...
+def cuda_tail(
+    shape: tuple[int, ...],
+    channels_last: bool,
+    dtype: str,
+    order: str,
+    gate: str,
+    batch: bool,
+    sm: int,
+    multiprocessors: int = 0,
+    wish: str = "",
+    l2_bytes: int = 0,
 ) -> dict[str, Any]: ...
 def proofs() -> dict[int, str]: ...

@@ -19,8 +19,16 @@ from da_ops.residual.reference import Norm
 
 from .cases import CASES, LAYOUTS, make
 
-# Every order and gate, and no attention.
+# Every order and gate, and no attention; and some, with every order.
 TAILS = [*CASES, ("none", "sigmoid")]
+FEW_TAILS = [
+    ("spatial_channel", "affine"),
+    ("channel_spatial", "eca"),
+    ("parallel", "scalar"),
+    ("spatial", "affine"),
+    ("channel", "sigmoid"),
+    ("none", "sigmoid"),
+]
 
 
 @dataclass
@@ -45,6 +53,10 @@ class Tail:
         parameters = {name: p.to(dtype) for name, p in self.parameters.items()}
         norm = self.norm.to(dtype)
         return replace(self, u=u, shortcut=shortcut, dout=dout, norm=norm, parameters=parameters)
+
+    def tensors(self) -> list[Tensor]:
+        given = (self.u, self.shortcut, *self.norm[:4], *self.parameters.values(), self.dout)
+        return [t for t in given if t is not None]
 
     def results(self, function: Callable[[Tail], Tensor]) -> dict[str, Tensor]:
         """`out` and every gradient, by name."""

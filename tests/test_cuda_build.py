@@ -120,6 +120,10 @@ def test_the_report_says_when_there_is_no_nvcc(monkeypatch, capsys):
     [
         ("_ZN2da4cuda6finishIdEEvNS0_4ArgsIT_EE", "finish<double>"),
         ("_ZN2da4cuda6finishI13__nv_bfloat16EEvv", "finish<bfloat16>"),
+        (
+            "_ZN2da4cuda9tail_sumsI6__halfLi8ELNS0_8TailSumsE2ELNS0_11ChannelsAreE0EEEvv",
+            "tail_sums<half, 8, gradients, rows>",
+        ),
         ("_ZN2da4cuda5plainEv", "plain"),
         ("__internal_something", "__internal_something"),
     ],

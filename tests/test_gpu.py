@@ -18,10 +18,12 @@ from .cases import (
     assert_close,
     assert_equal,
     assert_promised,
+    distance,
     make,
 )
 from .conftest import GPU, need
 from .plans import Plan, or_skipped
+from .tails import FEW_TAILS, by, defined, make_tail
 
 pytestmark = pytest.mark.skipif(not GPU, reason="torch finds no GPU")
 # Each way of CUDA to launch a call, which no two GPUs would choose alike.
@@ -100,6 +102,50 @@ def test_graph_replays_with_new_data(made, backend, order, gate, dtype, layout):
         graph.replay()
         torch.cuda.synchronize()
         assert_equal(results(call, y, grads), other.results(backend=backend))
+
+
+@pytest.fixture
+def tail_kernels(monkeypatch):
+    """The CUDA kernels of the residual tail, for tensors that are on the GPU."""
+    need("cuda")
+    monkeypatch.delenv("DA_OPS_PLAN", raising=False)
+    return by("cuda")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), FEW_TAILS)
+def test_graph_replays_the_residual_tail_with_new_data(tail_kernels, order, gate, layout):
+    """Statistics, forward and backward in one graph; a replay is bit for bit the call."""
+    shape = (3, 24, 14, 14)
+    tail = make_tail(shape, order, gate, layout=layout, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        tail.results(tail_kernels)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = tail.results(tail_kernels)
+    for seed in (1, 2):
+        other = make_tail(shape, order, gate, layout=layout, device="cuda", seed=seed)
+        for mine, new in zip(tail.tensors(), other.tensors(), strict=True):
+            mine.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(got, other.results(tail_kernels))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(16, 256, 56, 56), (32, 2048, 7, 7)])
+def test_the_residual_tail_at_real_sizes(tail_kernels, shape, layout):
+    """The same bits twice, beside other work, and near the definition in float32."""
+    dtypes = {"dtype": torch.float16, "parameter_dtype": torch.float32}
+    tail = make_tail(shape, **dtypes, layout=layout, device="cuda")
+    once, again = (tail.results(tail_kernels) for _ in range(2))
+    assert_equal(once, again)
+    want = tail.to(torch.float32).results(defined)
+    for name in ("out", "d_u", "d_shortcut", "d_norm_weight", "d_norm_bias", "d_gate_weight"):
+        assert distance(once[name], want[name]) <= 1e-2, name
 
 
 @pytest.mark.parametrize("recorded", [False, True])

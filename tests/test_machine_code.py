@@ -217,7 +217,7 @@ FAULTS = {
     "elements that no edge has": (
         "VOTE.ANY R8, PT, PT ;",
         "STG.E [R8.64], R4 ;\n        /*0281*/   STG.E [R8.64], R5 ;",
-        "y: expected at most 5 narrow stores, of edges' elements and a sum, got 6",
+        "y: expected at most 5 narrow stores, of edges' elements and sums, got 6",
     ),
     "one at a time": ("IMAD.WIDE R8, R2,", "IMAD.WIDE R8, R6,", "2 vectors in flight, got 1"),
     "a copy that is none": (
@@ -310,6 +310,8 @@ def test_the_report_has_a_line_for_each_loop(monkeypatch):
         ("sums<double, 2, backward, any, split>", ("sums, backward, any, split", 8, True)),
         ("sums<float, 1, through, any, whole>", ("sums, through, any, whole", 4, False)),
         ("scale<bfloat16, 8, true, split>", ("scale, backward, split", 2, True)),
+        ("tail_sums<half, 8, moments, rows>", ("tail_sums, moments, rows", 2, True)),
+        ("tail_scale<float, 1, true, cols>", ("tail_scale, backward, cols", 4, False)),
         ("chip_forward<half>", ("chip_forward", 2, True)),
         ("chip_backward<float>", ("chip_backward", 4, True)),
         ("maps<double, terms>", ("maps", 8, False)),

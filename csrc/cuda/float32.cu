@@ -1,5 +1,7 @@
 #include "cuda/launch.cuh"
+#include "cuda/tail/launch.cuh"
 
 namespace da::cuda {
 DA_LAUNCHERS(template, Dtype::float32)
-}
+DA_TAIL_LAUNCHER(template, Dtype::float32)
+}  // namespace da::cuda

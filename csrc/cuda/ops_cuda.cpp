@@ -1,51 +1,15 @@
 // The CUDA kernels behind da_ops::forward and da_ops::backward: checks, device, stream, allocation.
 // The launchers get raw pointers.
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include <array>
 #include <cstdlib>
 #include <map>
-#include <mutex>
 #include <tuple>
-#include <vector>
 
-#include "arguments.h"
+#include "cuda/call.h"
 #include "cuda/first_call.h"
-#include "cuda/launch.h"
 #include "cuda/plan/choose.h"
 
 namespace da::cuda {
 namespace {
-
-void require(int error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "da_ops: a CUDA launch failed: ",
-                  cudaGetErrorString(static_cast<cudaError_t>(error)));
-}
-
-int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  require(cudaDeviceGetAttribute(&value, name, device));
-  return value;
-}
-
-const Device& device_of(const Tensor& x) {
-  constexpr int kMaxDevices = 64;
-  static std::array<std::once_flag, kMaxDevices> known;
-  static std::array<Device, kMaxDevices> devices;
-  const int index = x.get_device_index();
-  STD_TORCH_CHECK(index < kMaxDevices, "da_ops: more than 64 GPUs");
-  std::call_once(known[index], [&] {
-    bool early = false;
-    require(early_launches(early));
-    devices[index] = {10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                          attribute(cudaDevAttrComputeCapabilityMinor, index),
-                      attribute(cudaDevAttrMultiProcessorCount, index),
-                      attribute(cudaDevAttrL2CacheSize, index), early};
-  });
-  return devices[index];
-}
 
 int residents(Dtype dtype, const OnChip& chip) {
   int teams = 0;
@@ -126,54 +90,6 @@ const Plan& planned(const Problem& p, const Tensor& x, Way way, bool aligned) {
   if (plans.size() >= kMost) plans.clear();
   return plans.emplace(key, std::move(plan)).first->second;
 }
-
-void* stream_of(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
-}
-
-bool aligned(std::initializer_list<const Tensor*> tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) {
-    return reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0;
-  });
-}
-
-// The given parameters' addresses. Copies that had to be made live as long as this.
-class Addresses {
- public:
-  Addresses(const Problem& p, const Tensor& x, const Arguments& given)
-      : x_(x),
-        pointers_(each(
-            [this](const Parameter& parameter, int64_t size) { return address(parameter, size); },
-            given, sizes(p))) {}
-
-  const Parameters<const void*>& operator*() const { return pointers_; }
-  bool wide() const { return dtype_.value_or(x_.scalar_type()) != x_.scalar_type(); }
-
- private:
-  const void* address(const Parameter& parameter, int64_t elements) {
-    if (!parameter) return nullptr;
-    const ScalarType dtype = parameter->scalar_type();
-    STD_TORCH_CHECK(parameter->get_device_index() == x_.get_device_index() &&
-                        parameter->is_cuda() && parameter->numel() == elements,
-                    "da_ops: a parameter is not on x's device or has the wrong size");
-    const bool half =
-        x_.scalar_type() == ScalarType::Half || x_.scalar_type() == ScalarType::BFloat16;
-    STD_TORCH_CHECK(dtype == x_.scalar_type() || (half && dtype == ScalarType::Float),
-                    "da_ops: parameters must have x's dtype, or be float32 with a half x");
-    STD_TORCH_CHECK(dtype_.value_or(dtype) == dtype, "da_ops: parameters must share a dtype");
-    dtype_ = dtype;
-    copies_.push_back(parameter->is_contiguous() ? *parameter
-                                                 : torch::stable::contiguous(*parameter));
-    return copies_.back().const_data_ptr();
-  }
-
-  const Tensor& x_;
-  std::optional<ScalarType> dtype_;
-  std::vector<Tensor> copies_;
-  Parameters<const void*> pointers_;  // the last, for it is made with the others
-};
 
 Outputs forward_cuda(const Problem& p, const Tensor& x, const Arguments& given) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,34 +16,40 @@ from .tuned import ENVIRONMENT, PLANS
 OLDEST = 75  # compute capability that kernels are built for
 
 
-def _plan(call: Call) -> Plan:
-    plan = native.planner().cuda
-    properties = None
+def _gpu(call: Call) -> Any:
+    """The properties of the GPU that a plan is for; None where it is for a typical one."""
     if call.sm is None and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    of_call = (
-        call.shape,
-        call.channels_last,
-        str(call.dtype).removeprefix("torch."),
-        call.order,
-        call.gate,
-        call.sm or (10 * properties.major + properties.minor if properties else 90),
-        properties.multi_processor_count if properties else 0,
-    )
-    l2_bytes = properties.L2_cache_size if properties else 0
+        return torch.cuda.get_device_properties(torch.cuda.current_device())
+    return None
+
+
+def _planned(planner: Callable[..., dict[str, Any]], call: Call, wish: str, *more: bool) -> Any:
+    """What `planner` says of the call on that GPU; more: what it asks for besides."""
+    gpu = _gpu(call)
+    dtype = str(call.dtype).removeprefix("torch.")
+    sm = call.sm or (10 * gpu.major + gpu.minor if gpu else 90)
+    of_gpu = (gpu.multi_processor_count, wish, gpu.L2_cache_size) if gpu else (0, wish, 0)
+    return planner(call.shape, call.channels_last, dtype, call.order, call.gate, *more, sm, *of_gpu)
+
+
+def _direction(steps: list[dict[str, Any]]) -> Direction:
+    passes = []
+    for step in steps:
+        of_pass = {key: step.pop(key) for key in ("name", "reads", "writes")}
+        why = _saved(step.pop("once"), step.pop("again"))
+        launch = Launch(**{**step, "waves": Waves(**step["waves"])})
+        passes.append(Pass(**of_pass, launch=launch, why=why))
+    return Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
+
+
+def _plan(call: Call) -> Plan:
     wish = os.environ.get(ENVIRONMENT["cuda"], "")
-    here = properties is not None
+    here = _gpu(call) is not None
 
     def direction(name: str) -> tuple[dict[str, Any], Direction]:
         tuned = PLANS.of("cuda", call, name == "backward") if here else None
-        details = plan(*of_call, tuned.launches if tuned else wish, l2_bytes)
-        passes = []
-        for step in details[name]:
-            of_pass = {key: step.pop(key) for key in ("name", "reads", "writes")}
-            why = _saved(step.pop("once"), step.pop("again"))
-            launch = Launch(**{**step, "waves": Waves(**step["waves"])})
-            passes.append(Pass(**of_pass, launch=launch, why=why))
-        return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
+        details = _planned(native.planner().cuda, call, tuned.launches if tuned else wish)
+        return details, _direction(details[name])
 
     (details, forward), (others, backward) = direction("forward"), direction("backward")
     one_launch = {"forward": details, "backward": others}
@@ -51,6 +58,13 @@ def _plan(call: Call) -> Plan:
         details[f"one launch {way}"] = _one_launch(planned[f"one_launch_{way}"])
     if here:
         details.update(PLANS.words("cuda", call))
+    return Plan(forward, backward, details)
+
+
+def _residual_plan(call: Call, mode: str) -> Plan:
+    wish = os.environ.get(ENVIRONMENT["cuda"], "")
+    details = _planned(native.planner().cuda_tail, call, wish, mode == "training")
+    forward, backward = (_direction(details.pop(name)) for name in ("forward", "backward"))
     return Plan(forward, backward, details)
 
 
@@ -138,4 +152,7 @@ BACKEND = Backend(
     _plan,
     missing=_missing,
     unfit=_unfit,
+    residual_forward=native.residual_forward,
+    residual_backward=native.residual_backward,
+    residual_plan=_residual_plan,
 )

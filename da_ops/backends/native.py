@@ -1,8 +1,8 @@
 """The compiled libraries: loads them, and tells PyTorch of their operators.
 
-Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``, the CPU's also for
-those of the residual tail; the dispatcher chooses among them by device. Shapes and FLOPs are the
-same for all, and are registered here.
+Each library registers kernels for ``da_ops::forward`` and ``da_ops::backward``, and for those of
+the residual tail; the dispatcher chooses among them by device. Shapes and FLOPs are the same for
+all, and are registered here.
 """
 
 from __future__ import annotations

@@ -193,6 +193,7 @@ inline void relax(const unsigned* address, unsigned seen) {
 
 inline float exp(float x) { return std::exp(x); }
 inline double exp(double x) { return std::exp(x); }
+inline double sqrt(double x) { return std::sqrt(x); }
 
 // ---- Clusters and bulk copies.
 

@@ -31,7 +31,7 @@ int64_t expected_in_l2(const Problem& p, const Device& device, const Direction& 
   const Step* const first = direction.steps.data();
   const double room = usable_l2(device) / double(std::max<int64_t>(p.bytes(), 1));  // in tensors
   double found = 0;
-  for (unsigned tensor : {kX, kDy}) {
+  for (unsigned tensor = 1; tensor <= step.pass.reads; tensor <<= 1) {
     if (!(step.pass.reads & tensor)) continue;
     unsigned between = kNothing;
     for (const Step* before = &step; before > first;) {

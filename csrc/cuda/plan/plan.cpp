@@ -2,44 +2,11 @@
 
 #include "cuda/plan/maps.h"
 #include "cuda/plan/memory.h"
+#include "cuda/plan/places.h"
 #include "cuda/plan/tile.h"
 
 namespace da::cuda {
 namespace {
-
-// Hands out places in the workspace.
-struct Allocator {
-  int64_t used = 0;
-  int64_t operator()(int64_t elements) {
-    const int64_t at = used;
-    used += (elements + 3) / 4 * 4;  // each begins at 16 bytes
-    return at;
-  }
-};
-
-// Blocks that add up a part of a scalar or eca gate's gradients, each some of the images: one where
-// there is none.
-int shares(const Problem& p, const Limits& limits) {
-  constexpr int64_t kMost = 64;
-  if (gate_parts(p) == 0) return 1;
-  return std::clamp<int64_t>(p.n * p.c / limits.share, 1, std::clamp<int64_t>(p.n, 1, kMost));
-}
-
-int64_t finish_jobs(const Problem& p, const Limits& limits) {
-  const int64_t gate =
-      p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p) * shares(p, limits);
-  return (p.spatial() ? kSpatialGradients : 0) + (p.channel() ? gate : 0);
-}
-
-// Places for what backward's last launch reads.
-template <class Place>
-void place_parts(const Problem& p, const Limits& limits, Place& place, Workspace& w) {
-  w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
-  w.shares = gate_parts(p) > 0 ? shares(p, limits) : 1;
-  const int64_t parts = w.shares > 1 ? gate_parts(p) : 0;  // one share needs no place
-  w.gate_parts = place(parts * w.shares);
-  w.parts_done = place(parts);
-}
 
 // Collects the launches of one direction.
 class Planner {

@@ -5,13 +5,6 @@
 namespace da::cuda {
 namespace {
 
-// Blocks of a pass that the device holds at once.
-int64_t slots(const Problem& p, const Device& device, size_t shared_bytes) {
-  int fitting = blocks_per_sm(p.element_size());
-  while (fitting > 1 && int64_t(shared_bytes) > shared_limit(device.sm, fitting)) fitting--;
-  return int64_t(device.multiprocessors) * fitting;
-}
-
 Kernel kernel_of(const Pass& pass) { return pass.sums.any() ? Kernel::sums : Kernel::scale; }
 
 // The measures by which one tiling is better than another.
@@ -27,7 +20,7 @@ constexpr double kFull = 0.9, kWorth = 2;
 // many of these a thread adds up in the time of a read.
 constexpr double kPrologue = 2, kSumsARead = 8;
 
-Quality quality(const Problem& p, const Device& device, const Tiling& t) {
+Quality quality(const Problem& p, const Device& device, const Tiling& t, int per_sm) {
   const Halo around = p.spatial() ? halo(p, t) : Halo{};
   // Half of a read's time goes by bytes, half by rounds of kDepth reads, also where a round's last
   // ones have no rows left.
@@ -39,7 +32,7 @@ Quality quality(const Problem& p, const Device& device, const Tiling& t) {
   Quality q{true, 0};
   for (bool backward : {false, true})
     for (const Pass& pass : schedule(p.order, backward)) {
-      const int64_t n = slots(p, device, shared_bytes(p, t, around, kernel_of(pass)));
+      const int64_t n = slots(p, device, shared_bytes(p, t, around, kernel_of(pass)), per_sm);
       const Waves w = waves(t, p.n, n);
       // Fewer blocks that share a multiprocessor are faster.
       q.time += tile_time * w.waves * n / device.multiprocessors;
@@ -49,6 +42,12 @@ Quality quality(const Problem& p, const Device& device, const Tiling& t) {
 }
 
 }  // namespace
+
+int64_t slots(const Problem& p, const Device& device, size_t shared_bytes, int per_sm) {
+  int fitting = per_sm ? per_sm : blocks_per_sm(p.element_size());
+  while (fitting > 1 && int64_t(shared_bytes) > shared_limit(device.sm, fitting)) fitting--;
+  return int64_t(device.multiprocessors) * fitting;
+}
 
 Waves waves(const Tiling& t, int64_t images, int64_t slots) {
   const int64_t blocks = images * t.tiles(), waves = ceil_div(blocks, slots);
@@ -81,7 +80,8 @@ Waves waves(const Problem& p, const Device& device, const Plan& plan, const Dire
 // full waves if that is not much more. The larger tiles are, the less it costs what every block
 // does before it streams; the smaller, the better they fill waves. Where there is less to do than
 // in one whole wave, no tiles fill it, and they get as small as that pays.
-Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits) {
+Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits,
+            int per_sm) {
   Tiling t{};
   set_matrix(t, p);
   const int elements = 16 / p.element_size();
@@ -116,7 +116,7 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
       if (height == t.height) continue;
       t.height = height;
       t.row_tiles = ceil_div(t.rows, height);
-      const Quality q = quality(p, device, t);
+      const Quality q = quality(p, device, t, per_sm);
       consider(t, q.time, fastest, fastest_time);
       if (q.full) consider(t, q.time, full, full_time);
     }

@@ -19,6 +19,10 @@ struct Waves {
   bool whole() const { return blocks >= slots; }
 };
 
+// Blocks of a pass that the device holds at once, where registers hold `per_sm` a multiprocessor;
+// 0: as many as of the layer's.
+int64_t slots(const Problem& problem, const Device& device, size_t shared_bytes, int per_sm = 0);
+
 // The waves of a pass over images that are cut like this.
 Waves waves(const Tiling& tiling, int64_t images, int64_t slots);
 
@@ -26,8 +30,10 @@ Waves waves(const Tiling& tiling, int64_t images, int64_t slots);
 Waves waves(const Problem& problem, const Device& device, const Plan& plan,
             const Direction& direction, const Step& step);
 
-// The tiles whose blocks should be done first.
-Tiling tile(const Problem& problem, const Device& device, bool aligned, const Limits& limits);
+// The tiles whose blocks should be done first, of which a multiprocessor's registers hold so many;
+// 0: as many as the layer's passes.
+Tiling tile(const Problem& problem, const Device& device, bool aligned, const Limits& limits,
+            int per_sm = 0);
 
 Halo halo(const Problem& problem, const Tiling& tiling);
 

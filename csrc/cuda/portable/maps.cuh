@@ -25,10 +25,11 @@ SIMT_FN A some_tiles(const Partial<A>& sums, int64_t image, int64_t channel, int
 }
 
 // Puts a band's values by channel, and those that an eca gate needs around it, into shared memory:
-// value(c, sum), made of all partial sums. Several threads add up a channel's, each some tiles.
-template <class A, class Value>
+// value(c, sum), made of all partial sums. Several threads add up a channel's, each some tiles:
+// some(c, first, step).
+template <class A, class Some, class Value>
 SIMT_FN FromChannel<A> channel_window(const Args<A>& args, const Span& span,
-                                      const MapsMemory<A>& memory, Value value) {
+                                      const MapsMemory<A>& memory, Some some, Value value) {
   const int slices = args.bands.slices, at_once = kThreads / slices;
   const int slice = simt::thread() / at_once, place = simt::thread() % at_once;
   const int64_t reach = args.gate == Gate::eca ? args.kernel_size / 2 : 0;
@@ -38,9 +39,7 @@ SIMT_FN FromChannel<A> channel_window(const Args<A>& args, const Span& span,
   for (int64_t c0 = begin; c0 < end; c0 += at_once) {
     const int64_t c = c0 + place;
     A sum = 0;
-    if (c < end)
-      sum = some_tiles(args.channel_sums, span.image, c, slice, slices) +
-            some_tiles(args.more_channel_sums, span.image, c, slice, slices);
+    if (c < end) sum = some(c, slice, slices);
     memory.sums[simt::thread()] = sum;
     simt::sync();
     if (slice == 0 && c < end) {
@@ -85,17 +84,21 @@ maps(SIMT_PARAM Args<accumulate_t<T>> args) {
     const int64_t image = others / channel_bands, first = others % channel_bands * bands.channels;
     const Span span{image, first,
                     static_cast<int>(min<int64_t>(bands.channels, args.channels - first)), 0, 1};
+    const auto some = [&](int64_t c, int first, int step) {
+      return some_tiles(args.channel_sums, image, c, first, step) +
+             some_tiles(args.more_channel_sums, image, c, first, step);
+    };
     if constexpr (What == Made::masks_of_sums) {
       const A scale = A(1) / args.pixels;
       const auto pooled =
-          channel_window(args, span, memory, [&](int64_t, A sum) { return sum * scale; });
+          channel_window(args, span, memory, some, [&](int64_t, A sum) { return sum * scale; });
       make_channel_mask<T>(args, span, pooled, Keep::yes, nowhere);
     } else if constexpr (What == Made::masks_again) {
       make_channel_mask<T>(args, span, args.pooled + image * args.channels, Keep::no, nowhere);
     } else {
       const A* const mask = args.channel_mask + image * args.channels;
       const auto dt = channel_window(
-          args, span, memory, [&](int64_t c, A sum) { return sum * sigmoid_slope(mask[c]); });
+          args, span, memory, some, [&](int64_t c, A sum) { return sum * sigmoid_slope(mask[c]); });
       through_gate<T>(args, span, dt, Keep::yes, nowhere);
     }
   }

@@ -290,6 +290,7 @@ SIMT_FN void store_fresh(T* address, T value) {
 
 SIMT_FN float exp(float x) { return ::expf(x); }
 SIMT_FN double exp(double x) { return ::exp(x); }
+SIMT_FN double sqrt(double x) { return ::sqrt(x); }
 
 }  // namespace simt
 

@@ -1,0 +1,158 @@
+// The CUDA kernels behind da_ops::residual_forward and da_ops::residual_backward: checks, device,
+// stream, allocation. The launcher gets raw pointers.
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <tuple>
+
+#include "cuda/call.h"
+#include "cuda/plan/choose.h"
+#include "cuda/tail/launch.h"
+#include "residual_arguments.h"
+
+namespace da::cuda {
+namespace {
+
+// The launches, as this thread planned them before. Of DA_OPS_PLAN only the limits matter: the tail
+// always runs by passes.
+const TailPlan& planned(const Problem& p, bool batch, const Tensor& u, bool aligned) {
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Dtype, Order, Gate, bool,
+                         bool, bool, int, std::string>;
+  constexpr size_t kMost = 1024;
+  thread_local std::map<Key, TailPlan> plans;
+  const char* const asked = std::getenv("DA_OPS_PLAN");
+  const Key key{p.n,
+                p.c,
+                p.h,
+                p.w,
+                p.kernel_size,
+                p.dtype,
+                p.order,
+                p.gate,
+                p.channels_last,
+                batch,
+                aligned,
+                u.get_device_index(),
+                asked ? asked : ""};
+  const auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  Wish wish;
+  const std::string& text = std::get<std::string>(key);
+  STD_TORCH_CHECK(parse(text, wish), kWishes, text);
+  if (plans.size() >= kMost) plans.clear();
+  return plans.emplace(key, tail_plan(p, batch, device_of(u), aligned, wish.limits)).first->second;
+}
+
+// The norm's tensors. Copies that had to be made live as long as this.
+class NormTensors {
+ public:
+  NormTensors(const Problem& p, const Tensor& u) : channels_(p.c), u_(u) {}
+
+  OfNorm operator()(const Parameter& given) {
+    if (!given) return {};
+    check(*given, channels_, u_);
+    copies_.push_back(given->is_contiguous() ? *given : torch::stable::contiguous(*given));
+    return {copies_.back().const_data_ptr(), given->scalar_type() != u_.scalar_type()};
+  }
+
+ private:
+  int64_t channels_;
+  const Tensor& u_;
+  std::vector<Tensor> copies_;
+};
+
+ResidualOutputs residual_forward_cuda(const Tensor& u, const Tensor& shortcut,
+                                      const Parameter& norm_weight, const Parameter& norm_bias,
+                                      const Parameter& norm_mean, const Parameter& norm_var,
+                                      double eps, const Parameter& conv_weight,
+                                      const Parameter& dilated_weight,
+                                      const Parameter& merge_weight, const Parameter& spatial_bias,
+                                      const Parameter& gate_weight, const Parameter& gate_bias,
+                                      const std::string& order, const std::string& gate) {
+  const Arguments given{conv_weight,  dilated_weight, merge_weight,
+                        spatial_bias, gate_weight,    gate_bias};
+  const Problem p = describe_residual(u, given, order, gate);
+  check_like(p, shortcut, u, "shortcut");
+  STD_TORCH_CHECK(norm_mean.has_value() == norm_var.has_value(),
+                  "da_ops: norm_mean and norm_var go together");
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  const bool batch = !norm_mean;
+  const Addresses parameters(p, u, given);
+  NormTensors of_norm(p, u);
+  Tensor out = allocate_like(u);
+  Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
+  Tensor var = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
+  Tensor channel_mean = allocate_channel_mean(p, u), pooled = allocate_pooled(p, u);
+  const TailPlan& plan = planned(p, batch, u, aligned({&u, &shortcut, &out}));
+  Tensor workspace = allocate(u, {plan.forward.workspace.elements}, accumulation_type(u));
+  TailPointers at{};
+  at.u = u.const_data_ptr(), at.shortcut = shortcut.const_data_ptr();
+  at.result = out.mutable_data_ptr();
+  at.channel_mean = channel_mean.mutable_data_ptr(), at.pooled = pooled.mutable_data_ptr();
+  at.weight = of_norm(norm_weight), at.bias = of_norm(norm_bias);
+  at.mean = of_norm(norm_mean), at.var = of_norm(norm_var);
+  if (batch) at.new_mean = mean.mutable_data_ptr(), at.new_var = var.mutable_data_ptr();
+  at.batch = batch, at.eps = eps;
+  at.parameters = *parameters, at.wide = parameters.wide();
+  at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(u);
+  require(run_tail(p, plan, Way::forward, at));
+  return {out, mean, var, channel_mean, pooled};
+}
+
+ResidualInputGradients residual_backward_cuda(
+    const Tensor& dout, const Tensor& out, const Tensor& u, const Parameter& norm_weight,
+    const Parameter& norm_bias, const Tensor& mean, const Tensor& var, bool batch, double eps,
+    const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
+    const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
+    const Tensor& channel_mean, const Tensor& pooled, const std::string& order,
+    const std::string& gate) {
+  const Arguments given{conv_weight,  dilated_weight, merge_weight,
+                        spatial_bias, gate_weight,    gate_bias};
+  const Problem p = describe_residual(u, given, order, gate);
+  check_backward(p, dout, u, channel_mean, pooled);
+  check_like(p, out, u, "out");
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  const Addresses parameters(p, u, given);
+  NormTensors of_norm(p, u);
+  Tensor du = allocate_like(u), d_shortcut = allocate_like(u);
+  Tensor d_weight = allocate_gradient(norm_weight, u), d_bias = allocate_gradient(norm_bias, u);
+  const Parameters<Tensor> gradients =
+      each([&](const Parameter& parameter) { return allocate_gradient(parameter, u); }, given);
+  const TailPlan& plan = planned(p, batch, u, aligned({&u, &dout, &out, &du, &d_shortcut}));
+  Tensor workspace = allocate(u, {plan.backward.workspace.elements}, accumulation_type(u));
+  const auto address = [](const Parameter& parameter, const Tensor& gradient) -> void* {
+    return parameter ? gradient.mutable_data_ptr() : nullptr;
+  };
+  TailPointers at{};
+  at.u = u.const_data_ptr(), at.out = out.const_data_ptr(), at.dout = dout.const_data_ptr();
+  at.result = du.mutable_data_ptr(), at.d_shortcut = d_shortcut.mutable_data_ptr();
+  at.channel_mean = const_cast<void*>(channel_mean.const_data_ptr());
+  at.pooled = const_cast<void*>(pooled.const_data_ptr());
+  at.weight = of_norm(norm_weight), at.bias = of_norm(norm_bias);
+  at.mean = of_norm(mean), at.var = of_norm(var);
+  at.batch = batch, at.eps = eps;
+  at.d_weight = address(norm_weight, d_weight), at.d_bias = address(norm_bias, d_bias);
+  at.parameters = *parameters, at.wide = parameters.wide();
+  at.gradients = each(address, given, gradients);
+  at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(u);
+  require(run_tail(p, plan, Way::backward, at));
+  return {du,
+          d_shortcut,
+          d_weight,
+          d_bias,
+          gradients.conv,
+          gradients.dilated,
+          gradients.merge,
+          gradients.spatial_bias,
+          gradients.gate,
+          gradients.gate_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(da_ops, CUDA, m) {
+  m.impl("residual_forward", TORCH_BOX(&residual_forward_cuda));
+  m.impl("residual_backward", TORCH_BOX(&residual_backward_cuda));
+}
+
+}  // namespace da::cuda

@@ -1,0 +1,209 @@
+#include "cuda/plan/tail.h"
+
+#include "cuda/plan/cache.h"
+#include "cuda/plan/maps.h"
+#include "cuda/plan/places.h"
+#include "cuda/plan/tail_memory.h"
+
+namespace da::cuda {
+namespace {
+
+template <class A>
+size_t pass_bytes(const Tiling& t, const TailStep& step, bool backward) {
+  return (step.kernel == TailKernel::sums ? TailMemory<A>::of_sums(nullptr, t, step.sums)
+                                          : TailMemory<A>::of_scale(nullptr, t, backward))
+      .bytes;
+}
+
+// Collects the launches of one direction.
+class TailPlanner {
+ public:
+  TailPlanner(const Problem& problem, bool batch, const TailPlan& plan, const Limits& limits,
+              Way way)
+      : p_(problem),
+        batch_(batch),
+        plan_(plan),
+        limits_(limits),
+        backward_(way == Way::backward),
+        masks_(masks(problem.order)),
+        schedule_(schedule(problem.order, backward_)) {
+    backward_ ? backward() : forward();
+    // Every other pass, the last among them, as the layer's.
+    bool backwards = true;
+    for (auto step = steps_.rbegin(); step != steps_.rend(); step++)
+      if (step->reads) step->backwards = backwards, backwards = !backwards;
+  }
+
+  TailDirection direction() const {
+    const Tiling& t = plan_.tiling;
+    const int64_t by_pixel = masks_.pixels ? p_.n * p_.pixels() : 0;
+    const int64_t by_channel = masks_.channels ? p_.n * p_.c : 0;
+    const int64_t channel_sums = p_.n * p_.c * t.pixel_tiles();
+    const int64_t bands = masks_.pixels ? p_.n * plan_.bands.of_pixels(p_.pixels()) : 0;
+    Allocator place;
+    TailWorkspace w{};
+    w.norm = place(kNormMaps * p_.c);
+    w.channel_sums = place(channel_sums);
+    w.products = place(channel_sums);
+    w.pixel_sums = place(by_pixel * t.channel_tiles());
+    w.spatial_mask = place(by_pixel);
+    w.channel_mask = place(by_channel);
+    w.mask_sums = place(bands);
+    if (backward_) {
+      const bool more = masks_.pixels && through().pixels;
+      w.more_pixel_sums = place(more ? by_pixel * t.channel_tiles() : 0);
+      w.term_products = place(masks_.pixels ? channel_sums : 0);
+      w.d_channel_mean = place(by_pixel);
+      w.term_sums = place(bands);
+      w.d_logit = place(by_channel);
+      w.d_pooled = place(by_channel);
+      w.pooled_x = place(by_channel);
+      w.spatial_blocks = spatial_blocks();
+      place_parts(p_, limits_, place, w);
+    }
+    w.elements = place.used;
+    return {steps_, w};
+  }
+
+ private:
+  void forward() {
+    if (batch_) sums("statistics", TailSums::moments, kU, kChannels);
+    norm();
+    for (const Pass& pass : schedule_) {
+      if (!pass.sums.any()) {
+        scale("scale, add, rectify", kU | kShortcut, kOut);
+        continue;
+      }
+      sums(pass.name, TailSums::deviations, kU, pass.sums);
+      maps("masks", Made::masks_of_sums, pass.complete);
+      weights_ = either(weights_, pass.complete);
+    }
+  }
+
+  void backward() {
+    norm();
+    // The channel mask is made of what was summed with the outer one, whose sum must be there.
+    if (outer(p_.order).pixels) {
+      maps("spatial mask", Made::masks_again, kPixels);
+      maps("channel mask", Made::masks_again, Axes{false, masks_.channels});
+    } else {
+      maps("masks", Made::masks_again, masks_);
+    }
+    weights_ = masks_;
+    sums("ReLU and mask gradients", TailSums::gradients, kDout | kOut | kU,
+         either(masks_, kChannels), kDShortcut);
+    for (const Pass& pass : schedule_) {
+      if (!pass.sums.any()) continue;
+      if (pass.weights == Maps::terms) through_sums(pass.name, pass.sums);
+      maps("terms of dx", Made::terms, pass.complete);
+    }
+    if (masks_.pixels && !through().channels) through_sums("through the norm", kChannels);
+    small(TailKernel::norm_gradients, "gradients of the norm", ceil_div(p_.c, kNormChannels));
+    scale("combine", batch_ ? kDShortcut | kU : kDShortcut, kDu);
+    const int64_t jobs = finish_jobs(p_, limits_);
+    if (jobs > 0) small(TailKernel::finish, "parameter gradients", jobs);
+  }
+
+  // The axes by which sums are made of x again, backward, weighted by a term of dx.
+  Axes through() const {
+    for (const Pass& pass : schedule_)
+      if (pass.weights == Maps::terms) return pass.sums;
+    return kNone;
+  }
+
+  void sums(const char* name, TailSums sums, unsigned reads, Axes axes, unsigned writes = 0) {
+    TailStep step{};
+    step.kernel = TailKernel::sums, step.name = name, step.sums = sums;
+    step.reads = reads, step.writes = writes, step.axes = axes;
+    pass(step);
+  }
+  void through_sums(const char* name, Axes axes) {
+    sums(name, TailSums::deviations, kU, axes);
+    steps_.back().maps = Maps::terms;
+  }
+  void scale(const char* name, unsigned reads, unsigned writes) {
+    TailStep step{};
+    step.kernel = TailKernel::scale, step.name = name, step.reads = reads, step.writes = writes;
+    pass(step);
+  }
+  void pass(TailStep step) {
+    const Tiling& t = plan_.tiling;
+    step.shared_bytes = p_.dtype == Dtype::float64 ? pass_bytes<double>(t, step, backward_)
+                                                   : pass_bytes<float>(t, step, backward_);
+    add(step, p_.n * t.tiles());
+  }
+  void norm() { small(TailKernel::norm, "norm", ceil_div(p_.c, kNormChannels)); }
+  void small(TailKernel kernel, const char* name, int64_t jobs) {
+    TailStep step{};
+    step.kernel = kernel, step.name = name, step.shared_bytes = SmallMemory(nullptr).bytes;
+    add(step, jobs);
+  }
+  void maps(const char* name, Made made, Axes axes) {
+    if (!axes.any()) return;
+    const Bands& b = plan_.bands;
+    TailStep step{};
+    step.kernel = TailKernel::maps, step.name = name, step.made = made, step.axes = axes;
+    step.shared_bytes = maps_bytes(p_, b);
+    add(step, p_.n * ((axes.pixels ? b.of_pixels(p_.pixels()) : 0) +
+                      (axes.channels ? b.of_channels(p_.c) : 0)));
+  }
+  void add(TailStep step, int64_t jobs) {
+    step.weights = weights_, step.jobs = jobs;
+    step.grid = std::clamp<int64_t>(jobs, 1, limits_.grid);
+    steps_.push_back(step);
+  }
+  // Blocks that make spatial sums: those of the step that makes the spatial term of dx.
+  int64_t spatial_blocks() const {
+    for (const TailStep& step : steps_)
+      if (step.kernel == TailKernel::maps && step.made == Made::terms && step.axes.pixels)
+        return std::min<int64_t>(step.grid, p_.n * plan_.bands.of_pixels(p_.pixels()));
+    return 0;
+  }
+
+  const Problem& p_;
+  const bool batch_;
+  const TailPlan& plan_;
+  const Limits& limits_;
+  const bool backward_;
+  const Axes masks_;
+  const Schedule& schedule_;
+  Axes weights_ = kNone;
+  std::vector<TailStep> steps_;
+};
+
+}  // namespace
+
+TailPlan tail_plan(const Problem& problem, bool batch, const Device& device, bool aligned,
+                   const Limits& limits) {
+  // Blocks of a pass make no maps, and so the tiles that suit it are those of a pass without masks.
+  Problem unmasked = problem;
+  unmasked.order = Order::none;
+  TailPlan plan{};
+  plan.tiling = tile(unmasked, device, aligned, limits, kTailPerSm);
+  plan.bands = bands(problem, plan.tiling);
+  plan.early = device.early_launches;
+  plan.forward = TailPlanner(problem, batch, plan, limits, Way::forward).direction();
+  plan.backward = TailPlanner(problem, batch, plan, limits, Way::backward).direction();
+  return plan;
+}
+
+Waves waves(const Problem& p, const Device& device, const TailPlan& plan, const TailStep& step) {
+  if (step.reads) return waves(plan.tiling, p.n, slots(p, device, step.shared_bytes, kTailPerSm));
+  const int64_t slots =
+      int64_t(device.multiprocessors) * (step.kernel == TailKernel::maps ? kMapsPerSm : 1);
+  const int64_t waves = ceil_div(step.jobs, slots);
+  return {step.jobs, slots, waves, step.jobs ? double(step.jobs) / (waves * slots) : 0};
+}
+
+int64_t expected_in_l2(const Problem& p, const Device& device, const TailDirection& direction,
+                       const TailStep& step) {
+  Direction passes{};
+  for (const TailStep& each : direction.steps) {
+    Step pass{};
+    pass.pass.reads = each.reads, pass.pass.writes = each.writes, pass.backwards = each.backwards;
+    passes.steps.push_back(pass);
+  }
+  return expected_in_l2(p, device, passes, passes.steps[&step - direction.steps.data()]);
+}
+
+}  // namespace da::cuda

@@ -1,0 +1,95 @@
+// How the CUDA backend runs the residual tail, out = relu(DA(norm(u)) + shortcut): which launches,
+// over which tiles, with how much memory. A pure function of the problem and the device, like
+// plan.h. Every map is made once, by a launch between passes; passes find it ready.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cuda/plan/plan.h"
+#include "cuda/plan/tile.h"
+
+namespace da::cuda {
+
+// Blocks of the tail's passes that a multiprocessor's registers hold: these keep more of each
+// channel than the layer's, and read more tensors at once.
+constexpr int kTailPerSm = 2;
+
+// Full-size tensors, as bits of a set.
+enum TailTensors : unsigned {
+  kU = 1,
+  kShortcut = 2,
+  kOut = 4,
+  kDout = 8,
+  kDShortcut = 16,
+  kDu = 32
+};
+
+enum class TailKernel { sums, norm, maps, scale, norm_gradients, finish };
+
+// What a pass adds up: by channel the deviations from a number near the mean, and their squares;
+// deviations from the mean, weighted; or the gradient at the ReLU's argument, which it also writes.
+enum class TailSums { moments, deviations, gradients };
+
+// One launch.
+struct TailStep {
+  TailKernel kernel;
+  const char* name;
+  unsigned reads, writes;  // sets of TailTensors
+  TailSums sums;           // of a pass that adds up
+  Maps maps;               // whose weights its sums have: masks', or the terms'
+  Axes weights;            // the axes whose masks were there when it, or what it is made of, added
+  Axes axes;               // by which it adds up, or whose maps it makes
+  Made made;               // of Kernel::maps
+  bool backwards;          // the blocks take the tiles from the last on
+  int64_t jobs;            // one for each block
+  unsigned grid;           // blocks that are launched at a time
+  size_t shared_bytes;
+};
+
+// As offsets, like Workspace, which has the rest.
+struct TailWorkspace : Workspace {
+  int64_t norm;                     // [kNormMaps][channels]
+  int64_t products, term_products;  // [n][pixel_tiles][channels]
+  int64_t pooled_x;                 // [n][channels]
+  int64_t mask_sums, term_sums;     // [n][bands of pixels]
+};
+
+// The norm's maps by channel: the mean, weight over deviation, the bias, one over the deviation; of
+// backward, what u and one are multiplied with in du, for the statistics are the batch's.
+constexpr int kNormMaps = 6;
+constexpr int kNormChannels = 8;  // of a block that makes them
+
+struct TailDirection {
+  std::vector<TailStep> steps;
+  TailWorkspace workspace;
+};
+
+struct TailPlan {
+  Tiling tiling;
+  Bands bands;
+  bool early;  // as Plan's
+  TailDirection forward, backward;
+
+  const TailDirection& operator[](Way way) const {
+    return way == Way::forward ? forward : backward;
+  }
+};
+
+// `batch`: the norm's statistics are the batch's. `aligned`: every full-size tensor begins at a
+// multiple of 16 bytes.
+TailPlan tail_plan(const Problem& problem, bool batch, const Device& device, bool aligned,
+                   const Limits& limits);
+
+// As of the layer's passes: the waves of a launch, and the bytes of what it reads that the launches
+// before it should have left in L2.
+Waves waves(const Problem& problem, const Device& device, const TailPlan& plan,
+            const TailStep& step);
+int64_t expected_in_l2(const Problem& problem, const Device& device, const TailDirection& direction,
+                       const TailStep& step);
+
+// Vectors of each tensor that a thread of a pass has in flight: fewer where it reads three.
+constexpr int tail_depth(TailSums sums) { return sums == TailSums::gradients ? 2 : 4; }
+
+}  // namespace da::cuda

@@ -1,0 +1,44 @@
+// The arguments of the residual tail's launches: plain data, the same for every kernel.
+#pragma once
+
+#include "cuda/common/args.h"
+#include "cuda/plan/tail.h"
+
+namespace da::cuda {
+
+// A tensor by channel of the norm's, in u's type or (`wide`) in float32; null where it has none.
+struct OfNorm {
+  const void* data;
+  bool wide;
+};
+
+// Which lines of the matrix the channels are, see Tiling.
+enum class ChannelsAre { rows, cols };
+
+template <class A>
+struct TailArgs {
+  // `x` is u; its maps are those of x = (u - centre) scale + bias, but for `pooled`, which is of
+  // u - centre. Its new sums: where a launch puts what it adds up, null if not wanted.
+  Args<A> call;
+  const void *shortcut, *out, *dout;
+  void* d;       // the shortcut's gradient
+  void* result;  // out, or du
+  bool batch;    // the norm's statistics are the batch's
+  Maps maps;     // whose weights a launch's sums have
+
+  OfNorm weight, bias, mean, var;  // mean and var: of a norm that is frozen, and of backward
+  double eps;
+  A *new_mean, *new_var;      // the batch's
+  void *d_weight, *d_bias;    // in the type of the norm's; null where not wanted
+  A *centre, *scale, *shift;  // by channel: x = (u - centre) scale + shift
+  A* inverse;                 // one over the deviation
+  A *du_slope, *du_offset;    // du has (u - centre) du_slope + du_offset besides a dx
+
+  // By channel: of d, or means; of d (u - centre), or squared deviations; of dm (u - centre).
+  Partial<A> products, term_products;
+  A* new_products;           // with new_channel_sums
+  A *mask_sums, *term_sums;  // of a mask's and a term's pixels, [image][band]
+  A* pooled_x;               // [image][channel]
+};
+
+}  // namespace da::cuda

@@ -1,0 +1,160 @@
+// From a plan's steps to launches of the residual tail.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "cuda/tail/launch.h"
+#include "cuda/tail/maps.cuh"
+#include "cuda/tail/scale.cuh"
+#include "cuda/tail/sums.cuh"
+
+namespace da::cuda {
+namespace detail {
+
+template <class A>
+TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
+                           const TailPointers& at) {
+  const Tiling& t = plan.tiling;
+  const TailWorkspace& w = plan[way].workspace;
+  A* const work = static_cast<A*>(at.workspace);
+  TailArgs<A> args{};
+  Args<A>& call = args.call;
+  call.images = p.n, call.channels = p.c, call.pixels = p.pixels();
+  call.height = p.h, call.width = p.w;
+  call.masks = masks(p.order), call.outer = outer(p.order);
+  call.gate = p.gate, call.kernel_size = p.kernel_size;
+  call.tiling = t, call.halo = plan.bands.halo, call.bands = plan.bands;
+  call.padded = Padded(p.w);
+  call.x = at.u;
+  call.parameters = at.parameters, call.wide = at.wide, call.gradients = at.gradients;
+  call.pixel_sums = {work + w.pixel_sums, t.channel_tiles(), call.pixels};
+  call.channel_sums = {work + w.channel_sums, t.pixel_tiles(), call.channels};
+  args.products = args.term_products = call.channel_sums;
+  args.products.data = work + w.products;
+  args.term_products.data = work + w.term_products;
+  for (const Pass& pass : schedule(p.order, way == Way::backward)) {
+    if (pass.weights != Maps::terms) continue;
+    if (pass.sums.pixels) {
+      call.more_pixel_sums = call.pixel_sums;
+      call.more_pixel_sums.data = work + w.more_pixel_sums;
+    }
+    if (pass.sums.channels) call.more_channel_sums = args.term_products;
+  }
+  call.channel_mean = static_cast<A*>(at.channel_mean);
+  call.pooled = static_cast<A*>(at.pooled);
+  call.spatial_mask = work + w.spatial_mask, call.channel_mask = work + w.channel_mask;
+  call.d_channel_mean = work + w.d_channel_mean;
+  call.d_logit = work + w.d_logit, call.d_pooled = work + w.d_pooled;
+  call.spatial_parts = work + w.spatial_parts, call.spatial_blocks = w.spatial_blocks;
+  call.gate_parts = work + w.gate_parts, call.shares = w.shares;
+  call.parts_done = reinterpret_cast<unsigned*>(work + w.parts_done);
+
+  args.shortcut = at.shortcut, args.out = at.out, args.dout = at.dout;
+  args.d = at.d_shortcut, args.result = at.result;
+  args.batch = at.batch, args.eps = at.eps;
+  args.weight = at.weight, args.bias = at.bias, args.mean = at.mean, args.var = at.var;
+  args.new_mean = static_cast<A*>(at.new_mean), args.new_var = static_cast<A*>(at.new_var);
+  args.d_weight = at.d_weight, args.d_bias = at.d_bias;
+  A** const norm[kNormMaps] = {&args.centre,  &args.scale,    &args.shift,
+                               &args.inverse, &args.du_slope, &args.du_offset};
+  for (int i = 0; i < kNormMaps; i++) *norm[i] = work + w.norm + i * p.c;
+  args.mask_sums = work + w.mask_sums, args.term_sums = work + w.term_sums;
+  args.pooled_x = work + w.pooled_x;
+  return args;
+}
+
+template <class T, int E, ChannelsAre Are>
+auto tail_pass(const TailStep& step, Way way) {
+  if (step.kernel == TailKernel::scale)
+    return way == Way::forward ? tail_scale<T, E, false, Are> : tail_scale<T, E, true, Are>;
+  switch (step.sums) {
+    case TailSums::moments:
+      return tail_sums<T, E, TailSums::moments, Are>;
+    case TailSums::deviations:
+      return tail_sums<T, E, TailSums::deviations, Are>;
+    default:
+      return tail_sums<T, E, TailSums::gradients, Are>;
+  }
+}
+
+template <class T, int E>
+auto tail_pass(const TailStep& step, Way way, const Tiling& t) {
+  return t.channels_last ? tail_pass<T, E, ChannelsAre::cols>(step, way)
+                         : tail_pass<T, E, ChannelsAre::rows>(step, way);
+}
+
+template <class T>
+auto tail_kernel(const TailStep& step, Way way, const Tiling& t) {
+  switch (step.kernel) {
+    case TailKernel::norm:
+      return tail_norm<T>;
+    case TailKernel::norm_gradients:
+      return tail_norm_gradients<T>;
+    case TailKernel::maps:
+      return step.made == Made::masks_of_sums ? tail_maps<T, Made::masks_of_sums>
+             : step.made == Made::masks_again ? tail_maps<T, Made::masks_again>
+                                              : tail_maps<T, Made::terms>;
+    default:
+      return t.vector == 1 ? tail_pass<T, 1>(step, way, t)
+                           : tail_pass<T, 16 / sizeof(T)>(step, way, t);
+  }
+}
+
+// What a step's sums are of, and where they go.
+template <class A>
+void set_sums(const TailStep& step, TailArgs<A>& args) {
+  Args<A>& call = args.call;
+  const bool terms = step.maps == Maps::terms;
+  args.maps = step.maps, call.weights = step.weights, call.pending = step.axes;
+  call.new_pixel_sums = (terms ? call.more_pixel_sums : call.pixel_sums).data;
+  call.new_channel_sums = (terms ? args.term_products : call.channel_sums).data;
+  args.new_products = args.products.data;
+  if (!step.axes.pixels) call.new_pixel_sums = nullptr;
+  if (!step.axes.channels) call.new_channel_sums = nullptr;
+}
+
+// Runs the steps in turn; as run_steps has it, a launch may begin when the blocks of the one before
+// have all begun. No memory but u, the shortcut, out, dout and the parameters is read before that
+// one has ended.
+template <class T>
+int run_tail_steps(const Problem& p, const TailPlan& plan, Way way, const TailPointers& at) {
+  using A = accumulate_t<T>;
+  TailArgs<A> args = tail_arguments<A>(p, plan, way, at);
+  Args<A>& call = args.call;
+  bool first = true;
+  for (const TailStep& step : plan[way].steps) {
+    set_sums(step, args);
+    call.tile_step = step.backwards ? -1 : 1;
+    for (call.first_job = 0; call.first_job < step.jobs; call.first_job += step.grid) {
+      call.first_tile = step.backwards ? step.jobs - 1 - call.first_job : call.first_job;
+      simt::Launch launch{};
+      launch.grid = std::min<int64_t>(step.grid, step.jobs - call.first_job);
+      launch.block = kThreads;
+      launch.shared_bytes = step.shared_bytes;
+      launch.stream = at.stream;
+      launch.early = plan.early && !first;
+      launch.backwards = step.backwards;
+      first = false;
+      int error = 0;
+      if (step.kernel == TailKernel::finish) {
+        Args<A> gate = call;
+        gate.pooled = args.pooled_x;
+        error = launch_finish<T>(launch, gate);
+      } else {
+        error = simt::launch(launch, tail_kernel<T>(step, way, plan.tiling), args);
+      }
+      if (error != 0) return error;
+    }
+  }
+  return 0;
+}
+
+}  // namespace detail
+
+template <Dtype D>
+int run_tail_as(const Problem& problem, const TailPlan& plan, Way way, const TailPointers& at) {
+  return detail::run_tail_steps<storage_t<D>>(problem, plan, way, at);
+}
+
+}  // namespace da::cuda

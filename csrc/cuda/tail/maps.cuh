@@ -1,0 +1,250 @@
+// The residual tail's launches between passes: the norm's maps, the masks, what flows back through
+// them, the norm's gradients.
+#pragma once
+
+#include "cuda/common/finish.cuh"
+#include "cuda/portable/maps.cuh"
+#include "cuda/tail/sums.cuh"
+
+namespace da::cuda {
+
+// The sum over the block, in every thread. The caller syncs before it uses `warps` again.
+template <class A>
+SIMT_FN A sum_of_block(A value, A* warps) {
+  value = warp_sum(value);
+  if (simt::thread() % simt::kWarp == 0) warps[simt::thread() / simt::kWarp] = value;
+  simt::sync();
+  A sum = 0;
+  for (int w = 0; w < kWarps; w++) sum += warps[w];
+  return sum;
+}
+
+// A batch of channels' two sums, of which each of a block's slices has a share: in slice 0.
+constexpr int kSlices = kThreads / kNormChannels;
+SIMT_FN void add_slices(double* shares, double& one, double& other) {
+  shares[simt::thread()] = one, shares[kThreads + simt::thread()] = other;
+  simt::sync();
+  if (simt::thread() >= kNormChannels) return;
+  for (int s = 1; s < kSlices; s++) {
+    one += shares[s * kNormChannels + simt::thread()];
+    other += shares[kThreads + s * kNormChannels + simt::thread()];
+  }
+}
+
+template <class T>
+SIMT_FN accumulate_t<T> of_norm(const OfNorm& values, int64_t c) {
+  return Parameter<T>{values.data, values.wide}[c];
+}
+
+// The norm's maps: of the batch's moments, which come by tile, or of statistics that are given.
+template <class T>
+SIMT_KERNEL(kThreads, 1)
+tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
+  using A = accumulate_t<T>;
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
+  double* shares = SmallMemory(simt::shared()).sums;
+  const Args<A>& call = args.call;
+  const int slice = simt::thread() / kNormChannels;
+  const int64_t c =
+      (call.first_job + simt::block()) * kNormChannels + simt::thread() % kNormChannels;
+  const bool there = c < call.channels;
+  double mean = 0, variance = 0;
+  if (args.new_mean) {
+    // Means are counted from the channel's datum. Deviations from the first of them are added up by
+    // blocks of tiles in A, and blocks in double.
+    const int64_t tiles = call.channel_sums.tiles, all = call.images * tiles;
+    const int64_t pixels = call.tiling.tile_pixels(), last = call.pixels - (tiles - 1) * pixels;
+    const bool any = there && call.images > 0;
+    const A near = any ? call.channel_sums.data[c] : A(0);
+    double sum = 0, squares = 0;
+    constexpr int kBlock = 8;
+    for (int64_t block = slice; there && block < all; block += kBlock * kSlices) {
+      A some = 0, some_squares = 0;
+      for (int i = 0; i < kBlock && block + i * kSlices < all; i++) {
+        const int64_t t = block + i * kSlices, at = t * call.channels + c;
+        const A count = A(t % tiles == tiles - 1 ? last : pixels);
+        const A off = call.channel_sums.data[at] - near;
+        some += count * off, some_squares += args.products.data[at] + count * off * off;
+      }
+      sum += some, squares += some_squares;
+    }
+    add_slices(shares, sum, squares);
+    const double count = double(call.images) * call.pixels;
+    mean = (any ? double(datum<T>(call, c)) : 0) + near + sum / count;
+    variance = (squares - sum * (sum / count)) / count;
+    if (variance < 0) variance = 0;
+  } else if (there) {
+    mean = of_norm<T>(args.mean, c), variance = of_norm<T>(args.var, c);
+  }
+  if (slice != 0 || !there) return;
+  const A rounded = static_cast<A>(variance);  // as backward will find it
+  if (args.new_mean) args.new_mean[c] = static_cast<A>(mean), args.new_var[c] = rounded;
+  const A inverse = static_cast<A>(1 / simt::sqrt(rounded + args.eps));
+  args.centre[c] = static_cast<A>(mean);
+  args.inverse[c] = inverse;
+  args.scale[c] = (args.weight.data ? of_norm<T>(args.weight, c) : A(1)) * inverse;
+  args.shift[c] = args.bias.data ? of_norm<T>(args.bias, c) : A(0);
+}
+
+// An image's sum, of its bands'.
+template <class A>
+SIMT_FN A of_bands(const A* sums, int64_t image, int64_t bands) {
+  A sum = 0;
+  for (int64_t b = 0; b < bands; b++) sum += sums[image * bands + b];
+  return sum;
+}
+
+// A map's values, made of others where they are read.
+template <class A, class F>
+struct MadeOf {
+  F f;
+  SIMT_FN A operator[](int64_t i) const { return f(i); }
+};
+template <class A, class F>
+SIMT_FN MadeOf<A, F> made_of(F f) {
+  return {f};
+}
+
+// Masks, forward of sums and backward of what forward kept, or the terms of dx, of the axes in
+// pending; and of each band of pixels the sum of what was made.
+template <class T, Made What>
+SIMT_KERNEL(kThreads, kMapsPerSm)
+tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
+  using A = accumulate_t<T>;
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
+  const Args<A>& call = args.call;
+  const Bands& bands = call.bands;
+  A* const nowhere = nullptr;  // but in global memory
+  const MapsMemory<A> memory(simt::shared(), bands, call.kernel_size);
+  const int64_t all_pixel_bands = bands.of_pixels(call.pixels);
+  const int64_t pixel_bands = call.pending.pixels ? all_pixel_bands : 0;
+  const int64_t channel_bands = call.pending.channels ? bands.of_channels(call.channels) : 0;
+  const int64_t job = call.first_job + simt::block(), others = job - call.images * pixel_bands;
+  if (others < 0) {
+    const int64_t image = job / pixel_bands, band = job % pixel_bands;
+    const int64_t first = band * bands.pixels;
+    const Span span{image, first, static_cast<int>(min<int64_t>(bands.pixels, call.pixels - first)),
+                    0, 1};
+    A* const made = memory.sums;
+    // What the shift of all channels, weighted, comes to at each pixel.
+    const auto constant = [&](bool weighted, const A* weights) {
+      A sum = 0;
+      for (int64_t c = simt::thread(); c < call.channels; c += kThreads)
+        sum += args.shift[c] * (weighted ? weights[image * call.channels + c] : A(1));
+      return sum_of_block(sum, memory.sums);
+    };
+    if constexpr (What == Made::masks_of_sums) {
+      const A shift = constant(call.weights.channels, call.channel_mask);
+      const Folded<A> sums(call.pixel_sums, image, 1);
+      const auto mean = made_of<A>([&](int64_t i) { return (sums[i] + shift) / call.channels; });
+      make_spatial_mask<T>(call, span, memory.around, mean, Keep::yes, made);
+    } else if constexpr (What == Made::masks_again) {
+      make_spatial_mask<T>(call, span, memory.around, call.channel_mean + image * call.pixels,
+                           Keep::no, made);
+    } else {
+      const bool more = call.more_pixel_sums.data;
+      const A shift = more ? constant(true, call.d_pooled) : A(0);
+      const Folded<A> sums(call.pixel_sums, image, 1), others(call.more_pixel_sums, image, 1);
+      const A* const mask = call.spatial_mask + image * call.pixels;
+      const auto dz = made_of<A>(
+          [&](int64_t i) { return (sums[i] + (others[i] + shift)) * sigmoid_slope(mask[i]); });
+      through_stencil<T>(call, span, memory.around, dz, Keep::yes, made);
+    }
+    const A mine = simt::thread() < span.count ? made[simt::thread()] : A(0);
+    const A sum = sum_of_block(mine, memory.channels);
+    A* const sums = What == Made::terms ? args.term_sums : args.mask_sums;
+    if (simt::thread() == 0) sums[image * pixel_bands + band] = sum;
+  } else {
+    const int64_t image = others / channel_bands, first = others % channel_bands * bands.channels;
+    const Span span{image, first,
+                    static_cast<int>(min<int64_t>(bands.channels, call.channels - first)), 0, 1};
+    const int64_t kept = image * call.channels;
+    if constexpr (What == Made::terms) {
+      const bool more = call.more_channel_sums.data;
+      const A dm = more ? of_bands(args.term_sums, image, all_pixel_bands) : A(0);
+      const A* const mask = call.channel_mask + kept;
+      const auto dt = channel_window(
+          call, span, memory,
+          [&](int64_t c, int first, int step) {
+            return args.scale[c] * (some_tiles(args.products, image, c, first, step) +
+                                    some_tiles(call.more_channel_sums, image, c, first, step)) +
+                   args.shift[c] * some_tiles(call.channel_sums, image, c, first, step);
+          },
+          [&](int64_t c, A sum) { return (sum + args.shift[c] * dm) * sigmoid_slope(mask[c]); });
+      through_gate<T>(call, span, dt, Keep::yes, nowhere);
+    } else {
+      // What x is pooled with: the spatial mask, if there is one by then.
+      const bool masked = What == Made::masks_again ? call.outer.pixels : call.weights.pixels;
+      const A weight =
+          masked ? of_bands(args.mask_sums, image, all_pixel_bands) / call.pixels : A(1);
+      const auto of_x = [&](int64_t c, A raw) {
+        return args.scale[c] * raw + args.shift[c] * weight;
+      };
+      if constexpr (What == Made::masks_of_sums) {
+        const auto pooled = channel_window(
+            call, span, memory,
+            [&](int64_t c, int first, int step) {
+              return some_tiles(call.channel_sums, image, c, first, step);
+            },
+            [&](int64_t c, A sum) {
+              const A raw = sum / call.pixels;
+              if (first <= c && c < first + span.count) call.pooled[kept + c] = raw;
+              return of_x(c, raw);
+            });
+        make_channel_mask<T>(call, span, pooled, Keep::no, nowhere);
+      } else {
+        const auto pooled = made_of<A>([&](int64_t c) { return of_x(c, call.pooled[kept + c]); });
+        make_channel_mask<T>(call, span, pooled, Keep::no, nowhere);
+        for (int i = simt::thread(); i < span.count; i += kThreads)
+          args.pooled_x[kept + first + i] = pooled[first + i];
+      }
+    }
+  }
+}
+
+// The gradients of the norm's weight and bias, and what they make of du where the statistics are
+// the batch's. Of each image, with dx = d k s + o_p dg + o_c dm, o the outer mask or one: the sums
+// of dx and of dx (u - centre).
+template <class T>
+SIMT_KERNEL(kThreads, 1)
+tail_norm_gradients(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
+  using A = accumulate_t<T>;
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
+  double* shares = SmallMemory(simt::shared()).sums;
+  const Args<A>& call = args.call;
+  const int slice = simt::thread() / kNormChannels;
+  const int64_t c =
+      (call.first_job + simt::block()) * kNormChannels + simt::thread() % kNormChannels;
+  const int64_t bands = call.bands.of_pixels(call.pixels);
+  double sum = 0, product = 0;
+  for (int64_t n = slice; c < call.channels && n < call.images; n += kSlices) {
+    const int64_t at = n * call.channels + c;
+    const double k = call.masks.channels ? call.channel_mask[at] : A(1);
+    const double o = call.outer.channels ? k : 1;
+    sum += k * some_tiles(call.channel_sums, n, c, 0, 1);
+    product += k * some_tiles(args.products, n, c, 0, 1);
+    if (call.masks.pixels) {
+      sum += o * of_bands(args.term_sums, n, bands);
+      product += o * some_tiles(args.term_products, n, c, 0, 1);
+    }
+    if (call.masks.channels) {
+      const double dg = call.d_pooled[at];
+      sum += dg * (call.outer.pixels ? of_bands(args.mask_sums, n, bands) : A(call.pixels));
+      product += dg * call.pooled[at] * call.pixels;
+    }
+  }
+  add_slices(shares, sum, product);
+  if (slice != 0 || c >= call.channels) return;
+  const double inverse = args.inverse[c], weight = product * inverse;
+  put<T>(args.d_weight, c, weight, args.weight.wide);
+  put<T>(args.d_bias, c, sum, args.bias.wide);
+  // A frozen norm's du has no such part, not even where the sums are no numbers.
+  const double each = -args.scale[c] / (double(call.images) * call.pixels);
+  args.du_slope[c] = args.batch ? static_cast<A>(each * weight * inverse) : A(0);
+  args.du_offset[c] = args.batch ? static_cast<A>(each * sum) : A(0);
+}
+
+}  // namespace da::cuda

@@ -1,0 +1,145 @@
+// The residual tail's last passes, from maps by channel and by pixel:
+//   out = relu(((u - centre) factor + shift) mask + shortcut)
+//   du  = (d factor + inner) mask + term outer + (u - centre) slope + offset
+// with d the gradient at the ReLU's argument. The norm's scale is in factor, inner and outer;
+// `inner` or else `offset` has the channels' term, which the outer mask multiplies or not.
+#pragma once
+
+#include "cuda/common/scaling.cuh"
+#include "cuda/plan/tail_memory.h"
+#include "cuda/portable/masks.cuh"
+#include "cuda/tail/args.h"
+
+namespace da::cuda {
+
+// The maps over the tile, in shared memory: of channels in the order of the formulas' struct below.
+template <bool Backward, class A>
+SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailMemory<A>& memory) {
+  const Args<A>& call = args.call;
+  const int64_t pixel = tile.image * call.pixels + tile.pixel();
+  if (call.masks.pixels)
+    copy(memory.pixel[0], tile.pixels(), call.spatial_mask + pixel);
+  else
+    fill(memory.pixel[0], tile.pixels(), A(1));
+  if (Backward) {
+    if (call.masks.pixels)
+      copy(memory.pixel[1], tile.pixels(), call.d_channel_mean + pixel);
+    else
+      fill(memory.pixel[1], tile.pixels(), A(0));
+  }
+  for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
+    const int64_t c = tile.channel() + i, at = tile.image * call.channels + c;
+    const A scale = args.scale[c], k = call.masks.channels ? call.channel_mask[at] : A(1);
+    memory.channel[0][i] = args.centre[c];
+    memory.channel[1][i] = scale * k;
+    if (!Backward) {
+      memory.channel[2][i] = args.shift[c] * k;
+    } else {
+      const A term = call.masks.channels ? scale * call.d_pooled[at] : A(0);
+      memory.channel[2][i] = call.outer.pixels ? term : A(0);
+      memory.channel[3][i] = call.outer.channels ? scale * k : scale;
+      memory.channel[4][i] = args.du_slope[c];
+      memory.channel[5][i] = args.du_offset[c] + (call.outer.pixels ? A(0) : term);
+    }
+  }
+}
+
+// out, or (Backward) du, over a tile.
+template <class T, int E, bool Backward, ChannelsAre Are>
+SIMT_KERNEL(kThreads, kTailPerSm)
+tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
+  using A = accumulate_t<T>;
+  using V = Access<T, E>;
+  constexpr bool in_rows = Are == ChannelsAre::rows;
+  constexpr int depth = Backward ? 2 : 4;
+  constexpr int channel_maps = Backward ? 6 : 3, pixel_maps = Backward ? 2 : 1;
+  constexpr int row_maps = in_rows ? channel_maps : pixel_maps;
+  constexpr int col_maps = in_rows ? pixel_maps : channel_maps;
+  const Args<A>& call = args.call;
+  const Tiling& t = call.tiling;
+  const TailMemory<A> memory = TailMemory<A>::of_scale(simt::shared(), t, Backward);
+
+  const Tile tile(t, call.first_tile + call.tile_step * simt::block());
+  simt::let_next_launch_begin();
+  const Lane lane = Lane::of_row<E>(t, tile.col(), tile.cols);
+  const int at_once = t.at_once();
+  const int64_t stride = at_once * t.cols;
+  const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
+  const int64_t start =
+      (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
+  const T* u = static_cast<const T*>(call.x) + start;
+  const T* other = static_cast<const T*>(Backward ? args.d : args.shortcut) + start;
+  T* to = static_cast<T*>(args.result) + start;
+  // du has no part of u where the norm is frozen.
+  const bool reads_u = !Backward || args.batch;
+  // A vector that is not there stays as it was. d is what a launch before has written: it is asked
+  // for when that has ended, and past no cache.
+  typename V::Raw raw[depth], raw_other[depth];
+  int left = lane.active ? tile.rows - first_row : 0;
+  SIMT_UNROLL
+  for (int i = 0; i < depth; i++) raw[i] = raw_other[i] = V::zero();
+  const auto load_u = [&] {
+    SIMT_UNROLL
+    for (int i = 0; i < depth; i++) {
+      if (reads_u && i * at_once < left) raw[i] = V::load_last(u);
+      u += stride;
+    }
+  };
+  const auto load_other = [&] {
+    SIMT_UNROLL
+    for (int i = 0; i < depth; i++) {
+      if (i * at_once < left) raw_other[i] = Backward ? V::load(other) : V::load_last(other);
+      other += stride;
+    }
+  };
+  load_u();
+  simt::wait_for_launch_before();
+  load_other();
+  load_factors<Backward>(args, tile, memory);
+  simt::sync();
+
+  const A* row_map[row_maps];
+  A col[col_maps][E];
+  SIMT_UNROLL
+  for (int m = 0; m < row_maps; m++)
+    row_map[m] = (in_rows ? memory.channel[m] : memory.pixel[m]) + first_row;
+  SIMT_UNROLL
+  for (int m = 0; m < col_maps; m++)
+    load_columns<E>(in_rows ? memory.pixel[m] : memory.channel[m], lane, col[m]);
+
+  SIMT_ROLLED
+  for (int row0 = 0; row0 < tile.rows; row0 += depth * at_once) {
+    SIMT_UNROLL
+    for (int i = 0; i < depth; i++) {
+      if (i * at_once < left) {
+        A v[E], d[E], row[row_maps];
+        V::unpack(raw[i], v);
+        V::unpack(raw_other[i], d);
+        SIMT_UNROLL
+        for (int m = 0; m < row_maps; m++) row[m] = row_map[m][i * at_once];
+        SIMT_UNROLL
+        for (int j = 0; j < E; j++) {
+          const auto channel = [&](int m) { return in_rows ? row[m] : col[m][j]; };
+          const auto pixel = [&](int m) { return in_rows ? col[m][j] : row[m]; };
+          const A deviation = v[j] - channel(0);
+          if constexpr (Backward) {
+            const A dx = (d[j] * channel(1) + channel(2)) * pixel(0) + pixel(1) * channel(3);
+            v[j] = dx + (deviation * channel(4) + channel(5));
+          } else {
+            const A sum = (deviation * channel(1) + channel(2)) * pixel(0) + d[j];
+            v[j] = sum < 0 ? A(0) : sum;  // a NaN stays one
+          }
+        }
+        V::store(to, v, lane.begin, lane.end);
+      }
+      to += stride;
+    }
+    SIMT_UNROLL
+    for (int m = 0; m < row_maps; m++) row_map[m] += depth * at_once;
+    left -= depth * at_once;
+    load_u();
+    load_other();
+  }
+}
+
+}  // namespace da::cuda

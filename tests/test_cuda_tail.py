@@ -1,0 +1,271 @@
+"""The residual tail's CUDA kernels, run on the CPU: right, clean under the sanitizers, the same in
+any order of threads."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from da_ops.accuracy import PROMISED, rms
+
+from .cases import DTYPE_PAIRS, DTYPES, FULL, LAYOUTS, assert_equal, distance
+from .conftest import ROOT
+from .plans import CUDA
+from .simt.tails import results
+from .tails import FEW_TAILS, TAILS, in_steps, make_tail
+from .test_residual import TOLERANCE
+
+# Whole vectors, rows that begin within one, one pixel, one channel, one element short of a vector.
+SHAPES = [(2, 8, 4, 4), (2, 16, 7, 7), (1, 24, 5, 5), (4, 33, 1, 1), (1, 1, 9, 8), (2, 5, 3, 7)]
+# Several tiles along an axis; rows longer than a tile's reach; images of one row, one column;
+# super-rows longer than a tile; many bands of pixels.
+LARGE = [(2, 64, 14, 14), (1, 3, 130, 130), (1, 2, 24000, 1), (1, 20000, 1, 2), (1, 8, 75, 75)]
+KINDS = {"batch": True, "frozen": False}
+
+
+@pytest.fixture
+def kernels(executable):
+    """kernels(kind): the executable that runs the tail's kernels on the CPU."""
+    return lambda kind="plain": executable(ROOT / "tests" / "simt" / "tail.cpp", kind)
+
+
+def check(tails, answers):
+    for tail, got in zip(tails, answers, strict=True):
+        if tail.norm.mean is None:
+            wide = tail.u.double()
+            var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+            assert ((got.pop("mean") - mean).abs() <= 1e-6 * (mean.abs() + var.sqrt())).all()
+            assert ((got.pop("var") - var).abs() <= 2e-6 * var).all()
+        want = tail.truth()
+        assert got.keys() == want.keys()
+        for name, exact in want.items():
+            off, least = (got[name].double() - exact).norm(), 1e-2 * exact.numel() ** 0.5
+            assert off <= TOLERANCE[tail.u.dtype] * (exact.norm() + least), name
+
+
+def assert_as_good_as_steps(tails, answers, *, times=2.0):
+    """The errors of several draws, in root mean square, are at most so many times those of the
+    modules one after the other in the same dtype, or as small as the layer's promise."""
+    ours, steps = [], []
+    for tail, answer in zip(tails, answers, strict=True):
+        want = tail.truth()
+        for errors, got in ((ours, answer), (steps, tail.results(in_steps))):
+            errors.append({name: distance(got[name], want[name]) for name in want})
+    for name in ours[0]:
+        found, beside = (rms(draw[name] for draw in draws) for draws in (ours, steps))
+        allowed = max(times * beside, PROMISED[answers[0][name].dtype])
+        assert found <= allowed, (name, found, beside)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("order", "gate"), TAILS)
+def test_results(kernels, order, gate, batch, layout):
+    tails = [
+        make_tail(
+            shape,
+            order,
+            gate,
+            dtype=dtype,
+            parameter_dtype=parameter_dtype,
+            layout=layout,
+            batch=batch,
+            affine=affine,
+        )
+        for (shape, affine), (dtype, parameter_dtype) in itertools.product(
+            zip(SHAPES, itertools.cycle([True, True, False])), DTYPE_PAIRS
+        )
+    ]
+    check(tails, results(kernels(), tails))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("order", "gate"), FEW_TAILS)
+def test_accuracy(kernels, order, gate, dtype, layout):
+    tails = [
+        make_tail((2, 24, 9, 12), order, gate, dtype=dtype, layout=layout, seed=s) for s in range(4)
+    ]
+    assert_as_good_as_steps(tails, results(kernels(), tails))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), [("spatial_channel", "affine"), ("none", "sigmoid")])
+def test_a_mean_of_a_thousand_deviations(kernels, order, gate, layout):
+    """Where every sum of raw numbers would lose what counts."""
+    tails = [
+        make_tail((4, 32, 12, 13), order, gate, layout=layout, mean=1000.0, seed=seed)
+        for seed in range(4)
+    ]
+    answers = results(kernels(), tails, multiprocessors=8)
+    for tail, got in zip(tails, answers, strict=True):
+        var = tail.u.double().var((0, 2, 3), correction=0)
+        assert ((got["var"] - var).abs() <= 1e-6 * var).all()
+    assert_as_good_as_steps(tails, answers)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_number_far_from_the_others(kernels, layout):
+    """It is the first that the kernels see, and most of the variance."""
+    tails = [make_tail((3, 6, 12, 12), layout=layout, dtype=d) for d in (torch.float32, torch.half)]
+    for tail in tails:
+        tail.u[0, :, 0, 0] = 1000.0
+    check(tails, results(kernels(), tails, multiprocessors=8))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_constant_channel_and_a_weight_of_zero(kernels, layout):
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        tail = make_tail((3, 6, 8, 9), dtype=dtype, layout=layout)
+        tail.u[:, 1] = 3.0
+        tail.norm.weight[2] = 0.0
+        (got,) = results(kernels(), [tail])
+        assert got["var"][1] == 0 and got["mean"][1] == 3
+        for name, want in tail.truth().items():
+            assert (got[name].double() - want).norm() <= tolerance * want.norm(), name
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])  # large tiles, small ones
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", LARGE)
+def test_many_tiles(kernels, shape, layout, multiprocessors):
+    tails = [
+        make_tail(shape, order, gate, dtype=dtype, layout=layout)
+        for dtype in ((torch.float16, torch.float32) if not FULL else DTYPES)
+        for order, gate in FEW_TAILS[:: 1 if FULL else 2]
+    ]
+    check(tails, results(kernels(), tails, multiprocessors=multiprocessors))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unaligned_tensors(kernels, layout):
+    tails = [
+        make_tail((2, 16, 4, 6), order, gate, dtype=dtype, layout=layout)
+        for dtype in DTYPES
+        for order, gate in FEW_TAILS
+    ]
+    check(tails, results(kernels(), tails, aligned=False))
+
+
+def test_a_large_gate_kernel(kernels):
+    tails = [make_tail((2, 40, 3, 3), order, "eca") for order in ("spatial_channel", "channel")]
+    for tail in tails:
+        tail.parameters["gate_weight"] = torch.randn(31) / 4
+    check(tails, results(kernels(), tails, limits="height=16,lanes=2"))
+
+
+@pytest.mark.parametrize("order", ["descending", "random"])
+def test_any_order_of_lanes_gives_the_same_bits(kernels, order):
+    tails = [make_tail((2, 16, 7, 7), dtype=dtype) for dtype in DTYPES]
+    tails += [
+        make_tail((3, 20, 7, 9), *kind, layout="channels_last", batch=batch)
+        for kind in FEW_TAILS
+        for batch in (True, False)
+    ]
+    limits = "height=16,share=1"
+    once = results(kernels(), tails, limits=limits)
+    for again in (
+        results(kernels(), tails, limits=limits, SIMT_ORDER=order, SIMT_LIVE="4"),
+        results(kernels(), tails, limits=f"{limits},grid=3"),
+    ):
+        for one, other in zip(once, again, strict=True):
+            assert_equal(one, other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), FEW_TAILS)
+def test_a_nan_stays_in_its_image_where_the_norm_is_frozen(kernels, order, gate, layout):
+    for dtype, shape in ((torch.float16, (4, 16, 7, 7)), (torch.float32, (4, 6, 9, 8))):
+        tail = make_tail(shape, order, gate, dtype=dtype, layout=layout, batch=False)
+        (want,) = results(kernels(), [tail])
+        tail.u[1, 2, 3, 4] = tail.dout[2, 2, 3, 4] = float("nan")
+        tail.shortcut[2, 2, 3, 4] = 100.0  # ReLU lets the gradient pass
+        (got,) = results(kernels(), [tail])
+        for image in (0, 3):
+            for name in ("out", "d_u", "d_shortcut"):
+                assert torch.equal(got[name][image], want[name][image])
+        assert got["out"][1, 2, 3, 4].isnan() and got["d_u"][2, 2, 3, 4].isnan()
+        training = replace(tail, norm=tail.norm._replace(mean=None, var=None))
+        (got,) = results(kernels(), [training])
+        assert got["out"][0, 2].isnan().all()  # statistics join the images, as they must
+        if order in ("channel", "none") and gate != "eca":
+            assert not got["out"][0, 3].isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sanitizers_find_nothing(kernels, layout, kind):
+    options = {"SIMT_ORDER": "random", "SIMT_LIVE": "4"}
+    half = {"dtype": torch.float16, "layout": layout}
+    tails = [make_tail((2, 9, 7, 7), *tail, **half) for tail in FEW_TAILS]
+    others = itertools.product([(1, 16, 14, 14), (1, 3, 2, 70), (3, 40, 1, 1)], FEW_TAILS)
+    for i, (shape, tail) in enumerate(others):
+        if FULL or i % 4 == 0:
+            tails.append(make_tail(shape, *tail, **half, batch=i % 8 > 0))
+    tails.append(make_tail((1, 8, 11, 12), layout=layout))
+    check(tails, results(kernels(kind), tails, **options))
+    tails = [
+        make_tail((2, 9, 7, 7), *tail, layout=layout) for tail in FEW_TAILS[:: 1 if FULL else 3]
+    ]
+    check(tails, results(kernels(kind), tails, limits="height=16,lanes=2,share=1", **options))
+    check(tails[:1], results(kernels(kind), tails[:1], aligned=False, **options))
+
+
+MANY = settings(
+    max_examples=200 if FULL else 25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@MANY
+@given(
+    shape=st.tuples(st.integers(2, 4), st.integers(1, 40), st.integers(1, 17), st.integers(2, 17)),
+    kind=st.sampled_from(TAILS),
+    dtypes=st.sampled_from(DTYPE_PAIRS),
+    layout=st.sampled_from(list(LAYOUTS)),
+    batch=st.booleans(),
+    affine=st.booleans(),
+    multiprocessors=st.sampled_from([1, 16, 132]),
+    aligned=st.booleans(),
+    limits=CUDA,
+    seed=st.integers(0, 2**31),
+)
+def test_random_shapes(
+    kernels, shape, kind, dtypes, layout, batch, affine, multiprocessors, aligned, limits, seed
+):
+    dtype, parameter_dtype = dtypes
+    tail = make_tail(
+        shape,
+        *kind,
+        dtype=dtype,
+        parameter_dtype=parameter_dtype,
+        layout=layout,
+        batch=batch,
+        affine=affine,
+        seed=seed,
+    )
+    options = {"multiprocessors": multiprocessors, "aligned": aligned, "limits": limits}
+    check([tail], results(kernels(), [tail], **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("image", "order", "gate"),
+    [
+        ((64, 32, 32), "spatial_channel", "affine"),
+        ((1, 256, 256), "none", "sigmoid"),
+        ((64, 32, 32), "none", "sigmoid"),
+    ],
+)
+def test_offsets_beyond_32_bits(kernels, image, order, gate, layout):
+    """The last image of a tensor whose others are zeros, that take no memory and are not run."""
+    far = 2**32 // torch.Size(image).numel() + 1
+    dtypes = {"dtype": torch.float16, "parameter_dtype": torch.float32}
+    tail = make_tail((1, *image), order, gate, **dtypes, layout=layout, batch=False)
+    check([tail], results(kernels(), [tail], far=far, limits=f"grid={2**30}"))
