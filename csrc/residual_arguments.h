@@ -1,6 +1,9 @@
 // What the residual tail's operators check, besides arguments.h.
 #pragma once
 
+#include <string>
+#include <tuple>
+
 #include "arguments.h"
 
 namespace da {

@@ -4,28 +4,12 @@
 
 #include <cmath>
 #include <string>
-#include <tuple>
 
+#include "residual_arguments.h"
 #include "tensors.h"
 
 namespace da::cpu {
 namespace {
-
-Problem describe_residual(const Tensor& u, const Arguments& given, const std::string& order,
-                          const std::string& gate) {
-  if (order != "none") return describe(u, given, order, gate);
-  Problem p = describe(u, given, "channel", "sigmoid");  // which needs no parameter
-  p.order = Order::none;
-  return p;
-}
-
-void check_like(const Problem& p, const Tensor& t, const Tensor& u, const char* name) {
-  STD_TORCH_CHECK(
-      t.is_cpu() && t.dim() == 4 && t.numel() == u.numel() && t.scalar_type() == u.scalar_type(),
-      "da_ops: ", name, " must be like u");
-  STD_TORCH_CHECK(p.n == 0 || (p.channels_last ? dense(t, {0, 2, 3, 1}) : dense(t, {0, 1, 2, 3})),
-                  "da_ops: ", name, " must have u's layout");
-}
 
 // The norm with these statistics; a norm without weight multiplies by one.
 template <class A>
@@ -43,8 +27,6 @@ Norm<A> norm_of(const Problem& p, const Parameter& weight, const Parameter& bias
   }
   return norm;
 }
-
-using ResidualOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ResidualOutputs residual_forward_cpu(const Tensor& u, const Tensor& shortcut,
                                      const Parameter& norm_weight, const Parameter& norm_bias,
@@ -87,9 +69,6 @@ ResidualOutputs residual_forward_cpu(const Tensor& u, const Tensor& shortcut,
     return ResidualOutputs{out, mean, var, channel_mean, pooled};
   });
 }
-
-using ResidualInputGradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ResidualInputGradients residual_backward_cpu(
     const Tensor& dout, const Tensor& out, const Tensor& u, const Parameter& norm_weight,

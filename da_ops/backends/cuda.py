@@ -36,7 +36,7 @@ def _direction(steps: list[dict[str, Any]]) -> Direction:
     passes = []
     for step in steps:
         of_pass = {key: step.pop(key) for key in ("name", "reads", "writes")}
-        why = _saved(step.pop("once"), step.pop("again"))
+        why = _saved(step.pop("once", 0), step.pop("again", 0))
         launch = Launch(**{**step, "waves": Waves(**step["waves"])})
         passes.append(Pass(**of_pass, launch=launch, why=why))
     return Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
