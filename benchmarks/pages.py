@@ -73,6 +73,9 @@ def speed(folder: Path, page: Path) -> str:
             lines += ["", picture("speed-ups", folder / f"{device}.png", page), ""]
             lines += [tables.markdown_table(MEANS_HEADER, mean_rows(results), left=1)]
             lines += ["", f"{tables.device_line(results)}; float32."]
+            network = together.get("network")
+            if network and not doubts(network):
+                lines += [network_line(network)]
             lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
     return marked("speed", COMMAND, lines or ["", "No results yet: `make bench-full` measures."])
 
@@ -101,6 +104,20 @@ def mean_rows(results: Results) -> list[list[str]]:
                     [f"{subject} against {against}", *(tables.times(cell) for cell in cells)]
                 )
     return found
+
+
+def network_line(results: Results) -> str:
+    """What a network with the layer costs beside the one without, in percent of a training step."""
+    found: dict[str, list[str]] = {}
+    for part in results["layouts"]:
+        for r in part["results"]:
+            if "cost_percent" in r and "plain" not in r["variant"]:
+                found.setdefault(tables.name_of(r["variant"]), []).append(
+                    f"{r['cost_percent']:+.1f}%"
+                )
+    layouts = " and ".join(part["layout"] for part in results["layouts"])
+    costs = ", ".join(f"{name} {' and '.join(cells)}" for name, cells in found.items())
+    return f"A training step of {results['network']['name']} with the layer, {layouts}: {costs}."
 
 
 # The block of docs/benchmarks.md: everything.

@@ -109,6 +109,29 @@ def test_pictures_and_the_worked_plan_are_todays(monkeypatch):
     assert main(["--check"]) == 0
 
 
+def test_costs_of_a_network_are_those_of_the_results():
+    """A percentage a layout, of what has the layer."""
+    results = {
+        "network": {"name": "resnet18"},
+        "layouts": [
+            {
+                "layout": layout,
+                "results": [
+                    {"variant": "plain"},
+                    {"variant": "tail:plain", "cost_percent": -5.0},
+                    {"variant": "eager", "cost_percent": 12.25 + index},
+                    {"variant": "tail:da_ops:cpu", "cost_percent": -0.5},
+                ],
+            }
+            for index, layout in enumerate(("contiguous", "channels_last"))
+        ],
+    }
+    assert pages.network_line(results) == (
+        "A training step of resnet18 with the layer, contiguous and channels_last: "
+        "eager +12.2% and +13.2%, fused tail (cpu) -0.5% and -0.5%."
+    )
+
+
 def test_means_of_a_page_are_those_of_the_results():
     """A line a rival, with the mean over the stages that the results have."""
     kind = {"regime": "warm", "launch": "stream", "fused": "da_ops:cpu"}
