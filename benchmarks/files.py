@@ -62,7 +62,7 @@ def faults(gpu: Results) -> list[str]:
 
 
 def doubts(results: Results) -> list[str]:
-    """What speaks against these results."""
+    """Reasons to doubt these results."""
     return [doubt for doubt in (tables.stale(results), tables.disturbed(results)) if doubt]
 
 

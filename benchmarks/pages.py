@@ -107,7 +107,7 @@ def mean_rows(results: Results) -> list[list[str]]:
 
 
 def network_line(results: Results) -> str:
-    """What a network with the layer costs beside the one without, in percent of a training step."""
+    """The cost of the layer in a network, in percent of a training step without it."""
     found: dict[str, list[str]] = {}
     for part in results["layouts"]:
         for r in part["results"]:

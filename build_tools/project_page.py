@@ -1,4 +1,4 @@
-"""What a package index shows of da_ops: addresses, and README with links that lead somewhere there.
+"""The page of da_ops on a package index: addresses, and README with links that work there.
 
 Where the repository lies is known to whoever publishes it: DA_OPS_REPOSITORY=https://HOST/OWNER/NAME.
 Without it README goes in as it is, with links that are good in the source tree, and no addresses.

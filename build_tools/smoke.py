@@ -68,7 +68,7 @@ def look(version: str, without_cuda: bool) -> None:
 
 
 def told(*command: str) -> str:
-    """What a command of da-ops prints."""
+    """The output of a da-ops command."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         status = main(list(command))

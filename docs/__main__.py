@@ -1,4 +1,4 @@
-"""What these pages show of the code: pictures, and a plan as explain prints it.
+"""The generated parts of these pages: pictures, and a plan as explain prints it.
 
 python -m docs            writes docs/pictures/*.svg and the block of docs/how-it-works.md
 python -m docs --check    exit 1 if they are not what it would write

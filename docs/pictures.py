@@ -19,7 +19,7 @@ SHAPE, DEVICE = (64, 256, 56, 56), "sm_90"  # the call that the pages take as th
 
 
 def counts() -> dict[str, list[tuple[str, int, int]]]:
-    """What the first picture shows: name, passes forward, passes backward."""
+    """The bars of the first picture: name, passes forward, passes backward."""
 
     def passes(walks: Walks) -> tuple[int, int]:
         forward, backward = (direction(way, in_cache=False).moved for way in walks)
@@ -127,7 +127,7 @@ def passes() -> Picture:
 
 
 def result(step: Pass) -> str:
-    """What a pass gives."""
+    """The result of a pass."""
     if step.writes:
         return f"writes {step.writes[0]}"
     axes = (("by pixel", step.sums.pixels), ("by channel", step.sums.channels))

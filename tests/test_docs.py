@@ -38,7 +38,7 @@ COMMANDS = sorted(
 
 
 def anchors(page: Path) -> set[str]:
-    """Where links into a page may lead: its headings as hosts of repositories name them."""
+    """The anchors of a page: its headings as hosts of repositories name them."""
     text = BLOCK.sub("", page.read_text("utf-8"))
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""What the residual tail will do, told before it is done; the model of what it moves."""
+"""explain of the residual tail, and the model of the bytes that it moves."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(sdist, no_compiler,
     assert "compiler" in backends["cpu"]
 
 
-# What a package index shows
+# The page on a package index
 
 
 def metadata_of(text):

@@ -14,7 +14,7 @@ from build_tools import project_page
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What a package index shows
+# The page on a package index
 
 REPOSITORY = "https://git.example/us/da"
 
