@@ -75,6 +75,39 @@ inline bool dense(const Tensor& t, std::initializer_list<int> order) {
 
 using Arguments = Parameters<const Parameter&>;
 
+// Refuses parameters but those that the order and gate take, in their shapes, on x's device, and
+// all in one dtype: x's, or float32 where x is in half precision.
+inline void check_parameters(const Problem& p, const Tensor& x, const Arguments& given) {
+  using Shape = std::initializer_list<int64_t>;
+  const ScalarType dtype = x.scalar_type();
+  const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  std::optional<ScalarType> shared;
+  const auto check = [&](const char* name, const Parameter& parameter, bool wanted, Shape shape) {
+    STD_TORCH_CHECK(parameter.has_value() == wanted, "da_ops: this order and gate ",
+                    wanted ? "need " : "do not take ", name);
+    if (!wanted) return;
+    const auto sizes = parameter->sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()),
+                    "da_ops: wrong shape of ", name);
+    STD_TORCH_CHECK(parameter->is_cpu() == x.is_cpu() && parameter->is_cuda() == x.is_cuda() &&
+                        parameter->get_device_index() == x.get_device_index(),
+                    "da_ops: ", name, " must be on x's device");
+    const ScalarType own = parameter->scalar_type();
+    STD_TORCH_CHECK(
+        own == shared.value_or(own) && (own == dtype || (half && own == ScalarType::Float)),
+        "da_ops: wrong dtype of ", name);
+    shared = own;
+  };
+  const bool spatial = p.spatial(), gated = p.gate_weights() > 0;
+  const Shape gate = {p.gate_weights()};
+  check("conv_weight", given.conv, spatial, {1, 1, 3, 3});
+  check("dilated_weight", given.dilated, spatial, {1, 1, 3, 3});
+  check("merge_weight", given.merge, spatial, {1, 2, 1, 1});
+  check("spatial_bias", given.spatial_bias, spatial && given.spatial_bias, {1});
+  check("gate_weight", given.gate, gated, gate);
+  check("gate_bias", given.gate_bias, gated && p.gate != Gate::eca, gate);
+}
+
 inline Problem describe(const Tensor& x, const Arguments& given, const std::string& order,
                         const std::string& gate) {
   Problem p;
@@ -85,14 +118,11 @@ inline Problem describe(const Tensor& x, const Arguments& given, const std::stri
   STD_TORCH_CHECK(!p.channels_last || dense(x, {0, 2, 3, 1}) || p.n == 0,
                   "da_ops: x must be contiguous or channels_last");
   STD_TORCH_CHECK(parse(order, p.order) && parse(gate, p.gate), "da_ops: unknown order or gate");
-  STD_TORCH_CHECK(!p.spatial() || (given.conv && given.dilated && given.merge),
-                  "da_ops: this order needs conv_weight, dilated_weight and merge_weight");
-  if (p.channel() && p.gate != Gate::sigmoid) {
-    STD_TORCH_CHECK(given.gate.has_value(), "da_ops: this gate needs gate_weight");
-    STD_TORCH_CHECK(p.gate == Gate::eca || given.gate_bias.has_value(),
-                    "da_ops: this gate needs gate_bias");
-    if (p.gate == Gate::eca) p.kernel_size = given.gate->numel();
+  if (p.channel() && p.gate == Gate::eca) {
+    p.kernel_size = given.gate ? given.gate->numel() : 0;
+    STD_TORCH_CHECK(p.kernel_size % 2 == 1, "da_ops: this gate needs an odd gate_weight");
   }
+  check_parameters(p, x, given);
   switch (x.scalar_type()) {
     case ScalarType::Half:
       p.dtype = Dtype::float16;

@@ -86,12 +86,13 @@ class Backend:
 
     ``forward(x, parameters, order, gate)`` returns ``(y, channel_mean, pooled)``, and
     ``backward(dy, x, parameters, channel_mean, pooled, order, gate)`` the gradients of ``x`` and of
-    the six parameters, which come in the order of ``Parameters``. Both get checked arguments, ``x``
-    contiguous or channels_last and ``dy`` in the same layout. ``plan(call)`` says what they will
-    do. ``residual_forward`` and ``residual_backward`` are those of the residual tail, the operators
-    of these names; None where the backend has none, and "auto" takes the next one that has them.
-    ``residual_plan(call, mode)`` is their plan, the mode one of ``tail.MODES``; None where they
-    make the passes of ``tail.tail_walks``, and each moves all that it reads and writes.
+    the six parameters, which come in the order of ``Parameters``. ``x`` is contiguous or
+    channels_last, ``dy`` in the same layout. What ``da_ops.checks.check_arguments`` refuses does
+    not come to them, unless ``checks`` says that they refuse it, too. ``plan(call)`` says what they
+    will do. ``residual_forward`` and ``residual_backward`` are those of the residual tail, the
+    operators of these names; None where the backend has none, and "auto" takes the next one that
+    has them. ``residual_plan(call, mode)`` is their plan, the mode one of ``tail.MODES``; None
+    where they make the passes of ``tail.tail_walks``, and each moves all that it reads and writes.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
     run on the devices that are there; it is asked once there is a tensor on one. ``for_auto`` is
@@ -106,6 +107,7 @@ class Backend:
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Gradients]
     plan: Callable[[Call], Plan]
+    checks: bool = False
     missing: Callable[[], str | None] = lambda: None
     unfit: Callable[[], str | None] = lambda: None
     explicit_only: str | None = None  # why "auto" does not take it

@@ -189,7 +189,7 @@ class Choice:
             other = of(x, order, gate, True)
             return (other.for_auto or other).backward(dy, x, *arguments)
 
-        return replace(first, forward=forward, backward=backward)
+        return replace(first, forward=forward, backward=backward, checks=False)
 
     def give_up(self, name: str, reason: str) -> None:
         """Never choose backend ``name`` again, which turned out at run time not to work; warn."""

@@ -56,6 +56,7 @@ BACKEND = Backend(
     native.forward,
     native.backward,
     _plan,
+    checks=True,
     residual_forward=native.residual_forward,
     residual_backward=native.residual_backward,
     residual_plan=_residual_plan,

@@ -152,6 +152,7 @@ BACKEND = Backend(
     _plan,
     missing=_missing,
     unfit=_unfit,
+    checks=True,
     residual_forward=native.residual_forward,
     residual_backward=native.residual_backward,
     residual_plan=_residual_plan,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_arguments
 from ..layout import empty_gradient
 from ..parameters import Unnamed
 from .base import Gradients
@@ -112,6 +113,8 @@ def fake_forward(
     order: str,
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    parameters = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
+    check_arguments(x, parameters, order, gate)
     n, c, h, w = x.shape
     acc = reference.accumulation_dtype(x.dtype)
     channel_mean = x.new_empty((0,) if order == "channel" else (n, h, w), dtype=acc)
