@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import da_ops
 from da_ops.backends import BACKENDS, NAMES, unserved
@@ -231,6 +232,12 @@ def test_bad_input_of_a_layer(backend, nothing_computes, change, error, words):
 def test_layer_for_other_channels(backend, nothing_computes):
     layer = da_ops.DAModule(8, backend=backend)
     assert_refused(lambda: layer(x(2, 5, 6, 7)), ValueError, "gate_weight", "[5]", "[8]")
+
+
+def test_layer_for_other_channels_of_fake_tensors(backend):
+    with FakeTensorMode():
+        layer = da_ops.DAModule(8, backend=backend)
+        assert_refused(lambda: layer(x(2, 5, 6, 7)), ValueError, "gate_weight", "[5]", "[8]")
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
