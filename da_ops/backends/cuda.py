@@ -40,6 +40,8 @@ def _plan(call: Call) -> Plan:
         for step in details[name]:
             of_pass = {key: step.pop(key) for key in ("name", "reads", "writes")}
             why = _saved(step.pop("once"), step.pop("again"))
+            if step.pop("finishes"):
+                why = "makes the parameters' gradients too"
             launch = Launch(**{**step, "waves": Waves(**step["waves"])})
             passes.append(Pass(**of_pass, launch=launch, why=why))
         return details, Direction(tuple(passes), sum(p.reads + p.writes for p in passes))
