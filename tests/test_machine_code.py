@@ -256,6 +256,17 @@ def test_a_small_kernel_has_a_limit_on_all_its_instructions(monkeypatch):
     assert told == "expected at most 60 instructions, got 61"
 
 
+@pytest.mark.parametrize("past_l1", [True, False])
+def test_what_blocks_tell_each_other_is_no_full_size_tensor(monkeypatch, past_l1):
+    """A loop like no other of the kernel's, but for loads past L1 instead of stores."""
+    monkeypatch.setitem(cuda_limits.HOT_LOOPS, "mini", ())
+    code = LISTING.replace("STG.E", "FADD")
+    if past_l1:
+        code = code.replace("LDG.E.128", "LDG.E.128.STRONG.GPU")
+    got = list(cuda_limits.faults("mini<float, 4>", "sm_90", only(code)))
+    assert bool(got) != past_l1
+
+
 WAIT = "        /*%04x*/   ACQBULK ;\n"
 
 

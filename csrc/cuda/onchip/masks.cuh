@@ -254,7 +254,7 @@ SIMT_FN void make_terms(const Member<T>& m, int turn, const Lines& which) {
   const SpatialGradient spatial{
       {call, m.chip, m.stencil() + kStencil, of_image(m.args.row_gradients, image, m.chip.rows)},
       of_image(call.channel_mean, image, call.pixels),
-      of_image(call.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialSums)};
+      of_image(call.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialPitch)};
   const ChannelGradient<T> channel{{call, m.chip, of_image(call.d_logit, image, call.channels)}};
   float* const all = of_image(m.args.col_terms, image, m.chip.cols);
   const bool rows = which.rows, cols = which.cols;
