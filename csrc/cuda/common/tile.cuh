@@ -25,6 +25,19 @@ DA_HD I max(I one, I other) {
   return one < other ? other : one;
 }
 
+// Calls add(i) for every fourth i below `end` in turn, so that four loads are on their way at once.
+// A loop that nvcc unrolls by itself first counts its turns, and has one more loop for the last
+// ones.
+template <class Add>
+SIMT_FN void every_fourth(int end, Add add) {
+  SIMT_ROLLED
+  for (int i = 0; i < end; i += 16) {
+    SIMT_UNROLL
+    for (int j = i; j < i + 16; j += 4)
+      if (j < end) add(j);
+  }
+}
+
 template <class T>
 using accumulate_t = std::conditional_t<sizeof(T) == 8, double, float>;
 

@@ -24,6 +24,7 @@ struct Tiling {
   int64_t rows, cols;
   int vector, period;
   int width, lanes, super_rows;
+  int64_t stride;                // elements from a row that a thread reads to its next
   int height;                    // rows of a tile, a multiple of the period
   int64_t row_tiles, col_tiles;  // tiles that the rows, and the columns, are cut into
 

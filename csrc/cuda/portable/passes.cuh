@@ -31,7 +31,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   const Lane lane = Lane::of_row<E, How>(t, tile.col(), tile.cols);
 
   const int at_once = t.at_once();
-  const int64_t stride = at_once * t.cols;
+  const int64_t stride = t.stride;
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
@@ -131,8 +131,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
       do {
         const A* of_row = others + turn * kPitch + segment * pitch;
         A total = 0;
-        if (row < rows)
-          for (int i = 0; i < t.lanes - part; i += 4) total += of_row[i];
+        every_fourth(row < rows ? t.lanes - part : 0, [&](int i) { total += of_row[i]; });
         total += simt::shuffle_xor(total, 1);
         total += simt::shuffle_xor(total, 2);
         if (part == 0 && row < rows) out[row0 + row] = total;
@@ -211,7 +210,7 @@ SIMT_FN bool scale_tile(const Args<accumulate_t<T>>& args) {
   const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.super_rows)
                                  : Lane::of_row<E, How>(t, tile.col(), tile.cols);
   const int at_once = t.at_once();
-  const int64_t stride = at_once * t.cols;
+  const int64_t stride = t.stride;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
   const int first_row = lane.super_row * t.period + lane.phase, rows = lane.active ? tile.rows : 0;
