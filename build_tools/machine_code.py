@@ -2,9 +2,10 @@
 
 A loop is what lies between a branch back and its target in the graph of branches, wherever the
 compiler has put it. Its way is one turn of it: of all paths from its head round to its head, the
-one with the most 16-byte accesses, then the fewest narrower ones of global memory, then the most
-instructions. So it is the path over whole vectors, with all that can be asked for on it, and
-without what only edges take, element by element.
+one with the most 16-byte accesses, then the fewest narrower ones of global memory outside the loops
+within, then the most instructions. So it is the path over whole vectors, with all that can be asked
+for on it, such as the sums that loops within store, and without what only edges take, element by
+element.
 """
 
 from __future__ import annotations
@@ -155,7 +156,11 @@ def functions(listing: str) -> Iterator[Function]:
 
 
 def parse(section: str) -> tuple[list[Instruction], dict[str, int]]:
-    """A section's instructions, and each label's place among them."""
+    """A section's instructions, and each label's place among them.
+
+    NOPs are left out: they end kernels, and for 12.0 follow each instruction of float64, whose
+    unit is busy for longer than they take.
+    """
     found: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in section.splitlines():
@@ -163,7 +168,8 @@ def parse(section: str) -> tuple[list[Instruction], dict[str, int]]:
             labels[label[1]] = len(found)
         elif code := LINE.search(line):
             address, guard, opcode, operands = code.groups()
-            found.append(Instruction(int(address, 16), guard or "", opcode, operands))
+            if opcode != "NOP":
+                found.append(Instruction(int(address, 16), guard or "", opcode, operands))
     return found, labels
 
 
@@ -210,8 +216,8 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> Iterator[L
         if any(other < body for other in loading.values()):
             continue
         ordered = [block for block in order if block in body]
-        path = way(blocks, ordered, head, back)
         inner = set().union(*(other for other in bodies.values() if other < body))
+        path = way(blocks, ordered, head, inner, back)
         parts = ordered, [b for b in path if b not in inner], [b for b in path if b in inner]
         yield Loop(*(tuple(i for b in part for i in blocks[b].instructions) for part in parts))
 
@@ -240,9 +246,10 @@ def walk(blocks: list[Block]) -> tuple[list[int], set[tuple[int, int]]]:
 
 
 def way(
-    blocks: list[Block], body: list[int], head: int, back: set[tuple[int, int]]
+    blocks: list[Block], body: list[int], head: int, inner: set[int], back: set[tuple[int, int]]
 ) -> tuple[int, ...]:
-    """The blocks of one turn of a loop; `body` is in the order of the graph."""
+    """The blocks of one turn of a loop; `body` is in the order of the graph, `inner` are those of
+    the loops within."""
     best: dict[int, tuple[tuple[int, int, int], tuple[int, ...]]] = {head: ((0, 0, 0), ())}
     turns = []
     for block in body:
@@ -252,7 +259,8 @@ def way(
         instructions = blocks[block].instructions
         accesses = [i.access for i in instructions if i.access]
         vectors = sum(a.width >= VECTOR for a in accesses)
-        narrow = sum(a.width < VECTOR and a.space == "global" for a in accesses)
+        edges = block not in inner
+        narrow = sum(edges and a.width < VECTOR and a.space == "global" for a in accesses)
         score = (score[0] + vectors, score[1] - narrow, score[2] + len(instructions))
         path = (*path, block)
         for following in blocks[block].following:

@@ -98,6 +98,7 @@ py::list steps(const da::Problem& p, const da::cuda::Device& device, const da::c
                  py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
                  py::arg("shared_bytes") = step.shared_bytes, py::arg("backwards") = step.backwards,
                  py::arg("once") = step.count.once, py::arg("again") = step.count.again,
+                 py::arg("finishes") = step.more > 0 || step.last_finishes,
                  py::arg("waves") = waves(da::cuda::waves(p, device, plan, direction, step)),
                  py::arg("in_l2") = da::cuda::expected_in_l2(p, device, direction, step)));
   }

@@ -125,6 +125,22 @@ def test_the_way_is_over_whole_vectors_and_without_the_loop_within():
     assert loop.in_flight() == 2
 
 
+def test_the_way_leads_through_a_loop_that_stores_sums():
+    """Also where a way around it has no narrow access of global memory."""
+    add = "FADD R3, R14, R3 ;"
+    assert LISTING.count(add) == 1
+    (loop,) = only(LISTING.replace(add, "STG.E desc[UR6][R8.64], R14 ;")).loops
+    assert [i.opcode for i in loop.within].count("STG.E") == 1
+    assert [i.address for i in loop.way] == [i.address for i in only().loops[0].way]
+
+
+def test_nops_do_not_count():
+    """As behind each instruction of float64 on 12.0, or after a kernel's end."""
+    start = LISTING.index("        /*0200*/")
+    padded = LISTING[:start] + "        /*01f8*/   NOP ;\n" * 4 + LISTING[start:]
+    assert only(padded) == only()
+
+
 def test_a_use_between_loads_leaves_one_in_flight():
     wait = "IMAD.WIDE R8, R2, 0x10, R8 ;"
     assert LISTING.count(wait) == 1
@@ -254,6 +270,17 @@ def test_a_small_kernel_has_a_limit_on_all_its_instructions(monkeypatch):
     monkeypatch.setitem(cuda_limits.WHOLE, "maps", 60)
     (told,) = cuda_limits.faults("maps<float>", "sm_80", only())
     assert told == "expected at most 60 instructions, got 61"
+
+
+@pytest.mark.parametrize("past_l1", [True, False])
+def test_what_blocks_tell_each_other_is_no_full_size_tensor(monkeypatch, past_l1):
+    """A loop like no other of the kernel's, but for loads past L1 instead of stores."""
+    monkeypatch.setitem(cuda_limits.HOT_LOOPS, "mini", ())
+    code = LISTING.replace("STG.E", "FADD")
+    if past_l1:
+        code = code.replace("LDG.E.128", "LDG.E.128.STRONG.GPU")
+    got = list(cuda_limits.faults("mini<float, 4>", "sm_90", only(code)))
+    assert bool(got) != past_l1
 
 
 WAIT = "        /*%04x*/   ACQBULK ;\n"

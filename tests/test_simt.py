@@ -39,6 +39,9 @@ FOUND = {
     ("no_barrier_before_load", "thread"): RACE,
     ("no_cluster_barrier", "thread"): RACE,
     ("no_team_barrier", "thread"): RACE,
+    ("counted_too_early", "thread"): RACE,
+    ("counted_without_fence", "thread"): RACE,
+    ("flag_too_early", "thread"): RACE,
     ("late_wait_for_launch", "thread"): RACE,
     ("late_wait_for_launch", "plain"): "wrong result",  # NaN: what is to be read is not there yet
     ("no_wait_for_launch", "plain"): NO_WAIT,
@@ -64,7 +67,7 @@ def test_correct_kernels_are_clean(harness, kind, order):
 @pytest.mark.parametrize("order", ["ascending", "descending", "random"])
 @pytest.mark.parametrize(("bug", "kind"), FOUND)
 def test_a_planted_bug_is_found(harness, bug, kind, order):
-    done = run(harness(kind), bug, SIMT_ORDER=order)
+    done = run(harness(kind), bug, SIMT_ORDER=order, SIMT_LIVE="4")
     assert done.returncode != 0
     assert re.search(FOUND[bug, kind], done.stderr), done.stderr
 

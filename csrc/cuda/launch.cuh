@@ -46,7 +46,8 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   args.d_logit = work + w.d_logit, args.d_pooled = work + w.d_pooled;
   args.spatial_parts = work + w.spatial_parts, args.spatial_blocks = w.spatial_blocks;
   args.gate_parts = work + w.gate_parts, args.shares = w.shares;
-  args.parts_done = reinterpret_cast<unsigned*>(work + w.parts_done);
+  args.counters = reinterpret_cast<unsigned*>(work + w.done);
+  args.counter_count = w.done_counters;
   return args;
 }
 
@@ -101,8 +102,8 @@ int launch_maps(const Step& step, const simt::Launch& launch, Args<accumulate_t<
 template <class T>
 int launch_finish(simt::Launch launch, const Args<accumulate_t<T>>& args) {
   if (args.shares > 1 && args.first_job == 0) {
-    const size_t bytes = (args.gate == Gate::eca ? args.kernel_size : 2) * sizeof(unsigned);
-    if (const int error = simt::clear(args.parts_done, bytes, launch.stream)) return error;
+    const size_t bytes = args.counter_count * sizeof(unsigned);
+    if (const int error = simt::clear(args.counters, bytes, launch.stream)) return error;
     launch.early = false;
   }
   return simt::launch(launch, finish<T>, args);
@@ -186,11 +187,16 @@ int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate
     if (!sums.pixels) args.new_pixel_sums = nullptr;
     if (!sums.channels) args.new_channel_sums = nullptr;
 
+    args.finishes = step.finishes;
     args.tile_step = step.backwards ? -1 : 1;
-    for (args.first_job = 0; args.first_job < step.jobs; args.first_job += step.grid) {
+    const int64_t all = step.jobs + step.more;
+    for (args.first_job = 0; args.first_job < all; args.first_job += step.grid) {
       args.first_tile = step.backwards ? step.jobs - 1 - args.first_job : args.first_job;
+      const int64_t left = std::max<int64_t>(step.jobs - args.first_job, 0);
       simt::Launch launch{};
-      launch.grid = std::min<int64_t>(step.grid, step.jobs - args.first_job);
+      launch.grid = std::min<int64_t>(step.grid, all - args.first_job);
+      args.more = launch.more = launch.grid - std::min<int64_t>(launch.grid, left);
+      args.last_finishes = step.last_finishes && 0 < left && left <= launch.grid;
       launch.block = kThreads;
       launch.shared_bytes = step.shared_bytes;
       launch.stream = stream;

@@ -37,6 +37,8 @@ def _direction(steps: list[dict[str, Any]]) -> Direction:
     for step in steps:
         of_pass = {key: step.pop(key) for key in ("name", "reads", "writes")}
         why = _saved(step.pop("once", 0), step.pop("again", 0))
+        if step.pop("finishes", False):
+            why = "makes the parameters' gradients too"
         launch = Launch(**{**step, "waves": Waves(**step["waves"])})
         passes.append(Pass(**of_pass, launch=launch, why=why))
     return Direction(tuple(passes), sum(p.reads + p.writes for p in passes))

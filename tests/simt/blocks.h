@@ -69,9 +69,9 @@ struct Block {
   Block& operator=(const Block&) = delete;
   ~Block() { ::operator delete(shared, std::align_val_t(128)); }
 
-  void prepare(const Launch& launch, LaunchState& of, Team& in) {
+  void prepare(const Launch& launch, unsigned blocks, LaunchState& of, Team& in) {
     size = launch.block;
-    grid = launch.grid;
+    grid = blocks;
     this->launch = &of;
     team = &in;
     team->blocks.push_back(this);
@@ -205,8 +205,8 @@ inline void note(const void* kernel) {
   std::free(name);
 }
 
-// Of a launch whose blocks these images share evenly, the blocks of the first few are left out:
-// what lies far into a tensor is reached without all that comes before it.
+// Of a launch whose blocks these images share evenly, but for `more` of them, the blocks of
+// the first few are left out: what lies far into a tensor is reached without all that comes before.
 struct LeftOut {
   unsigned first, images;
 };
@@ -236,15 +236,13 @@ class Running {
     state_.early = launch.early;
     teams_ = std::vector<Team>(live_ / team);
     blocks_ = std::vector<Block>(live_);
-    for (unsigned b = 0; b < live_; b++) blocks_[b].prepare(launch, state_, teams_[b / team]);
-    end_ = launch.grid;
-    if (left_out.images > 0 && launch.grid % left_out.images == 0) {
-      const unsigned blocks = launch.grid / left_out.images * left_out.first;
-      if (launch.backwards)
-        end_ -= blocks;
-      else
-        next_ = blocks;
+    const unsigned shared = launch.grid - launch.more;
+    if (left_out.images > 0 && shared % left_out.images == 0) {
+      gap_ = shared / left_out.images * left_out.first;
+      if (launch.backwards) before_gap_ = shared - gap_;
     }
+    end_ = launch.grid - gap_;
+    for (unsigned b = 0; b < live_; b++) blocks_[b].prepare(launch, end_, state_, teams_[b / team]);
   }
 
   // As far as it gets while the launch before has not ended.
@@ -272,7 +270,7 @@ class Running {
 #endif
     const unsigned now = std::min(live_, end_ - next_), size = launch_.block;
     for (unsigned b = 0; b < now; b++) {
-      blocks_[b].begin(next_ + b);
+      blocks_[b].begin(next_ + b + (next_ + b < before_gap_ ? 0 : gap_));
       for (unsigned t = 0; t < size; t++) {
         running_.push_back(&lanes_[b * size + t]);
         running_.back()->begin(blocks_[b], t);
@@ -294,6 +292,7 @@ class Running {
   LaunchState state_;
   Turns turns_;
   unsigned live_ = 0, next_ = 0, end_ = 0;
+  unsigned before_gap_ = 0, gap_ = 0;  // blocks that are left out, and those before them
   std::vector<Team> teams_;
   std::vector<Block> blocks_;
   std::vector<Lane*> running_;

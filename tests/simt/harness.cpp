@@ -238,6 +238,7 @@ constexpr Case kRight[] = {
     {"cluster", cluster_case<Bug::none>},
     {"mail", mail_case<Bug::none>},
     {"team", team_case<Bug::none>},
+    {"last", last_case<Bug::none>},
     {"early", early_case<Bug::none>},
 };
 
@@ -257,6 +258,9 @@ constexpr Case kOther[] = {
     {"no_cluster_barrier", cluster_case<Bug::no_cluster_barrier>},
     {"peer_has_returned", cluster_case<Bug::peer_has_returned>},
     {"no_team_barrier", team_case<Bug::no_team_barrier>},
+    {"counted_too_early", last_case<Bug::counted_too_early>},
+    {"counted_without_fence", last_case<Bug::counted_without_fence>},
+    {"flag_too_early", last_case<Bug::flag_too_early>},
     {"no_wait_for_launch", early_case<Bug::no_wait_for_launch>},
     {"some_wait_for_launch", early_case<Bug::some_wait_for_launch>},
     {"late_wait_for_launch", early_case<Bug::late_wait_for_launch>},

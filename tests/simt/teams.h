@@ -1,5 +1,5 @@
 // Kernels of the harness whose blocks speak to each other: through a cluster's shared memory, by
-// mail, through global memory.
+// mail, through global memory; or of which the last to be done takes up what the others left.
 #pragma once
 
 #include "planted.h"
@@ -73,6 +73,29 @@ team(float* global, unsigned* counters, float* y) {
   y[block * kThreads + thread] = value;
 }
 
+// The last block to have written its numbers adds up those of all, in their order.
+template <Bug bug>
+SIMT_KERNEL(kThreads, 1)
+last(float* numbers, unsigned* counter, float* y) {
+  float* const flag = simt::Carver(simt::shared()).take<float>(1);
+  const int thread = simt::thread();
+  const unsigned block = simt::block();
+  simt::store_fresh(numbers + block * kThreads + thread, static_cast<float>(block + thread));
+  if (bug != Bug::counted_too_early) simt::sync();
+  if (thread == 0) {
+    const unsigned before = bug == Bug::counted_without_fence
+                                ? __atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED)
+                                : simt::fetch_add(counter, 1u);
+    *flag = before + 1 == simt::blocks();
+  }
+  if (bug != Bug::flag_too_early) simt::sync();
+  if (*flag == 0) return;
+  const int other = kThreads - 1 - thread;
+  float sum = 0;
+  for (unsigned b = 0; b < kBlocks; b++) sum += simt::load_fresh(numbers + b * kThreads + other);
+  y[thread] = sum;
+}
+
 bool shifted(const Buffer<float>& y, unsigned by) {
   for (unsigned i = 0; i < y.size(); i++) {
     const unsigned block = i / kThreads, first = block / kTeam * kTeam;
@@ -102,6 +125,19 @@ bool mail_case() {
   launch.team = kTeam;
   launch.cluster = true;
   return ran(launch, mail<bug>, y.data()) && shifted(y, 1);
+}
+
+template <Bug bug>
+bool last_case() {
+  Buffer<float> numbers(kBlocks * kThreads), y(kThreads);
+  Buffer<unsigned> counter(1);
+  counter[0] = 0;
+  simt::Launch launch{kBlocks, kThreads};
+  launch.shared_bytes = sizeof(float);
+  if (!ran(launch, last<bug>, numbers.data(), counter.data(), y.data())) return false;
+  for (int t = 0; t < kThreads; t++)
+    if (!(y[t] == kBlocks * (kThreads - 1 - t) + kBlocks * (kBlocks - 1) / 2)) return false;
+  return true;
 }
 
 template <Bug bug>

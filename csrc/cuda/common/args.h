@@ -56,12 +56,18 @@ struct Args {
   // Small maps; d_channel_mean and d_pooled are the terms of dx, dm/C and dg/P.
   A *channel_mean, *spatial_mask, *d_channel_mean;  // [image][pixel]
   A *pooled, *channel_mask, *d_logit, *d_pooled;    // [image][channel]
-  A* spatial_parts;                                 // [spatial_blocks][kSpatialSums]
+  A* spatial_parts;                                 // [spatial_blocks][kSpatialPitch]
   int64_t spatial_blocks;
   // A scalar or eca gate's gradients come in parts, one for each number, of several shares each.
-  A* gate_parts;         // [part][shares]
-  unsigned* parts_done;  // [part], shares that are
+  A* gate_parts;  // [part][shares]
   int shares;
+  // Of the blocks that have made their spatial sums, and of each part's shares that are done. The
+  // first pass of backward clears them.
+  unsigned* counters;
+  int counter_count;
+  Axes finishes;       // whose parameters' gradients the launch's last blocks make:
+  unsigned more;       // so many, which have no tiles
+  bool last_finishes;  // and the last block to have made spatial sums makes those of the pixels
 };
 
 // The arguments of the kernels that keep an image on the chip. Blocks of a team exchange small maps

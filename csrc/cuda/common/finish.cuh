@@ -1,5 +1,5 @@
-// The last launch of backward: the parameters' gradients. A block takes one of the spatial ones, or
-// of the gate's 32 channels (affine) or a share of one weight's images.
+// The parameters' gradients, in the last launch of backward. A block takes the spatial ones, or of
+// the gate's some channels (affine) or a share of one weight's images.
 #pragma once
 
 #include "cuda/common/masks.cuh"
@@ -30,73 +30,108 @@ SIMT_FN void put(void* gradient, int64_t i, double value, bool wide) {
     static_cast<T*>(gradient)[i] = simt::to<T>(static_cast<A>(value));
 }
 
-// One of the gradients of the spatial parameters, from the blocks' 19 sums: of a tap, the bias or,
-// which takes all sums of a kernel, a merge weight.
+// The gradients of the spatial parameters, from the blocks' 19 sums. A thread adds up a vector of
+// them, of every so-manieth block; then a warp adds up a sum of the threads'.
 template <class T>
-SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, int which, double* warps) {
+SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, double* sums) {
+  using A = accumulate_t<T>;
+  constexpr int E = simt::kPerVector<A>, kVectors = kSpatialPitch / E, kRows = kThreads / kVectors;
+  constexpr int kInFlight = 4;
   const Parameters<const void*>& p = args.parameters;
-  const Parameter<T> merge{p.merge, args.wide};
-  const bool merges = which >= kSpatialSums;
-  const int kernel = merges ? which - kSpatialSums : which / kTaps;
-  const int first = merges ? kernel * kTaps : which, sums = merges ? kTaps : 1;
-  double sum = 0;
-  SIMT_ROLLED
-  for (int t = first; t < first + sums; t++) {
-    double of_tap = 0;
-    for (int64_t block = simt::thread(); block < args.spatial_blocks; block += kThreads)
-      of_tap += args.spatial_parts[block * kSpatialSums + t];
-    sum +=
-        merges ? of_tap * Parameter<T>{kernel ? p.dilated : p.conv, args.wide}[t - first] : of_tap;
+  const int thread = simt::thread(), row = thread / kVectors, kernel = thread / kTaps;
+  const bool is_tap = thread < 2 * kTaps;
+  A weight = 0, merge = 0;
+  if (is_tap) {
+    weight = Parameter<T>{kernel ? p.dilated : p.conv, args.wide}[thread % kTaps];
+    merge = Parameter<T>{p.merge, args.wide}[kernel];
   }
-  sum = block_sum(sum, warps);
-  if (simt::thread() > 0) return;
-  if (merges)
-    put<T>(args.gradients.merge, kernel, sum, args.wide);
-  else if (which == 2 * kTaps)
-    put<T>(args.gradients.spatial_bias, 0, sum, args.wide);
-  else
-    put<T>(kernel ? args.gradients.dilated : args.gradients.conv, which % kTaps,
-           sum * merge[kernel], args.wide);
+  simt::sync();  // whoever reads what the block had here before has done so
+  double sum[E] = {};
+  const A* const parts = args.spatial_parts + thread % kVectors * E;
+  SIMT_ROLLED
+  for (int64_t block = row; block < args.spatial_blocks; block += kInFlight * kRows) {
+    simt::Vector some[kInFlight] = {};
+    SIMT_UNROLL
+    for (int d = 0; d < kInFlight; d++)
+      if (row < kRows && block + d * kRows < args.spatial_blocks)
+        some[d] = simt::load_fresh(
+            reinterpret_cast<const simt::Vector*>(parts + (block + d * kRows) * kSpatialPitch));
+    SIMT_UNROLL
+    for (int d = 0; d < kInFlight; d++) {
+      A value[E];
+      simt::unpack<A>(some[d], value);
+      SIMT_UNROLL
+      for (int j = 0; j < E; j++) sum[j] += value[j];
+    }
+  }
+  SIMT_UNROLL
+  for (int j = 0; j < E; j++)
+    if (row < kRows) sums[thread * E + j] = sum[j];
+  simt::sync();
+  double* const totals = sums + 4 * kThreads;
+  const int lane = thread % simt::kWarp;
+  SIMT_ROLLED
+  for (int t = thread / simt::kWarp; t < kSpatialSums; t += kWarps) {
+    double total = 0;
+    for (int r = lane; r < kRows; r += simt::kWarp) total += sums[r * kSpatialPitch + t];
+    total = warp_sum(total);
+    if (lane == 0) totals[t] = total;
+  }
+  simt::sync();
+  if (is_tap) {
+    put<T>(kernel ? args.gradients.dilated : args.gradients.conv, thread % kTaps,
+           totals[thread] * merge, args.wide);
+    sums[thread] = totals[thread] * weight;
+  } else if (thread == 2 * kTaps) {
+    put<T>(args.gradients.spatial_bias, 0, totals[thread], args.wide);
+  }
+  simt::sync();
+  if (thread >= 2) return;
+  double of_merge = 0;
+  for (int t = 0; t < kTaps; t++) of_merge += sums[thread * kTaps + t];
+  put<T>(args.gradients.merge, thread, of_merge, args.wide);
 }
 
-// An affine gate's gradients: 32 channels a block, the images shared out among its warps.
-template <class T>
-SIMT_FN void finish_affine(const Args<accumulate_t<T>>& args, int64_t channel0, double* sums) {
-  const int lane = simt::thread() % simt::kWarp, warp = simt::thread() / simt::kWarp;
-  const int64_t c = channel0 + lane;
+// An affine gate's gradients, of as many channels as the block's threads, or fewer where there are
+// images to share out among them. Gradients at the logits are dt(image)[channel].
+template <class T, class Logits>
+SIMT_FN void finish_affine(const Args<accumulate_t<T>>& args, int64_t job, const Logits& dt,
+                           double* sums) {
+  const int slices = affine_slices(args.images), at_once = kThreads / slices;
+  const int slice = simt::thread() / at_once, place = simt::thread() % at_once;
+  const int64_t c = job * at_once + place;
   double weight = 0, bias = 0;
   if (c < args.channels)
-    for (int64_t n = warp; n < args.images; n += kWarps) {
-      const double dt = args.d_logit[n * args.channels + c];
-      weight += dt * args.pooled[n * args.channels + c];
-      bias += dt;
+    for (int64_t n = slice; n < args.images; n += slices) {
+      const double gradient = dt(n)[c];
+      weight += gradient * args.pooled[n * args.channels + c];
+      bias += gradient;
     }
   sums[simt::thread()] = weight;
   sums[kThreads + simt::thread()] = bias;
   simt::sync();
-  if (warp == 0 && c < args.channels) {
-    for (int w = 1; w < kWarps; w++) {
-      weight += sums[w * simt::kWarp + lane];
-      bias += sums[kThreads + w * simt::kWarp + lane];
-    }
-    put<T>(args.gradients.gate, c, weight, args.wide);
-    put<T>(args.gradients.gate_bias, c, bias, args.wide);
+  if (slice > 0 || c >= args.channels) return;
+  for (int s = 1; s < slices; s++) {
+    weight += sums[s * at_once + place];
+    bias += sums[kThreads + s * at_once + place];
   }
+  put<T>(args.gradients.gate, c, weight, args.wide);
+  put<T>(args.gradients.gate_bias, c, bias, args.wide);
 }
 
 // A share of the images' part in the gradient of one weight of a scalar or eca gate, or a scalar
 // gate's bias. The last block of a part to be done adds up the shares, in their order.
-template <class T>
-SIMT_FN void finish_part(const Args<accumulate_t<T>>& args, int64_t job, double* sums) {
+template <class T, class Logits>
+SIMT_FN void finish_part(const Args<accumulate_t<T>>& args, int job, const Logits& logits,
+                         double* sums) {
   using A = accumulate_t<T>;
-  const int shares = args.shares;
-  const int64_t part = job / shares, share = job % shares;
+  const int shares = args.shares, part = job / shares, share = job % shares;
   const bool bias = args.gate == Gate::scalar && part == 1;
   const int64_t shift = args.gate == Gate::eca ? part - args.kernel_size / 2 : 0;
   const int64_t first = max<int64_t>(0, -shift), last = min(args.channels, args.channels - shift);
   double sum = 0;
   for (int64_t n = share; n < args.images; n += shares) {
-    const A* const dt = args.d_logit + n * args.channels;
+    const auto dt = logits(n);
     const A* const pooled = args.pooled + n * args.channels + shift;
     for (int64_t c = first + simt::thread(); c < last; c += kThreads)
       sum += bias ? dt[c] : dt[c] * pooled[c];
@@ -109,7 +144,7 @@ SIMT_FN void finish_part(const Args<accumulate_t<T>>& args, int64_t job, double*
     double& flag = sums[kWarps];
     if (simt::thread() == 0) {
       simt::store_fresh(all + share, static_cast<A>(sum));
-      flag = simt::fetch_add(args.parts_done + part, 1u) + 1 == static_cast<unsigned>(shares);
+      flag = simt::fetch_add(args.counters + 1 + part, 1u) + 1 == static_cast<unsigned>(shares);
     }
     simt::sync();
     done = flag != 0;
@@ -123,21 +158,35 @@ SIMT_FN void finish_part(const Args<accumulate_t<T>>& args, int64_t job, double*
     put<T>(bias ? args.gradients.gate_bias : args.gradients.gate, bias ? 0 : part, sum, args.wide);
 }
 
-// All parameters' gradients, in the parameters' type.
+// Of the jobs that args.finishes stands for the spatial parameters' is the first; the gate's
+// follow.
+template <class A>
+SIMT_FN bool is_spatial(const Args<A>& args, int64_t job) {
+  return args.finishes.pixels && job == 0;
+}
+template <class T, class Logits>
+SIMT_FN void finish_gate(const Args<accumulate_t<T>>& args, int64_t job, const Logits& dt,
+                         double* sums) {
+  if (args.finishes.pixels) job--;
+  if (args.gate == Gate::affine)
+    finish_affine<T>(args, job, dt, sums);
+  else
+    finish_part<T>(args, static_cast<int>(job), dt, sums);
+}
+
+// The same in a launch of its own.
 template <class T>
 SIMT_KERNEL(kThreads, 1)
 finish(SIMT_PARAM Args<accumulate_t<T>> args) {
   simt::let_next_launch_begin();
   simt::wait_for_launch_before();
-  double* sums = SmallMemory(simt::shared()).sums;
-  const int64_t spatial = args.masks.pixels ? kSpatialGradients : 0;
+  double* const sums = SmallMemory(simt::shared()).sums;
   const int64_t job = args.first_job + simt::block();
-  if (job < spatial)
-    finish_spatial<T>(args, static_cast<int>(job), sums);
-  else if (args.gate == Gate::affine)
-    finish_affine<T>(args, (job - spatial) * simt::kWarp, sums);
+  const auto logits = [&](int64_t n) { return args.d_logit + n * args.channels; };
+  if (is_spatial(args, job))
+    finish_spatial<T>(args, sums);
   else
-    finish_part<T>(args, job - spatial, sums);
+    finish_gate<T>(args, job, logits, sums);
 }
 
 }  // namespace da::cuda

@@ -25,6 +25,19 @@ DA_HD I max(I one, I other) {
   return one < other ? other : one;
 }
 
+// Calls add(i) for every fourth i below `end` in turn, so that four loads are on their way at once.
+// A loop that nvcc unrolls by itself first counts its turns, and has one more loop for the last
+// ones.
+template <class Add>
+SIMT_FN void every_fourth(int end, Add add) {
+  SIMT_ROLLED
+  for (int i = 0; i < end; i += 16) {
+    SIMT_UNROLL
+    for (int j = i; j < i + 16; j += 4)
+      if (j < end) add(j);
+  }
+}
+
 template <class T>
 using accumulate_t = std::conditional_t<sizeof(T) == 8, double, float>;
 
@@ -68,9 +81,10 @@ struct Lane {
   int col;         // of the vector's first element, from the tile's first; may be below 0
   int begin, end;  // the vector's elements that are this thread's
   int split;       // elements from here on are the next row's, from its column 0
+  bool whole;      // known when compiled: rows are whole vectors, and so are arrays by column
 
   // The lane of one row's part of each vector that it touches, over `cols` columns from `col` on.
-  template <int E, class Plan>
+  template <int E, Fit How = Fit::split, class Plan>
   static SIMT_FN Lane of_row(const Plan& m, int64_t col, int cols) {
     Lane l;
     l.segment = simt::thread() / m.lanes;
@@ -84,6 +98,8 @@ struct Lane {
     l.end = min(E, cols - l.col);
     l.split = E;
     l.active = l.super_row < m.super_rows && l.begin < l.end;
+    l.whole = How == Fit::whole;
+    if (l.whole) l.begin = 0, l.end = E;  // as an active lane's are
     return l;
   }
 
@@ -101,6 +117,7 @@ struct Lane {
     l.begin = 0;
     l.end = E;
     l.split = min(E, cols - l.col);
+    l.whole = false;
     l.active = l.super_row < super_rows;
     return l;
   }
@@ -112,8 +129,10 @@ template <int E, class A>
 SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
   constexpr int n = simt::kPerVector<A>;
   if constexpr (E % n == 0) {
-    if (from && lane.active && lane.begin == 0 && min(lane.end, lane.split) == E &&
-        reinterpret_cast<uintptr_t>(from + lane.col) % sizeof(simt::Vector) == 0) {
+    const bool vectors =
+        lane.whole || (lane.begin == 0 && min(lane.end, lane.split) == E &&
+                       reinterpret_cast<uintptr_t>(from + lane.col) % sizeof(simt::Vector) == 0);
+    if (from && lane.active && vectors) {
       SIMT_UNROLL
       for (int j = 0; j < E; j += n) {
         A some[n];
@@ -128,7 +147,8 @@ SIMT_FN void load_columns(const A* from, const Lane& lane, A* to) {
   for (int j = 0; j < E; j++) {
     const int col = j < lane.split ? lane.col + j : j - lane.split;
     const bool own = lane.active && lane.begin <= j && j < lane.end;
-    to[j] = own ? from ? from[col] : A(1) : A(0);
+    const bool loads = from && !(lane.whole && E % n == 0);  // or else that is done
+    to[j] = own ? loads ? from[col] : A(1) : A(0);
   }
 }
 

@@ -238,10 +238,10 @@ SIMT_FN void make_masks(const Member<T>& m, int turn, const Lines& which) {
   const SpatialMask spatial{
       {call, m.chip, m.stencil(), of_image(call.channel_mean, image, call.pixels)}};
   const ChannelMask<T> channel{{call, m.chip, of_image(call.pooled, image, call.channels)}};
-  float* const all = of_image(m.args.col_masks, image, m.chip.cols);
   const bool rows = which.rows, cols = which.cols;
   if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_mask());
   if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_mask());
+  float* const all = of_image(m.args.col_masks, image, m.chip.cols);
   if (cols && m.chip.channels_last) through_columns(m, turn, channel, all, m.col_mask());
   if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_mask());
 }
@@ -254,12 +254,12 @@ SIMT_FN void make_terms(const Member<T>& m, int turn, const Lines& which) {
   const SpatialGradient spatial{
       {call, m.chip, m.stencil() + kStencil, of_image(m.args.row_gradients, image, m.chip.rows)},
       of_image(call.channel_mean, image, call.pixels),
-      of_image(call.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialSums)};
+      of_image(call.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialPitch)};
   const ChannelGradient<T> channel{{call, m.chip, of_image(call.d_logit, image, call.channels)}};
-  float* const all = of_image(m.args.col_terms, image, m.chip.cols);
   const bool rows = which.rows, cols = which.cols;
   if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_term());
   if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_term());
+  float* const all = of_image(m.args.col_terms, image, m.chip.cols);
   if (cols && m.chip.channels_last) through_columns(m, turn, channel, all, m.col_term());
   if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_term());
 }

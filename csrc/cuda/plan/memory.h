@@ -28,6 +28,7 @@ struct StencilMemory {
 // The arrays of a kernel that sums, or of one that scales.
 template <class A>
 struct Memory {
+  A* last;  // not 0: of the blocks that count themselves, where dx is made, this is the last
   A *pixel_factor, *channel_factor;  // of the tile: masks, or terms that weigh backward's sums
   A *pixel_term, *channel_term;      // of the tile, where dx is made
   A* scratch;                        // sums on their way to other threads
@@ -39,7 +40,8 @@ struct Memory {
 
  private:
   DA_HD Memory(simt::Carver carve, const Tiling& t, const Halo& halo, bool scales)
-      : pixel_factor(carve.take<A>(t.tile_pixels())),
+      : last(carve.take<A>(scales ? 1 : 0)),
+        pixel_factor(carve.take<A>(t.tile_pixels())),
         channel_factor(carve.take<A>(t.tile_channels())),
         pixel_term(carve.take<A>(scales ? t.tile_pixels() : 0)),
         channel_term(carve.take<A>(scales ? t.tile_channels() : 0)),
@@ -74,7 +76,7 @@ struct SmallMemory {
 
   DA_HD explicit SmallMemory(unsigned char* base) {
     simt::Carver carve(base);
-    sums = carve.take<double>(2 * kThreads);
+    sums = carve.take<double>(4 * kThreads + kSpatialPitch);
     bytes = carve.bytes();
   }
 };

@@ -26,19 +26,21 @@ inline int shares(const Problem& p, const Limits& limits) {
   return std::clamp<int64_t>(p.n * p.c / limits.share, 1, std::clamp<int64_t>(p.n, 1, kMost));
 }
 
-inline int64_t finish_jobs(const Problem& p, const Limits& limits) {
-  const int64_t gate =
-      p.gate == Gate::affine ? ceil_div(p.c, 32) : gate_parts(p) * shares(p, limits);
-  return (p.spatial() ? kSpatialGradients : 0) + (p.channel() ? gate : 0);
+// Blocks that make the parameters' gradients of these axes.
+inline int64_t finish_jobs(const Problem& p, Axes axes, const Limits& limits) {
+  const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, kThreads / affine_slices(p.n))
+                                              : gate_parts(p) * shares(p, limits);
+  return (axes.pixels ? 1 : 0) + (axes.channels ? gate : 0);
 }
 
 // Places for what backward's last launch reads.
 inline void place_parts(const Problem& p, const Limits& limits, Allocator& place, Workspace& w) {
-  w.spatial_parts = place(w.spatial_blocks * kSpatialSums);
+  w.spatial_parts = place(w.spatial_blocks * kSpatialPitch);
   w.shares = gate_parts(p) > 0 ? shares(p, limits) : 1;
   const int64_t parts = w.shares > 1 ? gate_parts(p) : 0;  // one share needs no place
   w.gate_parts = place(parts * w.shares);
-  w.parts_done = place(parts);
+  w.done_counters = static_cast<int>(1 + parts);
+  w.done = place(w.done_counters);
 }
 
 }  // namespace da::cuda

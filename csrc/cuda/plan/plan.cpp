@@ -26,14 +26,19 @@ class Planner {
       make_maps(device);
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
       add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel), backwards(pass));
+      if (pass.writes & kDx) finish(steps_.back());
       pending_ = pass.complete;
       weights_ = backward_ ? pass.complete : either(weights_, pass.complete);
     }
   }
 
+  // The parameters' gradients in a launch of their own.
   void finish() {
-    const int64_t jobs = finish_jobs(p_, limits_);
-    if (jobs > 0) small("parameter gradients", Kernel::finish, jobs, small_bytes());
+    const Axes all = masks(p_.order);
+    const int64_t jobs = finish_jobs(p_, all, limits_);
+    if (jobs == 0) return;
+    small("parameter gradients", Kernel::finish, jobs, small_bytes());
+    steps_.back().finishes = all;
   }
 
   void on_chip(const OnChip& chip) {
@@ -69,10 +74,17 @@ class Planner {
   }
 
  private:
+  // And in the last pass, whose blocks may be about to make the sums for those of the pixels.
+  void finish(Step& last) {
+    last.last_finishes = p_.spatial() && pending_.pixels && tiles() > 0;
+    last.finishes = {p_.spatial() && !last.last_finishes, p_.channel()};
+    last.more = finish_jobs(p_, last.finishes, limits_);
+    last.grid = grid(last.jobs + last.more);
+    last.shared_bytes = std::max(last.shared_bytes, small_bytes());
+  }
   void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes,
            bool backwards = false) {
-    steps_.push_back(
-        {kernel, pass, weights_, pending_, backwards, jobs, grid(jobs), shared_bytes, {}, {}});
+    steps_.push_back({kernel, pass, weights_, pending_, backwards, jobs, grid(jobs), shared_bytes});
   }
   // Every other pass, the last among them: whoever reads y or dx next begins with the first image,
   // which is then the last to have been written. Of three passes the first goes backwards too, and
@@ -108,7 +120,7 @@ class Planner {
     }
     if (!maker || maker->jobs == 0) return 0;
     const int64_t bands = p_.n * plan_.bands.of_pixels(p_.pixels());
-    return maker->kernel == Kernel::maps ? std::min<int64_t>(maker->grid, bands) : maker->grid;
+    return std::min<int64_t>(maker->grid, maker->kernel == Kernel::maps ? bands : maker->jobs);
   }
   void small(const char* name, Kernel kernel, int64_t jobs, size_t shared_bytes) {
     add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, shared_bytes);
@@ -145,7 +157,6 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
   Planner backward(problem, plan, limits, Way::backward);
   forward.passes(device);
   backward.passes(device);
-  backward.finish();
   plan.forward = forward.direction();
   plan.backward = backward.direction();
   return plan;

@@ -24,6 +24,7 @@ struct Tiling {
   int64_t rows, cols;
   int vector, period;
   int width, lanes, super_rows;
+  int64_t stride;                // elements from a row that a thread reads to its next
   int height;                    // rows of a tile, a multiple of the period
   int64_t row_tiles, col_tiles;  // tiles that the rows, and the columns, are cut into
 
@@ -65,10 +66,15 @@ struct Step {
   Axes pending;    // the axes whose maps it makes: of sums, or backward the masks once more
   bool backwards;  // the blocks take the tiles from the last on
   int64_t jobs;    // one for each block
-  unsigned grid;   // blocks that are launched at a time
+  unsigned grid;   // blocks that are launched at a time, with those of `more`
   size_t shared_bytes;
-  Made made;  // of Kernel::maps, with the count for it
-  Count count;
+  Made made{};  // of Kernel::maps, with the count for it
+  Count count{};
+  // The parameters' gradients: the axes whose they are that further blocks make, so many; and
+  // whether those of the pixels are made by the last block to have made spatial sums.
+  Axes finishes{};
+  int64_t more = 0;
+  bool last_finishes = false;
 };
 
 // Partial sums and small maps between launches, as offsets into one array of the accumulation
@@ -78,9 +84,9 @@ struct Workspace {
   int64_t channel_sums, more_channel_sums;  // [n][pixel_tiles][channels]
   int64_t spatial_mask, d_channel_mean;     // [n][pixels]
   int64_t channel_mask, d_logit, d_pooled;  // [n][channels]
-  int64_t spatial_parts, spatial_blocks;    // [spatial_blocks][kSpatialSums]
-  int64_t gate_parts, parts_done;           // [gate_parts()][shares], [gate_parts()]
-  int shares;
+  int64_t spatial_parts, spatial_blocks;    // [spatial_blocks][kSpatialPitch]
+  int64_t gate_parts, done;                 // [gate_parts()][shares], [done_counters]
+  int shares, done_counters;
   // The arrays of a launch on the chip, see ChipArgs.
   int64_t partials, col_masks, col_terms, row_gradients;
   int64_t counters, counter_bytes;
@@ -110,8 +116,13 @@ Plan plan(const Problem& problem, const Device& device, bool aligned, const Limi
 // parameters' gradients.
 Direction on_chip_direction(const Problem& problem, const OnChip& chip, const Limits& limits);
 
-// Numbers in the gradients of the spatial parameters, and of a scalar or eca gate.
-constexpr int kSpatialGradients = 2 * kTaps + 3;
+// From one block's spatial sums to the next one's: whole vectors.
+constexpr int kSpatialPitch = (kSpatialSums + 3) / 4 * 4;
+// Threads that share the images of an affine gate's channel.
+DA_HD int affine_slices(int64_t images) {
+  return images < 2 ? 1 : images < 4 ? 2 : images < 8 ? 4 : 8;
+}
+// Numbers in the gradients of a scalar or eca gate.
 int64_t gate_parts(const Problem& problem);
 
 }  // namespace da::cuda

@@ -100,7 +100,7 @@ class TailPlanner {
     if (masks_.pixels && !through().channels) through_sums("through the norm", kChannels);
     small(TailKernel::norm_gradients, "gradients of the norm", ceil_div(p_.c, kNormChannels));
     scale("combine", batch_ ? kDShortcut | kU : kDShortcut, kDu);
-    const int64_t jobs = finish_jobs(p_, limits_);
+    const int64_t jobs = finish_jobs(p_, masks_, limits_);
     if (jobs > 0) small(TailKernel::finish, "parameter gradients", jobs);
   }
 

@@ -101,6 +101,7 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
     cut_rows(
         t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
         [](int lanes) { return lanes; }, across);
+    t.stride = t.at_once() * t.cols;
     if (t.width == width) continue;
     if (width > 0 && t.width * p.element_size() % kSector != 0) continue;
     width = t.width;

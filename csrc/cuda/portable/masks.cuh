@@ -151,14 +151,14 @@ SIMT_FN void through_stencil(const Args<A>& args, const Span& span, const Stenci
   const bool any = first + ((warp - first) & (kWarps - 1)) < last;
   memory.spatial[simt::thread()] = any ? sums.by_lane() : A(0);
   simt::sync();
-  A* const total = args.spatial_parts + simt::block() * kSpatialSums;
+  A* const total = args.spatial_parts + simt::block() * kSpatialPitch;
   add_spatial_sums(memory.spatial, kWarps,
                    [&](int t, A sum) { total[t] = (args.first_job == 0 ? A(0) : total[t]) + sum; });
 }
 
-// dg / P from dt, into `out` unless it is null.
+// dg / P from dt, into `out` unless it is null; both may be kept.
 template <class T, class A, class Map>
-SIMT_FN void through_gate(const Args<A>& args, const Span& span, Map dt, Keep keep_term, A* out) {
+SIMT_FN void through_gate(const Args<A>& args, const Span& span, Map dt, Keep keep, A* out) {
   const Parameter<T> weight{args.parameters.gate, args.wide};
   const A scale = A(1) / args.pixels;
   SIMT_ROLLED
@@ -167,10 +167,7 @@ SIMT_FN void through_gate(const Args<A>& args, const Span& span, Map dt, Keep ke
     const A dg =
         scale * gate_transposed<A>(args.gate, weight, args.kernel_size, dt, args.channels, c);
     if (out) out[i] = dg;
-    if (span.keeps()) {
-      args.d_logit[kept] = dt[c];
-      if (keep_term == Keep::yes) args.d_pooled[kept] = dg;
-    }
+    if (span.keeps() && keep == Keep::yes) args.d_logit[kept] = dt[c], args.d_pooled[kept] = dg;
   }
 }
 

@@ -2,6 +2,7 @@
 // Sums are written by tile and added by tile: no atomics, the same bits in every run.
 #pragma once
 
+#include "cuda/common/finish.cuh"
 #include "cuda/common/scaling.cuh"
 #include "cuda/portable/masks.cuh"
 
@@ -27,10 +28,10 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   A* const new_col_sums = t.channels_last ? args.new_channel_sums : args.new_pixel_sums;
   const bool adds_rows = What == Adds::rows || (What == Adds::any && new_row_sums);
   const bool adds_cols = What == Adds::cols || (What == Adds::any && new_col_sums);
-  const Lane lane = Lane::of_row<E>(t, tile.col(), tile.cols);
+  const Lane lane = Lane::of_row<E, How>(t, tile.col(), tile.cols);
 
   const int at_once = t.at_once();
-  const int64_t stride = at_once * t.cols;
+  const int64_t stride = t.stride;
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
@@ -56,6 +57,8 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   };
   load();
   simt::wait_for_launch_before();
+  if (product && args.first_job == 0 && simt::block() == 0)  // for the launches to come
+    for (int i = simt::thread(); i < args.counter_count; i += kThreads) args.counters[i] = 0;
 
   // Sums of both kinds, forward, are those of an order's first pass.
   constexpr bool weighted = Kind != Sums::forward || What != Adds::any || !kSpecialised<T, E>;
@@ -128,8 +131,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
       do {
         const A* of_row = others + turn * kPitch + segment * pitch;
         A total = 0;
-        if (row < rows)
-          for (int i = 0; i < t.lanes - part; i += 4) total += of_row[i];
+        every_fourth(row < rows ? t.lanes - part : 0, [&](int i) { total += of_row[i]; });
         total += simt::shuffle_xor(total, 1);
         total += simt::shuffle_xor(total, 2);
         if (part == 0 && row < rows) out[row0 + row] = total;
@@ -176,10 +178,28 @@ constexpr int scale_blocks() {
   return blocks_per_sm(sizeof(T)) - (rounds && Backward && How == Fit::split);
 }
 
-// y or dx over a tile.
+// The gradients at the gate's logits: kept by an earlier launch, or made by this one's blocks, each
+// for its tile, and here once more.
+template <class A>
+struct GateGradients {
+  const Args<A>& args;
+
+  struct OfImage {
+    bool kept;
+    const A* values;
+    LogitGradient<A, true> made;
+    SIMT_FN A operator[](int64_t c) const { return kept ? values[c] : made[c]; }
+  };
+  SIMT_FN OfImage operator()(int64_t n) const {
+    return {
+        !args.pending.channels, args.d_logit + n * args.channels,
+        LogitGradient<A, true>(args.channel_sums, args.more_channel_sums, n, args.channel_mask)};
+  }
+};
+
+// y or dx over a tile. Whether it is this block that is to make the spatial parameters' gradients.
 template <class T, int E, bool Backward, Fit How>
-SIMT_KERNEL(kThreads, (scale_blocks<T, Backward, How>()))
-scale(SIMT_PARAM Args<accumulate_t<T>> args) {
+SIMT_FN bool scale_tile(const Args<accumulate_t<T>>& args) {
   using A = accumulate_t<T>;
   const Tiling& t = args.tiling;
   const Memory<A> memory(simt::shared(), t, args.halo, Kernel::scale);
@@ -188,9 +208,9 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   simt::let_next_launch_begin();
   const bool by_super_row = How == Fit::split && t.width == t.cols && t.period > 1;
   const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.super_rows)
-                                 : Lane::of_row<E>(t, tile.col(), tile.cols);
+                                 : Lane::of_row<E, How>(t, tile.col(), tile.cols);
   const int at_once = t.at_once();
-  const int64_t stride = at_once * t.cols;
+  const int64_t stride = t.stride;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
   const int first_row = lane.super_row * t.period + lane.phase, rows = lane.active ? tile.rows : 0;
@@ -205,6 +225,11 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
   pixel_factors<T, Backward>(args, tile, memory);
   channel_factors<T, Backward>(args, tile, memory);
   simt::sync();
+  // The last to count knows all others' spatial sums to be there.
+  const bool counts = Backward && args.last_finishes;
+  A& last = *memory.last;
+  if (counts && simt::thread() == 0)
+    last = simt::fetch_add(args.counters, 1u) + 1 == simt::blocks() - args.more;
   const bool rows_are_pixels = t.channels_last;
   const Scaling<T, E, Backward> scaling(
       cuda::outer(args.outer, rows_are_pixels), lane,
@@ -222,6 +247,29 @@ scale(SIMT_PARAM Args<accumulate_t<T>> args) {
     scaling.template rows<kDepth, How>(lane, first_row, rows, at_once, stride, in + start,
                                        out + start, load);
   }
+  if (!counts) return false;
+  simt::sync();
+  return last != 0;
+}
+
+// y or dx over a tile; and backward the parameters' gradients, by blocks that have no tile.
+template <class T, int E, bool Backward, Fit How>
+SIMT_KERNEL(kThreads, (scale_blocks<T, Backward, How>()))
+scale(SIMT_PARAM Args<accumulate_t<T>> args) {
+  using A = accumulate_t<T>;
+  const int64_t job = args.first_job + simt::block() - args.images * args.tiling.tiles();
+  bool finishes;
+  if (!Backward || job < 0) {
+    finishes = scale_tile<T, E, Backward, How>(args);
+  } else {
+    simt::let_next_launch_begin();
+    simt::wait_for_launch_before();
+    finishes = is_spatial(args, job);
+    double* const sums = SmallMemory(simt::shared()).sums;
+    if (!finishes) finish_gate<T>(args, job, GateGradients<A>{args}, sums);
+  }
+  if constexpr (Backward)
+    if (finishes) finish_spatial<T>(args, SmallMemory(simt::shared()).sums);
 }
 
 }  // namespace da::cuda

@@ -14,9 +14,11 @@
 #include <sanitizer/asan_interface.h>
 #define SIMT_RED_ZONE 32
 #define SIMT_POISON(address, bytes) ASAN_POISON_MEMORY_REGION(address, bytes)
+#define SIMT_UNPOISON(address, bytes) ASAN_UNPOISON_MEMORY_REGION(address, bytes)
 #else
 #define SIMT_RED_ZONE 0
 #define SIMT_POISON(address, bytes) static_cast<void>(0)
+#define SIMT_UNPOISON(address, bytes) static_cast<void>(0)
 #endif
 
 namespace simt {
@@ -45,6 +47,7 @@ class Carver {
 #ifndef __CUDA_ARCH__
     if (base_ == nullptr) return nullptr;
 #endif
+    SIMT_UNPOISON(base_ + begin, end - begin);  // of a kernel that is done with other arrays
     SIMT_POISON(base_ + end, bytes_ - end);
     return reinterpret_cast<T*>(base_ + begin);
   }

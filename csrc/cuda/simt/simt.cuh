@@ -43,7 +43,9 @@ struct Launch {
   // It may begin before the kernel before it in the stream has ended, and calls
   // wait_for_launch_before(). Only where early_launches() says so, and for blocks on their own.
   bool early = false;
-  bool backwards = false;  // its first block works on the last image: for the host
+  // For the host: its first block works on the last image; the last few work on none.
+  bool backwards = false;
+  unsigned more = 0;
 };
 
 // What one 16-byte access moves.

@@ -48,7 +48,9 @@ TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
   call.d_logit = work + w.d_logit, call.d_pooled = work + w.d_pooled;
   call.spatial_parts = work + w.spatial_parts, call.spatial_blocks = w.spatial_blocks;
   call.gate_parts = work + w.gate_parts, call.shares = w.shares;
-  call.parts_done = reinterpret_cast<unsigned*>(work + w.parts_done);
+  call.counters = reinterpret_cast<unsigned*>(work + w.done);
+  call.counter_count = w.done_counters;
+  call.finishes = call.masks;
 
   args.shortcut = at.shortcut, args.out = at.out, args.dout = at.dout;
   args.d = at.d_shortcut, args.result = at.result;

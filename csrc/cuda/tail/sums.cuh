@@ -247,17 +247,10 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       do {
         A total[2] = {0, 0};
         const A* const of_row = others + turn * kPitch + segment * pitch;
-        const auto add = [&](int l) {
-          total[0] += of_row[l];
-          if (by_row == 2) total[1] += of_row[depth * kPitch + l];
-        };
-        const int end = row < rows ? t.lanes - part : 0;
-        if constexpr (sizeof(A) == 8) {  // of which unrolled loops would be far too long
-          SIMT_ROLLED
-          for (int l = 0; l < end; l += 4) add(l);
-        } else {
-          for (int l = 0; l < end; l += 4) add(l);
-        }
+        every_fourth(row < rows ? t.lanes - part : 0, [&](int i) {
+          total[0] += of_row[i];
+          if (by_row == 2) total[1] += of_row[depth * kPitch + i];
+        });
         SIMT_UNROLL
         for (int i = 0; i < by_row; i++) {
           total[i] += simt::shuffle_xor(total[i], 1);
