@@ -255,7 +255,10 @@ def test_explain_prints_any_architecture(capsys):
     assert "on sm_90" in text and "backend cuda" in text
     for line in ("channel mean", "pooling", "scale", "combine"):
         assert line in text
-    assert re.search(r"combine .*; makes the parameters' gradients too", text)
+    combine = r"combine .*, (\d+) \+ (\d+) blocks of 256 .*; makes the parameters' gradients too"
+    tiles, more = map(int, re.search(combine, text).groups())
+    step = launches((64, 256, 56, 56), "channels_last")["backward"][-1]
+    assert (step["waves"]["blocks"], step["grid"]) == (tiles, tiles + more)
     assert "blocks of 256 threads" in text and "KiB shared memory" in text
     step = next(s for s in launches((64, 256, 56, 56), "channels_last")["backward"] if s["again"])
     assert f"; {step['once']} instructions instead of {step['again']} in the next launch" in text
