@@ -37,7 +37,7 @@ inline Device typical_device(int sm) {
 inline double memory_rate(int sm) {
   return sm >= 120   ? 8000   // RTX 5090, 1.8 TB/s
          : sm >= 100 ? 40000  // B200, 8 TB/s
-         : sm >= 90  ? 27000
+         : sm >= 90  ? 27000  // H200; an H100's memory has 0.7 of its
          : sm >= 89  ? 5900   // RTX 4090, 1.0 TB/s
          : sm >= 86  ? 8500   // RTX 3090, 0.94 TB/s
          : sm >= 80  ? 10700  // A100, 1.56 TB/s
