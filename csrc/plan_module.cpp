@@ -76,8 +76,7 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   d["stream"] = plan.stores == da::cpu::Stores::streamed;
   d["forward"] = passes(da::schedule(p.order, false));
   d["backward"] = passes(da::schedule(p.order, true));
-  d["forward_cached"] = da::cpu::cached(p, machine, false);
-  d["backward_cached"] = da::cpu::cached(p, machine, true);
+  d["cached_tensors"] = da::cpu::cached_tensors(p, machine);
   return d;
 }
 

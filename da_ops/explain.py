@@ -135,7 +135,7 @@ class Explanation:
 def _line(p: dict[str, Any], size: int) -> str:
     line = f"  {p['name']:24s} reads {p['reads']}, writes {p['writes']}"
     if launch := p["launch"]:
-        line += f", {launch['grid']} blocks of {launch['threads']} threads"
+        line += f", {_blocks(launch)} blocks of {launch['threads']} threads"
         line += f" with {launch['shared_bytes'] / 1024:.1f} KiB shared memory"
         line += f", {_waves(launch['waves'])}"
         if p["reads"]:
@@ -145,6 +145,12 @@ def _line(p: dict[str, Any], size: int) -> str:
     if p["why"]:
         line += f"; {p['why']}"
     return line
+
+
+def _blocks(launch: dict[str, Any]) -> str:
+    """Those of the waves, and any that do something else besides, which fill no wave."""
+    alike, more = launch["waves"]["blocks"], launch["grid"] - launch["waves"]["blocks"]
+    return f"{alike} + {more}" if more > 0 and alike > 0 else str(launch["grid"])
 
 
 def _waves(w: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def counts() -> dict[str, list[tuple[str, int, int]]]:
     """The bars of the first picture: name, passes forward, passes backward."""
 
     def passes(walks: Walks) -> tuple[int, int]:
-        forward, backward = (direction(way, in_cache=False).moved for way in walks)
+        forward, backward = (direction(way, cached=0).moved for way in walks)
         return forward, backward
 
     def cached(mode: str | None) -> tuple[int, int]:

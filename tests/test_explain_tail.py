@@ -79,6 +79,26 @@ def test_an_image_in_cache_is_read_once(fused_cpu, monkeypatch, order, mode):
     assert moved(da_ops.explain(u, order=order, tail=mode)) == want
 
 
+@pytest.mark.parametrize("order", PORTABLE)
+def test_what_is_read_again_must_have_stayed_in_cache(fused_cpu, monkeypatch, order):
+    """Forward beside nothing else; backward beside all four tensors of the pass that reads most."""
+    u = torch.empty(SHAPE)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    portable_forward, portable_backward = PORTABLE[order]
+    for images, forward, backward in (
+        (0.9, portable_forward, portable_backward),
+        (1.1, 4, portable_backward),
+        (3.9, 4, portable_backward),
+        (4.1, 4, 7),
+    ):
+        monkeypatch.setenv("DA_OPS_CPU_PLAN", f"cache={int(images * u[0].nbytes)}")
+        assert moved(da_ops.explain(u, order=order, tail="training")) == (forward, backward)
+    layer = DAModule(64, order="spatial_channel")
+    for images, want in (0.9, (4, 5)), (1.1, (2, 5)), (1.9, (2, 5)), (2.1, (2, 3)):
+        monkeypatch.setenv("DA_OPS_CPU_PLAN", f"cache={int(images * u[0].nbytes)}")
+        assert moved(da_ops.explain(u, layer=layer)) == want
+
+
 def test_in_plain_pytorch():
     """16 passes without attention, 42 with it; in evaluation 7, and 6 more."""
     for mode, bare, more in (("training", 16, 26), ("evaluation", 7, 6)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from itertools import pairwise, product
 
 import pytest
@@ -94,12 +94,12 @@ def test_small_limits_make_a_small_tensor_a_large_one(layout):
 
 # Shapes whose waves are to be full: the stages, and the maps of SSD300.
 TABLE = [*STAGES, (1024, 38, 38), (512, 19, 19), (512, 10, 10), (256, 5, 5), (256, 3, 3)]
-# Their images are few tiles of the least size or, of 75 x 75 pixels, as many as a block adds up the
-# sums of; no whole number of these comes near the slots for some batch sizes, or only tiles so
-# small that what each block does first would double the time.
-UNEVEN = {(64, 56, 56), (2048, 7, 7), (256, 75, 75), *TABLE[7:]}
 BATCHES = sorted({*range(1, 17), *range(17, 257, 13), 32, 64, 100, 128, 256})
 ROUND = 4 * 256 * 16  # bytes that a block's threads have in flight
+# Rounds for each slot from which on waves are always full. Of fewer, some numbers of images can be
+# cut into no number of blocks that comes near the slots, but for tiles so small that what every
+# wave takes before it streams would double the time: 70 images at 120 slots, say.
+MANY = 6
 
 
 def work(p):
@@ -107,21 +107,26 @@ def work(p):
     return [step for way in ("forward", "backward") for step in p[way] if step["reads"]]
 
 
+def filled(steps, size):
+    """Rounds of a tensor of so many bytes for each slot, and the least full of the launches."""
+    slots = max(step["waves"]["slots"] for step in steps)
+    return size / (slots * ROUND), min(step["waves"]["efficiency"] for step in steps)
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_waves_are_full(sm):
-    """Wherever there is a round for each block of a whole wave; less fills no GPU."""
-    cases = uneven = 0
+    """Less than a round for each block of a whole wave fills no GPU, and time goes by latency."""
+    cases, uneven = Counter[bool](), Counter[bool]()
     for stage, layout, dtype in product(TABLE, LAYOUTS, ("float16", "float32")):
         for n in BATCHES:
             steps = work(launches((n, *stage), layout, dtype, sm=sm))
-            slots = max(step["waves"]["slots"] for step in steps)
-            if n * math.prod(stage) * BYTES[dtype] < slots * ROUND:
+            rounds, full = filled(steps, n * math.prod(stage) * BYTES[dtype])
+            if rounds < 1:
                 continue
-            cases += 1
-            full = min(step["waves"]["efficiency"] for step in steps)
-            uneven += full < 0.9
-            assert full >= (0.6 if stage in UNEVEN else 0.9), (n, stage, layout, dtype)
-    assert uneven < 0.03 * cases
+            assert full >= (0.9 if rounds >= MANY else 0.64), (n, stage, layout, dtype)
+            cases[rounds >= 2] += 1
+            uneven[rounds >= 2] += full < 0.9
+    assert uneven[True] < 0.01 * cases[True] and uneven[False] < 0.2 * cases[False]
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
@@ -250,7 +255,10 @@ def test_explain_prints_any_architecture(capsys):
     assert "on sm_90" in text and "backend cuda" in text
     for line in ("channel mean", "pooling", "scale", "combine"):
         assert line in text
-    assert re.search(r"combine .*; makes the parameters' gradients too", text)
+    combine = r"combine .*, (\d+) \+ (\d+) blocks of 256 .*; makes the parameters' gradients too"
+    tiles, more = map(int, re.search(combine, text).groups())
+    step = launches((64, 256, 56, 56), "channels_last")["backward"][-1]
+    assert (step["waves"]["blocks"], step["grid"]) == (tiles, tiles + more)
     assert "blocks of 256 threads" in text and "KiB shared memory" in text
     step = next(s for s in launches((64, 256, 56, 56), "channels_last")["backward"] if s["again"])
     assert f"; {step['once']} instructions instead of {step['again']} in the next launch" in text

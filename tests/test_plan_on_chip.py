@@ -118,48 +118,6 @@ def test_blocks_of_a_cluster_send_masks_by_mail_where_there_is_room(layout):
     assert crowded["x_kept"] == 1 and not crowded["mail"]
 
 
-def cost(shape, way="forward", **options):
-    _, *both = chosen(shape, **options)
-    launch = both[way == "backward"]
-    return launch["cost"], launch["cost_of_passes"]
-
-
-@pytest.mark.parametrize("way", ["forward", "backward"])
-def test_the_cost_of_small_tensors_is_that_of_launches(way):
-    one, passes = cost((1, 64, 7, 7), way)
-    assert 1.5 * one < passes
-    assert cost((8, 64, 7, 7), way)[1] == pytest.approx(passes, rel=0.1)
-
-
-@pytest.mark.parametrize("way", ["forward", "backward"])
-def test_the_cost_grows_with_every_wave(way):
-    shape, wish = (256, 14, 14), "cluster:4"
-    _, *both = chosen((256, *shape), wish=wish)
-    at_once = both[way == "backward"]["images_at_once"]
-    costs = [cost((n, *shape), way, wish=wish)[0] for n in (at_once, at_once + 1, 2 * at_once)]
-    assert costs[0] < costs[1] == costs[2]
-
-
-@pytest.mark.parametrize("way", ["forward", "backward"])
-def test_the_cost_counts_barriers_instructions_and_what_is_read_again(way):
-    shape = (64, 256, 28, 28)
-    assert cost(shape, way, wish="cluster:8")[0] < cost(shape, way, wish="counter:8")[0]
-    assert cost(shape, way, wish="cluster:8")[0] < cost(shape, way, wish="cluster:8,kept=0")[0]
-    # Two more channels a row of 49 pixels, and vectors lie in one row only.
-    whole, split = ((64, 512, 1, pixels) for pixels in (48, 49))
-    assert 1.1 * cost(whole, way, wish="block")[0] < cost(split, way, wish="block")[0]
-
-
-def test_the_cost_of_a_large_tensor_is_nearly_that_of_its_bytes():
-    """Of the passes, and of one launch, which moves 2 for each 4 of theirs."""
-    shape = (256, 256, 56, 56)
-    for layout in LAYOUTS:
-        one, passes = cost(shape, layout=layout)
-        floor = 2 * 2 * 256**2 * 56**2 / 132
-        assert floor < one < 1.3 * floor
-        assert 2 * floor < passes < 1.3 * 2 * floor
-
-
 def test_it_is_not_the_default_before_results_show_it_faster():
     for sm in SHARED_KIB:
         p, forward, _ = chosen((64, 256, 56, 56), sm=sm, wish="")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
+from itertools import pairwise, product
 
 import pytest
 
+from da_ops.backends.tail import tail_walks
 from da_ops.reference import ORDERS
 
 from .cases import LAYOUTS
-from .test_plan import ARCHITECTURES, BYTES, STAGES
+from .test_plan import ARCHITECTURES, BATCHES, BYTES, MANY, STAGES, TABLE, filled, simulated
 
 planners = pytest.importorskip("da_ops._plan")
 # Passes over the tensor, forward in training and backward.
@@ -70,13 +72,16 @@ def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
                 assert step["shared_bytes"] <= (64 if dtype == "float64" else 48) * 1024
 
 
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_waves_are_full_where_there_is_enough_to_do(layout):
-    for stage in STAGES:
-        p = launches((256, *stage), layout)
-        for step in passes(p["forward"] + p["backward"]):
-            assert step["waves"].get("slots") == 132 * 2
-            assert step["waves"].get("efficiency") >= 0.85
+def test_waves_are_full_as_those_of_the_layer(layout, sm):
+    for stage, dtype, n in product(TABLE, ("float16", "float32"), BATCHES[::3]):
+        p = launches((n, *stage), layout, dtype, sm=sm)
+        steps = passes(p["forward"] + p["backward"])
+        rounds, full = filled(steps, n * math.prod(stage) * BYTES[dtype])
+        assert rounds < 1 or full >= (0.9 if rounds >= MANY else 0.64), (n, stage, dtype)
+        if sm == 90:
+            assert {step["waves"]["slots"] for step in steps} == {132 * 2}
 
 
 @pytest.mark.parametrize("order", [*ORDERS, "none"])
@@ -87,6 +92,30 @@ def test_passes_walk_in_turn_and_find_what_was_read_last(order):
         assert steps[-1]["backwards"]
         assert all(a["backwards"] != b["backwards"] for a, b in pairwise(steps))
         assert steps[0]["in_l2"] == 0 and all(s["in_l2"] > 0 for s in steps[1:])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5, 2.3, 3.5, 7])
+@pytest.mark.parametrize("order", [*ORDERS, "none"])
+@pytest.mark.parametrize("mode", ["training", "frozen"])
+def test_what_is_expected_in_l2_is_what_a_cache_has(mode, order, share):
+    """`share`: tensors that there is room for."""
+    shape, lines = (16, 256, 32, 32), 200
+    size = math.prod(shape) * 2
+    p = planners.cuda_tail(
+        shape, False, "float16", order, "affine", mode == "training", 90, 0, "",
+        int(share * size / 0.7),
+    )  # fmt: skip
+    for way, walks in tail_walks(order, mode)._asdict().items():
+        walked = [step for walk in walks for step in walk]
+        steps = passes(p[way])
+        for step, named in zip(steps, walked, strict=True):
+            assert (step["reads"], step["writes"]) == (len(named.reads), len(named.writes))
+        walk = [step["backwards"] for step in steps]
+        tensors = [(*step.reads, *step.writes) for step in walked]
+        want = simulated(tensors, walk, lines, int(share * lines))
+        assert [s["in_l2"] / size for s in steps] == pytest.approx(
+            [n / lines for n in want], abs=0.03
+        )
 
 
 def test_limits_of_a_plan_are_obeyed_and_unknown_ones_named():

@@ -99,11 +99,11 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   return p;
 }
 
-bool cached(const Problem& problem, const Machine& machine, bool backward) {
+int64_t cached_tensors(const Problem& problem, const Machine& machine) {
   const Plan p = plan(problem, machine);
   const int64_t image = problem.bytes() / std::max<int64_t>(problem.n, 1);
   const int64_t in_flight = p.whole_images ? p.threads : 1;
-  return in_flight * image * (backward ? 2 : 1) <= machine.limits.cache_bytes;
+  return machine.limits.cache_bytes / std::max<int64_t>(in_flight * image, 1);
 }
 
 }  // namespace da::cpu

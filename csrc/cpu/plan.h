@@ -54,8 +54,7 @@ struct Plan {
 // said otherwise.
 Plan plan(const Problem& problem, const Machine& machine, int tensors = 2);
 
-// Whether what an image's passes read again is still in cache, so that memory sees each tensor
-// once.
-bool cached(const Problem& problem, const Machine& machine, bool backward);
+// Tensors of the size of x of which the cache holds the images that are worked on at a time.
+int64_t cached_tensors(const Problem& problem, const Machine& machine);
 
 }  // namespace da::cpu

@@ -29,13 +29,13 @@ def _plan_of(call: Call, walks: Walks) -> Plan:
         tensors = {one for walk in passes for step in walk for one in (*step.reads, *step.writes)}
         default = _planned(call, os.environ.get(ENVIRONMENT["cpu"], ""), len(tensors))
         tuned = PLANS.of("cpu", call, name == "backward")
-        directions.append(direction(passes, in_cache=default[f"{name}_cached"]))
+        directions.append(direction(passes, cached=default["cached_tensors"]))
         details.append(_planned(call, tuned.launches, len(tensors)) if tuned else default)
     other = details[1]
     told = {
         key: value if value == other[key] else f"{value} forward, {other[key]} backward"
         for key, value in details[0].items()
-        if key.removesuffix("_cached") not in ("forward", "backward")
+        if key not in ("forward", "backward", "cached_tensors")
     }
     forward, backward = directions
     return Plan(forward, backward, {**told, **PLANS.words("cpu", call)})

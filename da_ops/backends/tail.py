@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .base import Backend, Call, Direction, Pass, Plan
@@ -97,16 +97,34 @@ def fused_plan(backend: Backend, call: Call, mode: str) -> Plan:
     if backend.residual_plan is not None:
         return backend.residual_plan(call, mode)
     walks = tail_walks(call.order, mode)
-    forward, backward = (direction(passes, in_cache=False) for passes in walks)
+    forward, backward = (direction(passes, cached=0) for passes in walks)
     return Plan(forward, backward, {})
 
 
-def direction(walks: Iterable[Iterable[Step]], *, in_cache: bool) -> Direction:
-    """The passes of these walks; ``in_cache``: what a walk reads again moves no more."""
-    walks = [list(walk) for walk in walks]
-    passes = tuple(Pass(s.name, len(s.reads), len(s.writes)) for walk in walks for s in walk)
-    moved = least(walks) if in_cache else sum(p.reads + p.writes for p in passes)
-    return Direction(passes, moved)
+def held(walk: Sequence[Step]) -> int:
+    """Of how many tensors a cache must hold an image so that no pass of this walk fetches it again:
+    of all that are touched since a pass that touched what is read again; 0 where nothing is."""
+    most = 0
+    for at, step in enumerate(walk):
+        for name in step.reads:
+            touched: set[str] = set()
+            for before in reversed(walk[:at]):
+                touched.update(before.reads, before.writes)
+                if name in touched:
+                    most = max(most, len(touched))
+                    break
+    return most
+
+
+def direction(walks: Iterable[Iterable[Step]], cached: int) -> Direction:
+    """The passes of these walks, where a cache holds an image of so many tensors: what a walk reads
+    again moves no more, if it is among them."""
+    passes, moved = [], 0
+    for walk in map(list, walks):
+        passes += [Pass(s.name, len(s.reads), len(s.writes)) for s in walk]
+        in_cache = 0 < held(walk) <= cached
+        moved += least([walk]) if in_cache else sum(len(s.reads) + len(s.writes) for s in walk)
+    return Direction(tuple(passes), moved)
 
 
 def modules_plan(attention: Plan | None, mode: str) -> Plan:

@@ -1,6 +1,7 @@
 // Runs the CUDA backend on the CPU: calls from stdin, their results to stdout, in the order
 // below; test_cuda_kernels.py writes the one and reads the other.
 #include "cuda/launch.cuh"
+#include "cuda/plan/cache.cpp"
 #include "cuda/plan/choose.cpp"
 #include "cuda/plan/maps.cpp"
 #include "cuda/plan/onchip.cpp"

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <iterator>
 
+#include "cuda/plan/cache.h"
 #include "cuda/plan/tile.h"
 #include "sizes.h"
 
@@ -14,25 +15,32 @@ bool proven(int sm) {
   return std::any_of(proofs().begin(), proofs().end(), [=](const Proof& p) { return p.sm == sm; });
 }
 
-// Estimates, in bytes that a multiprocessor moves from and to memory meanwhile.
+// Estimates, in microseconds. What is said to be measured was fitted to the times on an H200 in
+// benchmarks/results/nvidia-h200.json, cold and in graphs, of which tests/test_plan_cost.py says
+// how near they come; with memory_rate() and kWaveTime.
 //
-// A launch takes about 2 us, in which a multiprocessor of an H100 moves 45 KB, of an H200 65 KB.
-constexpr double kLaunch = 48 << 10;
-// The time that one step of an image takes apart from its sweep, by barrier: masks or terms are
-// made, and the blocks of a team wait for each other twice, or once and for mail.
-constexpr double kStep[] = {16 << 10, 30 << 10, 56 << 10}, kStepByMail = 24 << 10;
-// Warp instructions that a multiprocessor can issue for each byte: 124 for 512 bytes on an H200,
-// 178 on an H100. It takes so many warps to issue that many.
-constexpr double kIssued = 124. / 512;
+// A launch of blocks that stream, in a graph: measured. Where the next one begins early, a small
+// one between two of these takes no longer than its instructions: measured, too.
+constexpr double kLaunch = 1.6;
+// The last launch after the one that keeps an image on the chip: as a pass.
+constexpr double kFinish = kLaunch + kWaveTime;
+// One step of an image, apart from its sweep and by barrier: masks or terms are made, and the
+// blocks of a team wait for each other. Measured but for the first, which is a guess.
+constexpr double kStep[] = {3, 3.5, 3.5};
+// And for each KB of sums by column that a block has, and others add up: measured.
+constexpr double kExchange[] = {0, 0.14, 0.7};
+// Warp instructions of a multiprocessor in a microsecond, measured: one and a half a cycle. It
+// takes so many warps to issue that many.
+constexpr double kIssued = 3000;
 constexpr int kIssuing = 16;
+// A turn of the ring through which chunks pass that are not kept: not measured.
+constexpr double kTurn = 2.5;
 // Warp instructions for a vector: a sweep over x, over dy x; y, dx, of whole rows and of split
 // ones; and for each 32 pixels of a spatial mask. build_tools/cuda_limits.py has the most that they
 // may be.
 constexpr double kSum = 40, kProduct = 65, kScale[][2] = {{40, 70}, {50, 90}}, kOfMask = 150;
-// The cost of reading from L2, as a share of reading from memory.
-constexpr double kFromL2 = 0.35;
-
-double again(const Device& device, double bytes) { return bytes < usable_l2(device) ? kFromL2 : 1; }
+// The cost of reading from L2, as a share of reading from memory: measured.
+constexpr double kFromL2 = 0.5;
 
 // Warp instructions of a block for an image.
 double instructions(const Problem& p, const OnChip& chip) {
@@ -53,36 +61,45 @@ double cost(const Problem& p, const Device& device, const OnChip& chip) {
   const double waves = ceil_div(p.n, chip.images_at_once);
   const double sharing =  // blocks of a multiprocessor
       ceil_div(int64_t(chip.blocks) * chip.images_at_once, device.multiprocessors);
-  const double image = double(p.rows() * p.cols()) * p.element_size(), slab = image / chip.blocks;
-  const double reread =
-      (chip.visits - 1) * (1 - double(chip.kept) / chip.chunks) +
-      (chip.visits_dy - 1) * (1 - double(chip.kept_dy) / chip.chunks) * chip.backward;
-  const double passes =
-      (chip.backward ? 3 : 2) +
-      reread * again(device, chip.images_at_once * image * (chip.backward ? 2 : 1));
-  const double moved = slab * passes, issued = instructions(p, chip) / kIssued;
-  // While a block loads, or waits for its team, others of its multiprocessor work. Alone it has few
-  // warps; and what it adds up while more arrives is all but one chunk.
+  const double image = double(p.rows() * p.cols()) * p.element_size();
+  const double slab = image / chip.blocks / memory_rate(device.sm);
+  // Chunks that pass through the rings in all, and those of them that are read again.
+  const double x = chip.chunks - chip.kept;
+  const double dy = chip.backward ? chip.chunks - chip.kept_dy : 0;
+  const double again = (chip.visits - 1) * x + (chip.visits_dy - 1) * dy;
+  const double at_once = chip.images_at_once * image * (chip.backward ? 2 : 1);
+  const double reading = slab / chip.chunks * (at_once < usable_l2(device) ? kFromL2 : 1);
+  const double turns = x > 0 ? chip.visits * x / chip.ring : 0;
+  const double turns_dy = dy > 0 ? chip.visits_dy * dy / chip.ring_dy : 0;
+  // While a block loads others of its multiprocessor compute, and so does it itself after its first
+  // chunk. Alone it has few warps.
+  const double issued = instructions(p, chip) / kIssued;
   const double alone = issued * std::max(1., double(kIssuing) / chip.warps);
-  const double path =
-      moved + alone - std::min(slab, alone / (chip.steps + 1)) * (1 - 1. / chip.chunks);
-  const double steps = chip.steps * (chip.mail ? kStepByMail : kStep[int(chip.barrier)]);
-  const double wave = std::max({sharing * moved, sharing * issued, path}) + steps / sharing;
+  const double moved = slab * (chip.backward ? 3 : 2);
+  const double sweeps = std::max({sharing * moved, sharing * issued, alone}) +
+                        sharing * (slab / chip.chunks + again * reading) +
+                        kTurn * (turns + turns_dy);
+  const int barrier = static_cast<int>(chip.barrier);
+  const double sums = chip.masks.cols ? chip.cols * sizeof(float) / 1e3 : 0;
+  const double step = kStep[barrier] + sharing * sums * kExchange[barrier];
   const int launches = chip.barrier == Barrier::counter ? 2 : 1;  // the first clears the counters
-  return launches * kLaunch + waves * wave;
+  return launches * kLaunch + waves * (sweeps + chip.steps * step) + (chip.backward ? kFinish : 0);
 }
 
 double cost(const Problem& p, const Device& device, const Plan& plan, Way way) {
-  unsigned seen = kNothing;
   double sum = 0;
   for (const Step& step : plan[way].steps) {
-    const int first = count(step.pass.reads & ~seen), more = count(step.pass.reads & seen);
-    seen |= step.pass.reads;
-    const double tensors = first + more * again(device, p.bytes() * count(seen));
-    const double moved = (tensors + count(step.pass.writes)) * p.bytes() / device.multiprocessors;
+    const int tensors = count(step.pass.reads) + count(step.pass.writes);
+    if (tensors == 0) {
+      const double blocks = std::clamp<int64_t>(step.jobs, 1, device.multiprocessors);
+      sum += (plan.early ? 0 : kLaunch) + double(step.count.once) / blocks / kIssued;
+      continue;
+    }
+    const double found = expected_in_l2(p, device, plan[way], step);
+    const double bytes = double(tensors) * p.bytes() - (1 - kFromL2) * found;
     const Waves w = waves(p, device, plan, plan[way], step);
-    sum += ceil_div(step.jobs, step.grid) * kLaunch;
-    if (moved > 0) sum += moved / w.efficiency + w.waves * kStep[0];
+    sum += ceil_div(step.jobs, step.grid) * kLaunch + w.waves * kWaveTime;
+    if (bytes > 0) sum += bytes / device.multiprocessors / memory_rate(device.sm) / w.efficiency;
   }
   return sum;
 }

@@ -31,6 +31,23 @@ inline Device typical_device(int sm) {
   return known[std::size(known) - 1];
 }
 
+// Bytes that a multiprocessor moves from and to memory in a microsecond, while all do. The H200's
+// is what the passes reached there (benchmarks/results/nvidia-h200.json, cold, in graphs: 3.6 TB/s
+// in all); the others' is as much less or more as their makers say that their memory is.
+inline double memory_rate(int sm) {
+  return sm >= 120   ? 8000   // RTX 5090, 1.8 TB/s
+         : sm >= 100 ? 40000  // B200, 8 TB/s
+         : sm >= 90  ? 27000  // H200; an H100's memory has 0.7 of its
+         : sm >= 89  ? 5900   // RTX 4090, 1.0 TB/s
+         : sm >= 86  ? 8500   // RTX 3090, 0.94 TB/s
+         : sm >= 80  ? 10700  // A100, 1.56 TB/s
+                     : 6000;  // T4, 0.32 TB/s
+}
+
+// Microseconds of a wave of a pass's blocks before they stream and after: measured there as well,
+// as what each wave takes more than its bytes.
+constexpr double kWaveTime = 2;
+
 // The part of L2 to count on: others use it too, and it is not replaced in strict order.
 inline double usable_l2(const Device& device) { return 0.7 * double(device.l2_bytes); }
 

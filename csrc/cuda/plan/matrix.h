@@ -45,19 +45,19 @@ bool holds_vectors(const Plan& m, int64_t vector) {
   return m.cols >= vector && int64_t(m.rows) * m.cols % vector == 0;
 }
 
-// Sets the other fields: cuts rows into `least_tiles` tiles or more, each covered by at most
-// `most_lanes` of the block's threads; lanes_of(vectors) is how many cover a tile's row that
-// touches so many vectors.
+// Sets the other fields: cuts rows into about `least_tiles` tiles, or as many more as it takes,
+// each of whole units of columns and covered by at most `most_lanes` of the block's threads;
+// lanes_of(vectors) is how many cover a tile's row that touches so many vectors.
 template <class Plan, class Lanes>
 void cut_rows(Plan& m, int vector, int threads, int64_t most_lanes, Lanes lanes_of,
-              int64_t least_tiles = 1) {
+              int64_t least_tiles = 1, int64_t unit = 1) {
   const int step = std::gcd(int64_t(m.cols), int64_t(vector));  // rows begin at its multiples
   m.vector = vector;
   m.period = vector / step;
   most_lanes = std::min<int64_t>(most_lanes, threads / m.period / 32 * 32);
   const int64_t widest = most_lanes * vector - (vector - step);
   const int64_t tiles = std::max(ceil_div(m.cols, widest), least_tiles);
-  const int64_t even = round_up(ceil_div(m.cols, tiles), vector);
+  const int64_t even = round_up(ceil_div(m.cols, tiles), std::max<int64_t>(vector, unit));
   m.width = std::min<int64_t>(even, m.cols);
   if (m.width > widest) m.width = widest / vector * vector;
   m.col_tiles = ceil_div(m.cols, m.width);

@@ -1,5 +1,10 @@
 #include "cuda/plan/tile.h"
 
+#include <algorithm>
+#include <tuple>
+#include <utility>
+#include <vector>
+
 #include "cuda/plan/memory.h"
 
 namespace da::cuda {
@@ -9,34 +14,37 @@ Kernel kernel_of(const Pass& pass) { return pass.sums.any() ? Kernel::sums : Ker
 
 // The measures by which one tiling is better than another.
 struct Quality {
-  bool full;    // whole waves are, in every pass
-  double time;  // of all passes, in reads of a multiprocessor
+  double efficiency;  // of the pass whose waves are the least full
+  double time;        // of all passes, in microseconds
 };
 
 // How full waves are meant to be, and how many times the least time they may take: that is but an
-// estimate, idle slots are certain.
-constexpr double kFull = 0.9, kWorth = 2;
-// Estimates: what a block does before it streams, in reads, besides adding up partial sums; and how
-// many of these a thread adds up in the time of a read.
-constexpr double kPrologue = 2, kSumsARead = 8;
+// estimate, idle slots are certain. Where none are, how near to that time the fullest ones are to
+// be.
+constexpr double kFull = 0.9, kWorth = 2, kNear = 1.1;
+// Of the partial sums that a block adds up first, those of a thread that take the time of a read.
+constexpr double kSumsARead = 16;
 
 Quality quality(const Problem& p, const Device& device, const Tiling& t, int per_sm) {
   const Halo around = p.spatial() ? halo(p, t) : Halo{};
-  // Half of a read's time goes by bytes, half by rounds of kDepth reads, also where a round's last
-  // ones have no rows left.
-  const int64_t reads = ceil_div(t.height, t.at_once());
-  const double streaming = (reads + round_up(reads, kDepth)) / 2.0;
+  // Half of the time goes by bytes, half by rounds of kDepth reads, also where a round's last ones
+  // have no rows left, or some threads no columns.
+  constexpr double kRead = kThreads * 16;
+  const int64_t reads = round_up(ceil_div(t.height, t.at_once()), kDepth);
   const double values = double(around.pieces) * around.length * t.channel_tiles() +
                         (p.channel() ? double(t.tile_channels()) * t.pixel_tiles() : 0);
-  const double tile_time = streaming + kPrologue + values / kThreads / kSumsARead;
-  Quality q{true, 0};
+  const double streaming = (double(t.height) * t.width * p.element_size() + reads * kRead) / 2;
+  const double adding = values / kThreads / kSumsARead * kRead;
+  Quality q{1, 0};
   for (bool backward : {false, true})
     for (const Pass& pass : schedule(p.order, backward)) {
       const int64_t n = slots(p, device, shared_bytes(p, t, around, kernel_of(pass)), per_sm);
       const Waves w = waves(t, p.n, n);
-      // Fewer blocks that share a multiprocessor are faster.
-      q.time += tile_time * w.waves * n / device.multiprocessors;
-      q.full = q.full && w.efficiency >= kFull;
+      // Blocks that share a multiprocessor share what it moves.
+      const double sharing = double(n) / device.multiprocessors;
+      const double bytes = streaming * (count(pass.reads) + count(pass.writes)) + adding;
+      q.time += w.waves * (kWaveTime + bytes * sharing / memory_rate(device.sm));
+      q.efficiency = std::min(q.efficiency, w.efficiency);
     }
   return q;
 }
@@ -76,10 +84,11 @@ Waves waves(const Problem& p, const Device& device, const Plan& plan, const Dire
   }
 }
 
-// Of all heights and widths within the limits those that should take least time, or the least with
-// full waves if that is not much more. The larger tiles are, the less it costs what every block
-// does before it streams; the smaller, the better they fill waves. Where there is less to do than
-// in one whole wave, no tiles fill it, and they get as small as that pays.
+// Of all heights and widths within the limits those that should take least time with full waves, if
+// that is not much more than without; or else the fullest waves of those that take about the least.
+// The larger tiles are, the fewer waves there are, each of which takes its time before it streams;
+// the smaller, the better they fill waves. Where there is less to do than in one whole wave, no
+// tiles fill it, and they get as small as that pays.
 Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits,
             int per_sm) {
   Tiling t{};
@@ -88,22 +97,19 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
   const bool vectors = aligned && holds_vectors(t, elements);
   const int64_t max_height = limits.height / (p.dtype == Dtype::float64 ? 8 : 4);
   // Memory is read by sectors, of which lines of the cache have four: narrower tiles than need be
-  // are whole sectors wide, and a line at least.
+  // are whole sectors wide, where rows are, and a line at least.
   constexpr int64_t kLine = 128, kSector = 32;
-  const int64_t most_tiles = std::min(t.cols * p.element_size() / kLine, limits.terms);
-  Tiling fastest{}, full{};
-  double fastest_time = 0, full_time = 0;
-  const auto consider = [](const Tiling& t, double time, Tiling& best, double& least) {
-    if (best.height == 0 || time < least) best = t, least = time;
-  };
+  const int64_t row = t.cols * p.element_size();
+  const int64_t most_tiles = std::min(row / kLine, limits.terms);
+  const int64_t unit = row % kSector == 0 ? kSector / p.element_size() : 1;
+  std::vector<std::pair<Tiling, Quality>> all;
   int width = 0;
   for (int64_t across = 1; across == 1 || across <= most_tiles; across++) {
     cut_rows(
         t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
-        [](int lanes) { return lanes; }, across);
+        [](int lanes) { return lanes; }, across, across > 1 ? unit : 1);
     t.stride = t.at_once() * t.cols;
     if (t.width == width) continue;
-    if (width > 0 && t.width * p.element_size() % kSector != 0) continue;
     width = t.width;
     const int64_t highest = std::max<int64_t>(max_height / t.period, 1) * t.period;
     const auto tiles_of = [&](int64_t reads) {
@@ -117,12 +123,22 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
       if (height == t.height) continue;
       t.height = height;
       t.row_tiles = ceil_div(t.rows, height);
-      const Quality q = quality(p, device, t, per_sm);
-      consider(t, q.time, fastest, fastest_time);
-      if (q.full) consider(t, q.time, full, full_time);
+      all.emplace_back(t, quality(p, device, t, per_sm));
     }
   }
-  return full.height > 0 && full_time <= kWorth * fastest_time ? full : fastest;
+  const auto by_time = [](const auto& one, const auto& other) {
+    return one.second.time < other.second.time;
+  };
+  const double least = std::min_element(all.begin(), all.end(), by_time)->second.time;
+  const auto rank = [=](const Quality& q) {
+    const bool full = q.efficiency >= kFull && q.time <= kWorth * least;
+    const bool near = q.time <= kNear * least;
+    return std::tuple(full, full || near, full ? -q.time : q.efficiency);
+  };
+  const auto by_rank = [=](const auto& one, const auto& other) {
+    return rank(one.second) < rank(other.second);
+  };
+  return std::max_element(all.begin(), all.end(), by_rank)->first;
 }
 
 Halo halo(const Problem& p, const Tiling& t) { return halo(t.tile_pixels(), p.w); }
