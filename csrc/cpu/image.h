@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -150,8 +151,7 @@ class Image {
       Gradients<T> g = all;
       const int64_t at = r * p_.cols();
       g.dout += at, g.out += at, g.u += at, g.d += at;
-      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.how = plan_.sums,
-      g.stores = plan_.stores;
+      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.stores = plan_.stores;
       g.x = from(all.x, r), g.mask = of_pixels(all.mask, r);
       if (last) {
         g.sums = partial[0], g.products = partial[1];
@@ -185,17 +185,21 @@ class Image {
   }
 
   void channel_mask(const A* pooled, A* mask) {
-    for (int64_t c = 0; c < p_.c; c++)
-      mask[c] = gate_logit<A>(p_.gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled,
-                              p_.c, c);
+    with_gate([&](auto gate) {
+      for (int64_t c = 0; c < p_.c; c++)
+        mask[c] =
+            gate_logit<A>(gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled, p_.c, c);
+    });
     kernels_.sigmoid(mask, p_.c);
   }
 
   // From dc, the gradients at a channel mask: those of its logits, dt, and the term of dx, dg.
   void through_channel_mask(const A* dc, const A* mask, A* dt, A* dg) const {
     for (int64_t i = 0; i < p_.c; i++) dt[i] = dc[i] * sigmoid_slope(mask[i]);
-    for (int64_t i = 0; i < p_.c; i++)
-      dg[i] = gate_transposed<A>(p_.gate, weights_.gate, p_.kernel_size, dt, p_.c, i) / p_.pixels();
+    with_gate([&](auto gate) {
+      for (int64_t i = 0; i < p_.c; i++)
+        dg[i] = gate_transposed<A>(gate, weights_.gate, p_.kernel_size, dt, p_.c, i) / p_.pixels();
+    });
   }
 
   // From ds, the gradients at the spatial mask of channel_mean m: those of its logits, which take
@@ -208,6 +212,21 @@ class Image {
   }
 
  private:
+  // f(gate) with the problem's gate as a constant: a loop over channels then has no branches.
+  template <class F>
+  void with_gate(F f) const {
+    switch (p_.gate) {
+      case Gate::affine:
+        return f(std::integral_constant<Gate, Gate::affine>());
+      case Gate::scalar:
+        return f(std::integral_constant<Gate, Gate::scalar>());
+      case Gate::eca:
+        return f(std::integral_constant<Gate, Gate::eca>());
+      case Gate::sigmoid:
+        return f(std::integral_constant<Gate, Gate::sigmoid>());
+    }
+  }
+
   // The stencil over a dense map [h, w].
   void stencil(const A* map, const Stencil<A>& taps, A* out) {
     border(map, plane_);

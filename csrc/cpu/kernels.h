@@ -68,7 +68,6 @@ struct Gradients {
   Affine<A> x;
   const A* mask;  // by pixel
   A *sums, *products, *pixel_sums;
-  Rows how;
   Stores stores;
 };
 

@@ -6,6 +6,7 @@
 #include "simd.inl"
 
 constexpr int64_t kChunk = 16;  // vectors added in one register before they are folded into a total
+constexpr int64_t kShort = 512;  // elements of a row up to which rows are added up side by side
 
 template <class T>
 struct Tail {
@@ -82,7 +83,13 @@ struct Deviations {
   DA_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
 };
 
-// Row sums alone: one row after the other, so that memory is read in one stream.
+// Zeros for n sums, and for the rest of their last vector.
+template <class A>
+DA_INLINE void clear(A* sums, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vector<A>::lanes) store(sums + i, vec<A>{});
+}
+
+// Row sums alone of long rows: one after the other, so that memory is read in one stream.
 template <int kBlock, class T, class Source, class A = accumulate_t<T>>
 DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight, A* row_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
@@ -109,13 +116,14 @@ DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight,
   sum_lanes<kBlock, A>(total, row_sums);
 }
 
-// Column sums, and row sums if asked for, of a few rows together. What is left over of the columns
-// goes to `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
-template <bool kRows, int kBlock, class T, class Source, class A = accumulate_t<T>>
+// Row sums, column sums or both of a few rows together. What is left over of the columns goes to
+// `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
+template <bool kRows, bool kCols, int kBlock, class T, class Source, class A = accumulate_t<T>>
 DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const A* row_weight,
                          const A* col_weight, A* row_sums, A* col_sums, vec<A>& tail_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
-  vec<A> total[kBlock] = {}, sum[kBlock] = {};
+  vec<A> total[kBlock] = {}, sum[kBlock] = {}, weight[kBlock];
+  for (int b = 0; kCols && b < kBlock; b++) weight[b] = splat(row_weight[b]);
   // The next block's rows are fetched while these are summed: many short rows are more streams than
   // the hardware follows.
   const auto columns = [&](int64_t q, auto read, auto keep) DA_LAMBDA_INLINE {
@@ -124,7 +132,7 @@ DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const
       source.prefetch(kBlock * cols + kBlock * q + b * lanes);
       const vec<A> t = source.at(b, q, read, keep);
       if constexpr (kRows) sum[b] += t * load(col_weight + q);
-      parts[b % 2] += t * row_weight[b];
+      if constexpr (kCols) parts[b % 2] += t * weight[b];
     }
     return parts[0] + parts[1];
   };
@@ -133,7 +141,8 @@ DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const
     for (; q < end; q += lanes) {
       const auto read = [&](const T* row) DA_LAMBDA_INLINE { return load(row + q); };
       const auto all = [&](vec<A> t) DA_LAMBDA_INLINE { return t; };
-      store(col_sums + q, load(col_sums + q) + columns(q, read, all));
+      const vec<A> sums = columns(q, read, all);
+      if constexpr (kCols) store(col_sums + q, load(col_sums + q) + sums);
     }
     for (int b = 0; kRows && b < kBlock; b++) total[b] += sum[b], sum[b] = vec<A>{};
   }
@@ -152,21 +161,23 @@ DA_INLINE void reduce_slab(const Source& source, int64_t rows, int64_t cols, con
                            const A* col_weight, A* row_sums, A* col_sums, Rows how) {
   constexpr int kBlock = kRows ? 4 : 8;
   const Tail<T> tail(cols);
+  const bool together = cols <= kShort || (kCols && how == Rows::together);
   vec<A> tail_sums = {};
   int64_t r = 0;
   const auto block = [&](auto size) DA_LAMBDA_INLINE {
     constexpr int kSize = decltype(size)::value;
     for (; r + kSize <= rows; r += kSize) {
       A* sums = kRows ? row_sums + r : nullptr;
-      if constexpr (kCols)
-        sum_block<kRows, kSize, T>(source.from(r), cols, tail, row_weight + r, col_weight, sums,
-                                   col_sums, tail_sums);
-      else
+      if (kCols || together)
+        sum_block<kRows, kCols, kSize, T>(source.from(r), cols, tail,
+                                          kCols ? row_weight + r : nullptr, col_weight, sums,
+                                          col_sums, tail_sums);
+      else if constexpr (!kCols)
         sum_rows<kSize, T>(source.from(r), tail, col_weight, sums);
     }
   };
-  if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
-  if (!kCols || how == Rows::together) block(std::integral_constant<int, kBlock>());
+  if constexpr (kCols) clear(col_sums, cols);
+  if (together || !kCols) block(std::integral_constant<int, kBlock>());
   block(std::integral_constant<int, 1>());
   if (kCols && tail.n) store(col_sums + tail.begin, load(col_sums + tail.begin) + tail_sums);
 }

@@ -52,10 +52,15 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
 
 namespace {
 
-// The sum of an image's map or vector.
+// The sum of an image's map or vector, several at a time.
 template <class A>
 double sum_of(const A* values, int64_t count) {
-  return std::accumulate(values, values + count, 0.);
+  constexpr int64_t kParts = 16;
+  double parts[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= count; i += kParts)
+    for (int64_t k = 0; k < kParts; k++) parts[k] += values[i + k];
+  return std::accumulate(values + i, values + count, std::accumulate(parts, parts + kParts, 0.));
 }
 
 }  // namespace
@@ -208,11 +213,12 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
   // du = scale (dx - mean(dx) - xhat mean(dx xhat)), the means over the batch where its statistics
   // are the norm's.
   std::vector<A> slope(padded(c)), offset(padded(c));
+  std::vector<double> sums(c), products(c);
   const double count = double(problem.n) * pixels;
+  for (int64_t i = 0; i < problem.n * c; i += c)
+    for (int64_t k = 0; k < c; k++) sums[k] += dx_sums[i + k], products[k] += dx_products[i + k];
   for (int64_t i = 0; i < c; i++) {
-    double sum = 0, product = 0;
-    for (int64_t n = 0; n < problem.n; n++)
-      sum += dx_sums[n * c + i], product += dx_products[n * c + i];
+    const double sum = sums[i], product = products[i];
     gradients.norm_bias[i] = sum;
     gradients.norm_weight[i] = product * norm.inverse[i];
     if (!call.batch) continue;
