@@ -89,23 +89,26 @@ class Image {
 
   // With t = x, or x*dy where dy is given, from one read:
   //   sums_by_pixel[p] = sum_c by_channel[c] t    and    sums_by_channel[c] = sum_p by_pixel[p] t
-  // Null sums are not made, and their weights not looked at.
+  // Null sums are not made, and their weights not looked at. An image `ahead` is fetched meanwhile,
+  // for the next pass that reads memory, where x is in the caches.
   void reduce(const T* x, const T* dy, const A* by_channel, const A* by_pixel, A* sums_by_pixel,
-              A* sums_by_channel) {
+              A* sums_by_channel, const T* ahead = nullptr) {
     reduce(by_channel, by_pixel, sums_by_pixel, sums_by_channel,
            [&](int64_t r, int64_t n, auto... where) {
              const int64_t at = r * p_.cols();
-             kernels_.reduce(x + at, dy ? dy + at : nullptr, n, p_.cols(), where..., plan_.sums);
+             kernels_.reduce(x + at, dy ? dy + at : nullptr, ahead ? ahead + at : nullptr, n,
+                             p_.cols(), where..., plan_.sums);
            });
   }
 
   // The same with t = u - centre[c].
   void reduce_deviations(const T* u, const A* centre, const A* by_channel, const A* by_pixel,
-                         A* sums_by_pixel, A* sums_by_channel) {
+                         A* sums_by_pixel, A* sums_by_channel, const T* ahead = nullptr) {
     reduce(by_channel, by_pixel, sums_by_pixel, sums_by_channel,
            [&](int64_t r, int64_t n, auto... where) {
-             kernels_.residual.reduce(u + r * p_.cols(), of_channels(centre, r), n, p_.cols(),
-                                      p_.channels_last, where..., plan_.sums);
+             kernels_.residual.reduce(u + r * p_.cols(), ahead ? ahead + r * p_.cols() : nullptr,
+                                      of_channels(centre, r), n, p_.cols(), p_.channels_last,
+                                      where..., plan_.sums);
            });
   }
 

@@ -82,11 +82,12 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     std::copy_n(norm.scale.data(), c, scale);
     std::copy_n(norm.bias.data(), c, bias);
 
+    const T* ahead = nullptr;  // the first pass reads u from memory, the others fetch the shortcut
     for (const Pass& pass : schedule(problem.order, false)) {
       if (pass.sums.any())
         image.reduce_deviations(un, centre, scale, by_pixel,
                                 pass.sums.pixels ? sums_by_pixel : nullptr,
-                                pass.sums.channels ? sums_by_channel : nullptr);
+                                pass.sums.channels ? sums_by_channel : nullptr, ahead);
       else
         image.rectify(un, shortcut + n * size, out + n * size, {centre, scale, bias}, by_pixel);
       const A weight = pass.sums.channels ? sum_of(by_pixel, pixels) / pixels : 0;
@@ -106,6 +107,7 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
         image.channel_mask(g, channel_mask);
         for (int64_t i = 0; i < c; i++) scale[i] *= channel_mask[i], bias[i] *= channel_mask[i];
       }
+      ahead = shortcut + n * size;
     }
   });
 }

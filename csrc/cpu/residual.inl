@@ -85,8 +85,6 @@ DA_INLINE void deviations(const T* row, int64_t cols, const Tail<T>& tail, const
   if constexpr (kSquares) sum_lanes<kBlock, A>(square_total, squares);
 }
 
-constexpr int64_t kTiny = 64;  // elements of a row up to which several are read side by side
-
 // Of each row: once for a centre near its mean, and from cache again for the deviations from it.
 template <class T, class A = accumulate_t<T>>
 void row_moments(const T* u, int64_t rows, int64_t cols, double* mean, double* squares) {
@@ -120,15 +118,15 @@ void moments(const T* u, int64_t rows, int64_t cols, bool channels_last, double*
 }
 
 template <class T, class A = accumulate_t<T>>
-void reduce_deviations(const T* u, const A* centre, int64_t rows, int64_t cols, bool channels_last,
-                       const A* row_weight, const A* col_weight, A* row_sums, A* col_sums,
-                       Rows how) {
+void reduce_deviations(const T* u, const T* ahead, const A* centre, int64_t rows, int64_t cols,
+                       bool channels_last, const A* row_weight, const A* col_weight, A* row_sums,
+                       A* col_sums, Rows how) {
   if (channels_last)
-    reduce_of<T>(Deviations<false, T>{u, centre, cols}, rows, cols, row_weight, col_weight,
-                 row_sums, col_sums, how);
+    reduce_of<T>(Deviations<false, T>{u, ahead ? ahead : next_rows(u, cols), centre, cols}, rows,
+                 cols, row_weight, col_weight, row_sums, col_sums, how);
   else
-    reduce_of<T>(Deviations<true, T>{u, centre, cols}, rows, cols, row_weight, col_weight, row_sums,
-                 col_sums, how);
+    reduce_of<T>(Deviations<true, T>{u, ahead ? ahead : next_rows(u, cols), centre, cols}, rows,
+                 cols, row_weight, col_weight, row_sums, col_sums, how);
 }
 
 // By channel and by pixel, at row r: along the rows, or the columns.
@@ -236,7 +234,7 @@ void gradients_slab(const Gradients<T>& g) {
 
 template <bool kChannelsLast, bool kPixelSums, class T>
 void gradients_of(const Gradients<T>& g) {
-  const bool streamed = streams(g.d, Tail<T>(g.cols), g.stores);
+  const bool streamed = streamed_rows(g.d, g.cols, g.stores) == 1;
   const auto slab = streamed ? gradients_slab<kChannelsLast, kPixelSums, true, T>
                              : gradients_slab<kChannelsLast, kPixelSums, false, T>;
   slab(g);
