@@ -199,7 +199,9 @@ def fused_cpu_of_hypothesis():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 8, 5, 7), (3, 33, 20, 19), (1, 70, 33, 37), (2, 5, 96, 97)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 5, 7), (3, 40, 6, 7), (3, 33, 20, 19), (1, 70, 33, 37), (2, 5, 96, 97)]
+)
 @pytest.mark.parametrize(
     ("order", "gate"),
     [
@@ -209,12 +211,13 @@ def fused_cpu_of_hypothesis():
         ("none", "sigmoid"),
     ],
 )
-def test_threads_and_runs_do_not_show(fused_cpu, order, gate, shape, layout):
+def test_threads_runs_and_streaming_do_not_show(fused_cpu, order, gate, shape, layout):
     tail = make_tail(shape, order, gate, layout=layout)
     want = tail.results(by_kernels)
     for threads in (1, 2, 3):
-        with cpu_plan("shared=0", threads):
-            assert_equal(tail.results(by_kernels), want)
+        for limits in ("shared=0", "shared=0,cache=1"):
+            with cpu_plan(limits, threads):
+                assert_equal(tail.results(by_kernels), want)
 
 
 @over_backends

@@ -17,8 +17,9 @@ from .plans import cpu_plan, text
 plan = pytest.importorskip("da_ops._plan").cpu
 ROOT = Path(__file__).resolve().parents[1]
 # Four images for three threads: three whole ones, one that is shared out. With and without what is
-# left over of a row in whole vectors; longer than the vectors that are added up at once.
-SHAPES = [(4, 32, 8, 8), (4, 33, 5, 7), (4, 19, 23, 25)]
+# left over of a row in whole vectors; a few rows being whole vectors; longer than the vectors that
+# are added up at once.
+SHAPES = [(4, 32, 8, 8), (4, 33, 5, 7), (4, 40, 6, 7), (4, 19, 23, 25)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -81,8 +81,9 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
         return;
       }
       A *more_ds = image.map(3), *more_dc = image.vector(3);
+      const T* next = n + 1 < problem.n ? dyn + size : nullptr;  // x is in the caches
       image.reduce(xn, nullptr, dg, dm, pass.sums.pixels ? more_ds : nullptr,
-                   pass.sums.channels ? more_dc : nullptr);
+                   pass.sums.channels ? more_dc : nullptr, next);
       for (int64_t i = 0; pass.sums.pixels && i < pixels; i++) ds[i] += more_ds[i];
       for (int64_t i = 0; pass.sums.channels && i < c; i++) dc[i] += more_dc[i];
     };

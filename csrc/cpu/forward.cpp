@@ -14,10 +14,11 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
     A *channel_mask = image.vector(0), *sums_by_channel = image.vector(1);
     const A *by_pixel = image.ones(), *by_channel = image.ones();
 
+    const T* ahead = nullptr;  // the first pass reads x from memory, the others fetch the next x
     for (const Pass& pass : schedule(problem.order, false)) {
       if (pass.sums.any())
         image.reduce(xn, nullptr, by_channel, by_pixel, pass.sums.pixels ? sums_by_pixel : nullptr,
-                     pass.sums.channels ? sums_by_channel : nullptr);
+                     pass.sums.channels ? sums_by_channel : nullptr, ahead);
       else
         image.scale(xn, y + n * size, by_channel, by_pixel);
       if (pass.complete.pixels) {
@@ -32,6 +33,7 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
         image.channel_mask(g, channel_mask);
         by_channel = channel_mask;
       }
+      if (n + 1 < problem.n) ahead = xn + size;
     }
   });
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -88,23 +89,26 @@ class Image {
 
   // With t = x, or x*dy where dy is given, from one read:
   //   sums_by_pixel[p] = sum_c by_channel[c] t    and    sums_by_channel[c] = sum_p by_pixel[p] t
-  // Null sums are not made, and their weights not looked at.
+  // Null sums are not made, and their weights not looked at. An image `ahead` is fetched meanwhile,
+  // for the next pass that reads memory, where x is in the caches.
   void reduce(const T* x, const T* dy, const A* by_channel, const A* by_pixel, A* sums_by_pixel,
-              A* sums_by_channel) {
+              A* sums_by_channel, const T* ahead = nullptr) {
     reduce(by_channel, by_pixel, sums_by_pixel, sums_by_channel,
            [&](int64_t r, int64_t n, auto... where) {
              const int64_t at = r * p_.cols();
-             kernels_.reduce(x + at, dy ? dy + at : nullptr, n, p_.cols(), where..., plan_.sums);
+             kernels_.reduce(x + at, dy ? dy + at : nullptr, ahead ? ahead + at : nullptr, n,
+                             p_.cols(), where..., plan_.sums);
            });
   }
 
   // The same with t = u - centre[c].
   void reduce_deviations(const T* u, const A* centre, const A* by_channel, const A* by_pixel,
-                         A* sums_by_pixel, A* sums_by_channel) {
+                         A* sums_by_pixel, A* sums_by_channel, const T* ahead = nullptr) {
     reduce(by_channel, by_pixel, sums_by_pixel, sums_by_channel,
            [&](int64_t r, int64_t n, auto... where) {
-             kernels_.residual.reduce(u + r * p_.cols(), of_channels(centre, r), n, p_.cols(),
-                                      p_.channels_last, where..., plan_.sums);
+             kernels_.residual.reduce(u + r * p_.cols(), ahead ? ahead + r * p_.cols() : nullptr,
+                                      of_channels(centre, r), n, p_.cols(), p_.channels_last,
+                                      where..., plan_.sums);
            });
   }
 
@@ -150,8 +154,7 @@ class Image {
       Gradients<T> g = all;
       const int64_t at = r * p_.cols();
       g.dout += at, g.out += at, g.u += at, g.d += at;
-      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.how = plan_.sums,
-      g.stores = plan_.stores;
+      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.stores = plan_.stores;
       g.x = from(all.x, r), g.mask = of_pixels(all.mask, r);
       if (last) {
         g.sums = partial[0], g.products = partial[1];
@@ -185,17 +188,21 @@ class Image {
   }
 
   void channel_mask(const A* pooled, A* mask) {
-    for (int64_t c = 0; c < p_.c; c++)
-      mask[c] = gate_logit<A>(p_.gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled,
-                              p_.c, c);
+    with_gate([&](auto gate) {
+      for (int64_t c = 0; c < p_.c; c++)
+        mask[c] =
+            gate_logit<A>(gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled, p_.c, c);
+    });
     kernels_.sigmoid(mask, p_.c);
   }
 
   // From dc, the gradients at a channel mask: those of its logits, dt, and the term of dx, dg.
   void through_channel_mask(const A* dc, const A* mask, A* dt, A* dg) const {
     for (int64_t i = 0; i < p_.c; i++) dt[i] = dc[i] * sigmoid_slope(mask[i]);
-    for (int64_t i = 0; i < p_.c; i++)
-      dg[i] = gate_transposed<A>(p_.gate, weights_.gate, p_.kernel_size, dt, p_.c, i) / p_.pixels();
+    with_gate([&](auto gate) {
+      for (int64_t i = 0; i < p_.c; i++)
+        dg[i] = gate_transposed<A>(gate, weights_.gate, p_.kernel_size, dt, p_.c, i) / p_.pixels();
+    });
   }
 
   // From ds, the gradients at the spatial mask of channel_mean m: those of its logits, which take
@@ -208,6 +215,21 @@ class Image {
   }
 
  private:
+  // f(gate) with the problem's gate as a constant: a loop over channels then has no branches.
+  template <class F>
+  void with_gate(F f) const {
+    switch (p_.gate) {
+      case Gate::affine:
+        return f(std::integral_constant<Gate, Gate::affine>());
+      case Gate::scalar:
+        return f(std::integral_constant<Gate, Gate::scalar>());
+      case Gate::eca:
+        return f(std::integral_constant<Gate, Gate::eca>());
+      case Gate::sigmoid:
+        return f(std::integral_constant<Gate, Gate::sigmoid>());
+    }
+  }
+
   // The stencil over a dense map [h, w].
   void stencil(const A* map, const Stencil<A>& taps, A* out) {
     border(map, plane_);

@@ -68,7 +68,6 @@ struct Gradients {
   Affine<A> x;
   const A* mask;  // by pixel
   A *sums, *products, *pixel_sums;
-  Rows how;
   Stores stores;
 };
 
@@ -92,8 +91,9 @@ struct ResidualKernels {
                   double* squares);
 
   // Kernels::reduce of u - centre.
-  void (*reduce)(const T* u, const A* centre, int64_t rows, int64_t cols, bool channels_last,
-                 const A* row_weight, const A* col_weight, A* row_sums, A* col_sums, Rows how);
+  void (*reduce)(const T* u, const T* ahead, const A* centre, int64_t rows, int64_t cols,
+                 bool channels_last, const A* row_weight, const A* col_weight, A* row_sums,
+                 A* col_sums, Rows how);
 
   // out = relu(x mask[p] + shortcut)
   void (*rectify)(const T* u, const T* shortcut, T* out, int64_t rows, int64_t cols,
@@ -111,9 +111,10 @@ struct Kernels {
 
   // With t = x, or x*dy where dy is given:
   //   row_sums[r] = sum_q t[r,q] col_weight[q]   and   col_sums[q] = sum_r row_weight[r] t[r,q]
-  // Null sums are not made. Row sums alone are always made of rows together.
-  void (*reduce)(const T* x, const T* dy, int64_t rows, int64_t cols, const A* row_weight,
-                 const A* col_weight, A* row_sums, A* col_sums, Rows how);
+  // Null sums are not made. `how` is for rows that are not short, where columns are added up, too.
+  // What lies at `ahead`, as large as x, is fetched meanwhile; where it is null, x's next rows are.
+  void (*reduce)(const T* x, const T* dy, const T* ahead, int64_t rows, int64_t cols,
+                 const A* row_weight, const A* col_weight, A* row_sums, A* col_sums, Rows how);
 
   // y[r,q] = x[r,q] row_scale[r] col_scale[q]
   void (*scale)(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale,

@@ -6,6 +6,10 @@
 #include "simd.inl"
 
 constexpr int64_t kChunk = 16;  // vectors added in one register before they are folded into a total
+constexpr int64_t kFar = 2048;  // elements from what is read to what is fetched, at least
+constexpr int64_t kTiny = 64;   // elements of a row up to which rows are taken together in any case
+constexpr int64_t kBuffer = 16384;  // bytes of rows that are made before they are streamed
+constexpr int64_t kShort = 512;     // elements of a row up to which rows are added up side by side
 
 template <class T>
 struct Tail {
@@ -40,18 +44,31 @@ struct Along<false, A> {
   DA_INLINE vec<A> operator()(int64_t q) const { return load(values + q); }
 };
 
+// Into the second-level cache, what is read soon. Many short rows side by side are more streams
+// than the hardware follows.
+template <class T>
+DA_INLINE void fetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+// A few rows on, and not too few elements.
+template <class T>
+DA_INLINE const T* next_rows(const T* x, int64_t cols) {
+  return x + (8 * cols > kFar ? 8 * cols : kFar);
+}
+
 // What is added up of a row r: read(row) loads the elements at column q, and keep(v) makes zeros of
-// what is none of them. from(r) begins at row r.
+// what is none of them. from(r) begins at row r. fetch_ahead(i) fetches the i-th element of
+// `ahead`.
 template <class T>
 struct Elements {
-  const T* x;
+  const T *x, *ahead;
   int64_t cols;
-  DA_INLINE Elements from(int64_t r) const { return {x + r * cols, cols}; }
+  DA_INLINE Elements from(int64_t r) const { return {x + r * cols, ahead + r * cols, cols}; }
   template <class Read, class Keep>
   DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols);
   }
-  DA_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
+  DA_INLINE void fetch_ahead(int64_t i) const { fetch(ahead + i); }
 };
 template <class T>
 struct Products {
@@ -62,27 +79,33 @@ struct Products {
   DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols) * read(dy + r * cols);
   }
-  DA_INLINE void prefetch(int64_t i) const {
-    __builtin_prefetch(x + i);
-    __builtin_prefetch(dy + i);
+  DA_INLINE void fetch_ahead(int64_t i) const {
+    fetch(next_rows(x, cols) + i);
+    fetch(next_rows(dy, cols) + i);
   }
 };
 template <bool kByRow, class T>
 struct Deviations {
-  const T* x;
+  const T *x, *ahead;
   const accumulate_t<T>* centre;  // of rows, or of columns
   int64_t cols;
   DA_INLINE Deviations from(int64_t r) const {
-    return {x + r * cols, kByRow ? centre + r : centre, cols};
+    return {x + r * cols, ahead + r * cols, kByRow ? centre + r : centre, cols};
   }
   template <class Read, class Keep>
   DA_INLINE auto at(int64_t r, int64_t q, Read read, Keep keep) const {
     return read(x + r * cols) - keep(Along<kByRow, accumulate_t<T>>(centre, r)(q));
   }
-  DA_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
+  DA_INLINE void fetch_ahead(int64_t i) const { fetch(ahead + i); }
 };
 
-// Row sums alone: one row after the other, so that memory is read in one stream.
+// Zeros for n sums, and for the rest of their last vector.
+template <class A>
+DA_INLINE void clear(A* sums, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vector<A>::lanes) store(sums + i, vec<A>{});
+}
+
+// Row sums alone of long rows: one after the other, so that memory is read in one stream.
 template <int kBlock, class T, class Source, class A = accumulate_t<T>>
 DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight, A* row_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
@@ -91,6 +114,7 @@ DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight,
   for (int b = 0; b < kBlock; b++, source = source.from(1)) {
     const auto at = [&](int64_t q) DA_LAMBDA_INLINE {
       const auto read = [=](const T* row) DA_LAMBDA_INLINE { return load(row + q); };
+      source.fetch_ahead(q);
       return source.at(0, q, read, all) * load(col_weight + q);
     };
     for (int64_t q = 0; q < tail.full;) {
@@ -109,22 +133,21 @@ DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight,
   sum_lanes<kBlock, A>(total, row_sums);
 }
 
-// Column sums, and row sums if asked for, of a few rows together. What is left over of the columns
-// goes to `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
-template <bool kRows, int kBlock, class T, class Source, class A = accumulate_t<T>>
+// Row sums, column sums or both of a few rows together. What is left over of the columns goes to
+// `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
+template <bool kRows, bool kCols, int kBlock, class T, class Source, class A = accumulate_t<T>>
 DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const A* row_weight,
                          const A* col_weight, A* row_sums, A* col_sums, vec<A>& tail_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
-  vec<A> total[kBlock] = {}, sum[kBlock] = {};
-  // The next block's rows are fetched while these are summed: many short rows are more streams than
-  // the hardware follows.
+  vec<A> total[kBlock] = {}, sum[kBlock] = {}, weight[kBlock];
+  for (int b = 0; kCols && b < kBlock; b++) weight[b] = splat(row_weight[b]);
   const auto columns = [&](int64_t q, auto read, auto keep) DA_LAMBDA_INLINE {
     vec<A> parts[2] = {};
     for (int b = 0; b < kBlock; b++) {
-      source.prefetch(kBlock * cols + kBlock * q + b * lanes);
+      source.fetch_ahead(kBlock * q + b * lanes);
       const vec<A> t = source.at(b, q, read, keep);
       if constexpr (kRows) sum[b] += t * load(col_weight + q);
-      parts[b % 2] += t * row_weight[b];
+      if constexpr (kCols) parts[b % 2] += t * weight[b];
     }
     return parts[0] + parts[1];
   };
@@ -133,7 +156,8 @@ DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const
     for (; q < end; q += lanes) {
       const auto read = [&](const T* row) DA_LAMBDA_INLINE { return load(row + q); };
       const auto all = [&](vec<A> t) DA_LAMBDA_INLINE { return t; };
-      store(col_sums + q, load(col_sums + q) + columns(q, read, all));
+      const vec<A> sums = columns(q, read, all);
+      if constexpr (kCols) store(col_sums + q, load(col_sums + q) + sums);
     }
     for (int b = 0; kRows && b < kBlock; b++) total[b] += sum[b], sum[b] = vec<A>{};
   }
@@ -152,21 +176,23 @@ DA_INLINE void reduce_slab(const Source& source, int64_t rows, int64_t cols, con
                            const A* col_weight, A* row_sums, A* col_sums, Rows how) {
   constexpr int kBlock = kRows ? 4 : 8;
   const Tail<T> tail(cols);
+  const bool together = cols <= kShort || (kCols && how == Rows::together);
   vec<A> tail_sums = {};
   int64_t r = 0;
   const auto block = [&](auto size) DA_LAMBDA_INLINE {
     constexpr int kSize = decltype(size)::value;
     for (; r + kSize <= rows; r += kSize) {
       A* sums = kRows ? row_sums + r : nullptr;
-      if constexpr (kCols)
-        sum_block<kRows, kSize, T>(source.from(r), cols, tail, row_weight + r, col_weight, sums,
-                                   col_sums, tail_sums);
-      else
+      if (kCols || together)
+        sum_block<kRows, kCols, kSize, T>(source.from(r), cols, tail,
+                                          kCols ? row_weight + r : nullptr, col_weight, sums,
+                                          col_sums, tail_sums);
+      else if constexpr (!kCols)
         sum_rows<kSize, T>(source.from(r), tail, col_weight, sums);
     }
   };
-  if constexpr (kCols) __builtin_memset(col_sums, 0, padded(cols) * sizeof(A));
-  if (!kCols || how == Rows::together) block(std::integral_constant<int, kBlock>());
+  if constexpr (kCols) clear(col_sums, cols);
+  if (together || !kCols) block(std::integral_constant<int, kBlock>());
   block(std::integral_constant<int, 1>());
   if (kCols && tail.n) store(col_sums + tail.begin, load(col_sums + tail.begin) + tail_sums);
 }
@@ -185,13 +211,14 @@ void reduce_of(const Source& source, int64_t rows, int64_t cols, const A* row_we
 }
 
 template <class T, class A = accumulate_t<T>>
-void reduce(const T* x, const T* dy, int64_t rows, int64_t cols, const A* row_weight,
-            const A* col_weight, A* row_sums, A* col_sums, Rows how) {
+void reduce(const T* x, const T* dy, const T* ahead, int64_t rows, int64_t cols,
+            const A* row_weight, const A* col_weight, A* row_sums, A* col_sums, Rows how) {
   if (dy)
     reduce_of<T>(Products<T>{x, dy, cols}, rows, cols, row_weight, col_weight, row_sums, col_sums,
                  how);
   else
-    reduce_of<T>(Elements<T>{x, cols}, rows, cols, row_weight, col_weight, row_sums, col_sums, how);
+    reduce_of<T>(Elements<T>{x, ahead ? ahead : next_rows(x, cols), cols}, rows, cols, row_weight,
+                 col_weight, row_sums, col_sums, how);
 }
 
 // A few rows of `out`, which share what they read of the columns: row(q, read) is a row's vector at
@@ -217,27 +244,42 @@ DA_INLINE void map_block(T* out, int64_t cols, const Tail<T>& tail, Rows... row)
   }
 }
 
-// Whether whole rows can be written past the caches.
+// How many rows of `out` at a time are whole aligned vectors, which can be written past the caches;
+// 0 where none are to be. Several rows are made in a buffer of kBuffer bytes.
 template <class T>
-DA_INLINE bool streams(const T* out, const Tail<T>& tail, Stores stores) {
-  return stores == Stores::streamed && !tail.n &&
-         reinterpret_cast<uintptr_t>(out) % DA_VECTOR_BYTES == 0;
+DA_INLINE int64_t streamed_rows(const T* out, int64_t cols, Stores stores) {
+  constexpr int64_t lanes = Vector<accumulate_t<T>>::lanes;
+  const int64_t even = cols & -cols;  // the largest power of two that divides it
+  const int64_t rows = even < lanes ? lanes / even : 1;
+  if (!kStreams || stores == Stores::cached) return 0;
+  if (reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T)) != 0) return 0;
+  return rows == 1 || rows * cols * int64_t(sizeof(T)) <= kBuffer ? rows : 0;
 }
 
 // f(r) is row r's function of the column and of what is read there; together, four rows are taken
 // at a time.
 template <class T, class F>
 DA_INLINE void map_rows(T* out, int64_t rows, int64_t cols, Stores stores, Rows how, F f) {
+  constexpr int64_t lanes = Vector<accumulate_t<T>>::lanes;
   const Tail<T> tail(cols);
-  const auto all = [&](auto stream) DA_LAMBDA_INLINE {
+  const int64_t streamed = streamed_rows(out, cols, stores);
+  int64_t r = 0;
+  if (streamed > 1) {
+    alignas(kAlignment) T buffer[kBuffer / sizeof(T)];
+    for (; r + streamed <= rows; r += streamed) {
+      for (int64_t b = 0; b < streamed; b++)
+        map_block<false>(buffer + b * cols, cols, tail, f(r + b));
+      for (int64_t i = 0; i < streamed * cols; i += lanes) stream(out + r * cols + i, buffer + i);
+    }
+  }
+  const auto rest = [&](auto stream) DA_LAMBDA_INLINE {
     constexpr bool kStream = decltype(stream)::value;
-    int64_t r = 0;
     for (; how == Rows::together && r + 4 <= rows; r += 4)
       map_block<kStream>(out + r * cols, cols, tail, f(r), f(r + 1), f(r + 2), f(r + 3));
     for (; r < rows; r++) map_block<kStream>(out + r * cols, cols, tail, f(r));
-    if constexpr (kStream) finish_streams();
   };
-  streams(out, tail, stores) ? all(std::true_type()) : all(std::false_type());
+  streamed == 1 ? rest(std::true_type()) : rest(std::false_type());
+  if (streamed) finish_streams();
 }
 
 template <class T, class A = accumulate_t<T>>
@@ -252,7 +294,8 @@ void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale, con
 template <class T, class A = accumulate_t<T>>
 void combine(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale, const A* col_scale,
              const Terms<A>& terms, Stores stores, Rows how) {
-  map_rows(dx, rows, cols, stores, how, [=](int64_t r) DA_LAMBDA_INLINE {
+  const Rows as = cols <= kTiny ? Rows::together : how;
+  map_rows(dx, rows, cols, stores, as, [=](int64_t r) DA_LAMBDA_INLINE {
     return [=, row = dy + r * cols, by_row = row_scale[r], row_bias = terms.row_bias[r],
             row_outer = terms.row_outer[r]](int64_t q, auto read) DA_LAMBDA_INLINE {
       return read(row) * (load(col_scale + q) * by_row) +

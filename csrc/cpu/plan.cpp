@@ -87,8 +87,9 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   p.slab_rows = std::min(blocks * kBlockRows, limits.slab_rows);
   p.slabs = (problem.rows() + p.slab_rows - 1) / p.slab_rows;
 
-  // Short rows are read faster one after the other than side by side. Three arrays over the columns
-  // crowd out the first-level cache where rows are long.
+  // Rows of middling length are read faster one after the other than side by side; the kernels take
+  // short ones together in any case. Three arrays over the columns crowd out the first-level cache
+  // where rows are long.
   const int64_t sum_bytes = problem.dtype == Dtype::float64 ? 8 : 4;
   const auto rows = [](bool together) { return together ? Rows::together : Rows::singly; };
   p.sums = rows(problem.cols() > limits.long_row);

@@ -52,10 +52,15 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
 
 namespace {
 
-// The sum of an image's map or vector.
+// The sum of an image's map or vector, several at a time.
 template <class A>
 double sum_of(const A* values, int64_t count) {
-  return std::accumulate(values, values + count, 0.);
+  constexpr int64_t kParts = 16;
+  double parts[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= count; i += kParts)
+    for (int64_t k = 0; k < kParts; k++) parts[k] += values[i + k];
+  return std::accumulate(values + i, values + count, std::accumulate(parts, parts + kParts, 0.));
 }
 
 }  // namespace
@@ -77,11 +82,12 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     std::copy_n(norm.scale.data(), c, scale);
     std::copy_n(norm.bias.data(), c, bias);
 
+    const T* ahead = nullptr;  // the first pass reads u from memory, the others fetch the shortcut
     for (const Pass& pass : schedule(problem.order, false)) {
       if (pass.sums.any())
         image.reduce_deviations(un, centre, scale, by_pixel,
                                 pass.sums.pixels ? sums_by_pixel : nullptr,
-                                pass.sums.channels ? sums_by_channel : nullptr);
+                                pass.sums.channels ? sums_by_channel : nullptr, ahead);
       else
         image.rectify(un, shortcut + n * size, out + n * size, {centre, scale, bias}, by_pixel);
       const A weight = pass.sums.channels ? sum_of(by_pixel, pixels) / pixels : 0;
@@ -101,6 +107,7 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
         image.channel_mask(g, channel_mask);
         for (int64_t i = 0; i < c; i++) scale[i] *= channel_mask[i], bias[i] *= channel_mask[i];
       }
+      ahead = shortcut + n * size;
     }
   });
 }
@@ -208,11 +215,12 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
   // du = scale (dx - mean(dx) - xhat mean(dx xhat)), the means over the batch where its statistics
   // are the norm's.
   std::vector<A> slope(padded(c)), offset(padded(c));
+  std::vector<double> sums(c), products(c);
   const double count = double(problem.n) * pixels;
+  for (int64_t i = 0; i < problem.n * c; i += c)
+    for (int64_t k = 0; k < c; k++) sums[k] += dx_sums[i + k], products[k] += dx_products[i + k];
   for (int64_t i = 0; i < c; i++) {
-    double sum = 0, product = 0;
-    for (int64_t n = 0; n < problem.n; n++)
-      sum += dx_sums[n * c + i], product += dx_products[n * c + i];
+    const double sum = sums[i], product = products[i];
     gradients.norm_bias[i] = sum;
     gradients.norm_weight[i] = product * norm.inverse[i];
     if (!call.batch) continue;

@@ -1,8 +1,6 @@
 // The residual tail's primitives, of kernels.h: u is centred where it is read, so that no sum of it
 // loses what a large mean would drown. Included once per instruction set, by kernels.inl.
 
-constexpr int64_t kShort = 512;  // elements up to which the next few rows are fetched ahead
-
 // Each column's mean and sum of squared deviations. The squares are first taken about the mean of
 // eight rows: these are at most 1 + rows / 8 times those about the mean, however large it is.
 template <class T, class A = accumulate_t<T>>
@@ -62,37 +60,36 @@ template <bool kSquares, int kBlock, class T, class A = accumulate_t<T>>
 DA_INLINE void deviations(const T* row, int64_t cols, const Tail<T>& tail, const A* centre, A* sums,
                           A* squares) {
   constexpr int64_t lanes = Vector<A>::lanes;
-  vec<A> total[2][kBlock] = {};
-  for (int b = 0; b < kBlock; b++, row += cols) {
-    const auto add = [&](vec<A> v, vec<A>(&to)[2]) DA_LAMBDA_INLINE {
-      to[0] += v;
-      if constexpr (kSquares) to[1] += v * v;
+  constexpr int kParts = kBlock > 1 ? 1 : 2;  // of a row's sum: several are added at a time
+  vec<A> total[kBlock] = {}, square_total[kBlock] = {};
+  const auto add = [&](vec<A> v, vec<A>& sum, vec<A>& square) DA_LAMBDA_INLINE {
+    sum += v;
+    if constexpr (kSquares) square += v * v;
+  };
+  for (int64_t q = 0; q < tail.full;) {
+    const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
+    vec<A> sum[kBlock][kParts] = {}, square[kBlock][kParts] = {};
+    const auto part = [&](int i) DA_LAMBDA_INLINE {
+      for (int b = 0; b < kBlock; b++)
+        add(load(row + b * cols + q + i * lanes) - centre[b], sum[b][i], square[b][i]);
     };
-    const auto keep = [&](const vec<A>(&from)[2]) DA_LAMBDA_INLINE {
-      total[0][b] += from[0];
-      if constexpr (kSquares) total[1][b] += from[1];
-    };
-    for (int64_t q = 0; q < tail.full;) {
-      const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
-      vec<A> even[2] = {}, odd[2] = {};
-      for (; q + lanes < end; q += 2 * lanes) {
-        add(load(row + q) - centre[b], even);
-        add(load(row + q + lanes) - centre[b], odd);
-      }
-      if (q < end) add(load(row + q) - centre[b], even), q += lanes;
-      keep(even), keep(odd);
-    }
-    vec<A> last[2] = {};
-    if (tail.n) add(tail.keep_fresh(tail.read(row) - centre[b]), last), keep(last);
+    for (; q + (kParts - 1) * lanes < end; q += kParts * lanes)
+      for (int i = 0; i < kParts; i++) part(i);
+    if (q < end) part(0), q += lanes;
+    for (int b = 0; b < kBlock; b++)
+      for (int i = 0; i < kParts; i++) total[b] += sum[b][i], square_total[b] += square[b][i];
   }
-  sum_lanes<kBlock, A>(total[0], sums);
-  if constexpr (kSquares) sum_lanes<kBlock, A>(total[1], squares);
+  for (int b = 0; tail.n && b < kBlock; b++)
+    add(tail.keep_fresh(tail.read(row + b * cols) - centre[b]), total[b], square_total[b]);
+  sum_lanes<kBlock, A>(total, sums);
+  if constexpr (kSquares) sum_lanes<kBlock, A>(square_total, squares);
 }
 
 // Of each row: once for a centre near its mean, and from cache again for the deviations from it.
 template <class T, class A = accumulate_t<T>>
 void row_moments(const T* u, int64_t rows, int64_t cols, double* mean, double* squares) {
   const Tail<T> tail(cols);
+  const double share = 1. / cols;
   int64_t r = 0;
   const auto block = [&](auto size) DA_LAMBDA_INLINE {
     constexpr int kSize = decltype(size)::value;
@@ -100,16 +97,16 @@ void row_moments(const T* u, int64_t rows, int64_t cols, double* mean, double* s
       const T* row = u + r * cols;
       A centre[kSize], sums[kSize] = {}, square_sums[kSize];
       deviations<false, kSize>(row, cols, tail, sums, centre, square_sums);
-      for (int b = 0; b < kSize; b++) centre[b] /= cols;
+      for (int b = 0; b < kSize; b++) centre[b] *= A(share);
       deviations<true, kSize>(row, cols, tail, centre, sums, square_sums);
       for (int b = 0; b < kSize; b++) {
-        const double off = double(sums[b]) / cols;
+        const double off = sums[b] * share;
         mean[r + b] = centre[b] + off;
         squares[r + b] = square_sums[b] - off * sums[b];
       }
     }
   };
-  block(std::integral_constant<int, 4>());
+  if (cols <= kTiny) block(std::integral_constant<int, 4>());
   block(std::integral_constant<int, 1>());
 }
 
@@ -121,15 +118,15 @@ void moments(const T* u, int64_t rows, int64_t cols, bool channels_last, double*
 }
 
 template <class T, class A = accumulate_t<T>>
-void reduce_deviations(const T* u, const A* centre, int64_t rows, int64_t cols, bool channels_last,
-                       const A* row_weight, const A* col_weight, A* row_sums, A* col_sums,
-                       Rows how) {
+void reduce_deviations(const T* u, const T* ahead, const A* centre, int64_t rows, int64_t cols,
+                       bool channels_last, const A* row_weight, const A* col_weight, A* row_sums,
+                       A* col_sums, Rows how) {
   if (channels_last)
-    reduce_of<T>(Deviations<false, T>{u, centre, cols}, rows, cols, row_weight, col_weight,
-                 row_sums, col_sums, how);
+    reduce_of<T>(Deviations<false, T>{u, ahead ? ahead : next_rows(u, cols), centre, cols}, rows,
+                 cols, row_weight, col_weight, row_sums, col_sums, how);
   else
-    reduce_of<T>(Deviations<true, T>{u, centre, cols}, rows, cols, row_weight, col_weight, row_sums,
-                 col_sums, how);
+    reduce_of<T>(Deviations<true, T>{u, ahead ? ahead : next_rows(u, cols), centre, cols}, rows,
+                 cols, row_weight, col_weight, row_sums, col_sums, how);
 }
 
 // By channel and by pixel, at row r: along the rows, or the columns.
@@ -170,102 +167,85 @@ void rectify(const T* u, const T* shortcut, T* out, int64_t rows, int64_t cols, 
   all(u, shortcut, out, rows, cols, x, mask, stores);
 }
 
-// The first read of backward. A row has sums of its own, and adds to those of the columns: of d and
-// of d (u - centre), weighted, there, where the channels are; of d x where the pixels are.
-template <bool kChannelsLast, bool kPixelSums, int kBlock, class T, class A = accumulate_t<T>>
-DA_INLINE void gradients_block(const Gradients<T>& g, int64_t r, const Tail<T>& tail, bool streamed,
-                               vec<A> (&tail_sums)[2]) {
+// The first read of backward, of row r. It has sums of its own, and adds to those of the columns:
+// of d and of d (u - centre), weighted, there, where the channels are; of d x where the pixels are.
+// Four tensors side by side are streams enough: rows are taken one by one.
+template <bool kChannelsLast, bool kPixelSums, bool kStream, class T, class A = accumulate_t<T>>
+DA_INLINE void gradients_row(const Gradients<T> g, int64_t r, const Tail<T>& tail,
+                             vec<A> (&tail_sums)[2]) {
   constexpr int64_t lanes = Vector<A>::lanes;
+  constexpr bool kCols = kChannelsLast || kPixelSums, kRows = !kChannelsLast || kPixelSums;
   constexpr int kRowSums = kChannelsLast ? 1 : 2, kColSums = 3 - kRowSums;
-  vec<A> total[kRowSums][kBlock] = {}, sum[kRowSums][kBlock] = {};
-  // One vector of each row; its shares of the columns' sums are added to `col`.
-  const auto columns = [&](int64_t q, auto read, auto write, auto keep,
+  const T *dout = g.dout + r * g.cols, *out = g.out + r * g.cols, *u = g.u + r * g.cols;
+  T* const to = g.d + r * g.cols;
+  const auto centre = by_channel<kChannelsLast>(g.x.centre, r);
+  const auto scale = by_channel<kChannelsLast>(g.x.scale, r);
+  const auto bias = by_channel<kChannelsLast>(g.x.bias, r);
+  const auto mask = by_pixel<kChannelsLast>(g.mask, r);
+  // What one vector adds to the row's sums and to the columns'.
+  const auto columns = [&](int64_t q, auto read, auto write, auto keep, vec<A>(&row)[2],
                            vec<A>(&col)[2]) DA_LAMBDA_INLINE {
-    for (int b = 0; b < kBlock; b++) {
-      const int64_t row = r + b, at = row * g.cols;
-      if (kBlock > 1 && g.cols <= kShort) {
-        const int64_t next = (r + kBlock) * g.cols + kBlock * q + b * lanes;
-        __builtin_prefetch(g.dout + next);
-        __builtin_prefetch(g.out + next);
-        __builtin_prefetch(g.u + next);
-        if (!streamed) __builtin_prefetch(g.d + next, 1);
-      }
-      const vec<A> dout = read(g.dout + at), out = read(g.out + at);
-      const vec<A> d = out <= 0 ? vec<A>{} : dout;  // a NaN lets the gradient pass
-      write(g.d + at, d);
-      const vec<A> v = read(g.u + at) - by_channel<kChannelsLast>(g.x.centre, row)(q);
-      const vec<A> weighted = keep(d * by_pixel<kChannelsLast>(g.mask, row)(q));
-      const vec<A> of_channel[2] = {weighted, weighted * v};
-      vec<A> of_pixel = {};
-      if constexpr (kPixelSums)
-        of_pixel = keep(d * (v * by_channel<kChannelsLast>(g.x.scale, row)(q) +
-                             by_channel<kChannelsLast>(g.x.bias, row)(q)));
-      if constexpr (kChannelsLast) {
-        col[0] += of_channel[0], col[1] += of_channel[1];
-        sum[0][b] += of_pixel;
-      } else {
-        sum[0][b] += of_channel[0], sum[1][b] += of_channel[1];
-        col[0] += of_pixel;
-      }
-    }
+    const vec<A> at_dout = read(dout), at_out = read(out);
+    const vec<A> d = at_out <= 0 ? vec<A>{} : at_dout;  // a NaN lets the gradient pass
+    write(to, d);
+    const vec<A> v = read(u) - centre(q), weighted = keep(d * mask(q));
+    auto& of_channel = kChannelsLast ? col : row;
+    of_channel[0] += weighted, of_channel[1] += weighted * v;
+    if constexpr (kPixelSums) (kChannelsLast ? row : col)[0] += keep(d * (v * scale(q) + bias(q)));
   };
   A* const cols[2] = {kChannelsLast ? g.sums : g.pixel_sums, g.products};
   A* const rows[2] = {kChannelsLast ? g.pixel_sums : g.sums, g.products};
-  constexpr bool kCols = kChannelsLast || kPixelSums, kRows = !kChannelsLast || kPixelSums;
+  vec<A> total[2] = {};
   for (int64_t q = 0; q < tail.full;) {
     const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
+    vec<A> sum[2] = {};
     for (; q < end; q += lanes) {
       vec<A> col[2] = {};
       for (int i = 0; kCols && i < kColSums; i++) col[i] = load(cols[i] + q);
       columns(
           q, [=](const T* in) DA_LAMBDA_INLINE { return load(in + q); },
-          [=](T* to, vec<A> v)
-              DA_LAMBDA_INLINE { streamed ? stream(to + q, v) : store(to + q, v); },
-          [&](vec<A> v) DA_LAMBDA_INLINE { return v; }, col);
+          [=](T* p, vec<A> v) DA_LAMBDA_INLINE { kStream ? stream(p + q, v) : store(p + q, v); },
+          [&](vec<A> v) DA_LAMBDA_INLINE { return v; }, sum, col);
       for (int i = 0; kCols && i < kColSums; i++) store(cols[i] + q, col[i]);
     }
-    for (int i = 0; kRows && i < kRowSums; i++)
-      for (int b = 0; b < kBlock; b++) total[i][b] += sum[i][b], sum[i][b] = vec<A>{};
+    for (int i = 0; kRows && i < kRowSums; i++) total[i] += sum[i];
   }
   if (tail.n)
     columns(
         tail.begin, [&](const T* in) DA_LAMBDA_INLINE { return tail.read(in); },
-        [&](T* to, vec<A> v) DA_LAMBDA_INLINE { tail.write(to, v); },
-        [&](vec<A> v) DA_LAMBDA_INLINE { return tail.keep_fresh(v); }, tail_sums);
-  for (int i = 0; kRows && i < kRowSums; i++) {
-    for (int b = 0; b < kBlock; b++) total[i][b] += sum[i][b];
-    sum_lanes<kBlock, A>(total[i], rows[i] + r);
-  }
+        [&](T* p, vec<A> v) DA_LAMBDA_INLINE { tail.write(p, v); },
+        [&](vec<A> v) DA_LAMBDA_INLINE { return tail.keep_fresh(v); }, total, tail_sums);
+  for (int i = 0; kRows && i < kRowSums; i++) sum_lanes<1, A>(&total[i], rows[i] + r);
 }
 
-template <bool kChannelsLast, bool kPixelSums, class T, class A = accumulate_t<T>>
+template <bool kChannelsLast, bool kPixelSums, bool kStream, class T, class A = accumulate_t<T>>
 void gradients_slab(const Gradients<T>& g) {
-  constexpr int kColSums = kChannelsLast ? 2 : 1;
-  constexpr bool kCols = kChannelsLast || kPixelSums;
+  constexpr int kColSums = !kChannelsLast && !kPixelSums ? 0 : kChannelsLast ? 2 : 1;
   A* const cols[2] = {kChannelsLast ? g.sums : g.pixel_sums, g.products};
   const Tail<T> tail(g.cols);
   vec<A> tail_sums[2] = {};
-  for (int i = 0; kCols && i < kColSums; i++)
-    __builtin_memset(cols[i], 0, padded(g.cols) * sizeof(A));
-  const bool streamed = streams(g.d, tail, g.stores);
-  // Side by side rows are many streams: short ones are fetched ahead, long ones are few.
-  const bool together = g.cols <= kShort || g.how == Rows::together;
-  int64_t r = 0;
-  for (; together && r + 4 <= g.rows; r += 4)
-    gradients_block<kChannelsLast, kPixelSums, 4>(g, r, tail, streamed, tail_sums);
-  for (; r < g.rows; r++)
-    gradients_block<kChannelsLast, kPixelSums, 1>(g, r, tail, streamed, tail_sums);
-  if (streamed) finish_streams();
-  for (int i = 0; kCols && tail.n && i < kColSums; i++)
+  for (int i = 0; i < kColSums; i++) clear(cols[i], g.cols);
+  for (int64_t r = 0; r < g.rows; r++)
+    gradients_row<kChannelsLast, kPixelSums, kStream>(g, r, tail, tail_sums);
+  if (kStream) finish_streams();
+  for (int i = 0; tail.n && i < kColSums; i++)
     store(cols[i] + tail.begin, load(cols[i] + tail.begin) + tail_sums[i]);
+}
+
+template <bool kChannelsLast, bool kPixelSums, class T>
+void gradients_of(const Gradients<T>& g) {
+  const bool streamed = streamed_rows(g.d, g.cols, g.stores) == 1;
+  const auto slab = streamed ? gradients_slab<kChannelsLast, kPixelSums, true, T>
+                             : gradients_slab<kChannelsLast, kPixelSums, false, T>;
+  slab(g);
 }
 
 template <class T>
 void gradients(const Gradients<T>& g) {
   if (g.channels_last)
-    g.pixel_sums ? gradients_slab<true, true>(g) : gradients_slab<true, false>(g);
+    g.pixel_sums ? gradients_of<true, true>(g) : gradients_of<true, false>(g);
   else
-    g.pixel_sums ? gradients_slab<false, true>(g) : gradients_slab<false, false>(g);
+    g.pixel_sums ? gradients_of<false, true>(g) : gradients_of<false, false>(g);
 }
 
 template <bool kChannelsLast, class T, class A = accumulate_t<T>>

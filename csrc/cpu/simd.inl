@@ -44,7 +44,7 @@ DA_INLINE V load_raw(const T* p) {
 
 template <class A>
 DA_INLINE vec<A> splat(A value) {
-  return vec<A>{} + value;
+  return value - vec<A>{};  // exact, and no instruction
 }
 
 DA_INLINE vec<float> load(const float* p) { return load_raw<vec<float>>(p); }
@@ -104,28 +104,30 @@ DA_INLINE void store(float16* p, vec<float> v) {
 }
 #endif
 
-// Past the caches, for a whole aligned vector that nobody reads soon.
+// What is stored as a vector, past the caches, to an aligned place that nobody reads soon.
+constexpr bool kStreams = DA_VECTOR_BYTES > 16;
 template <class T>
-DA_INLINE void stream(T* p, vec<accumulate_t<T>> v) {
+DA_INLINE void stream(T* to, const T* from) {
+  constexpr int64_t bytes = Vector<accumulate_t<T>>::lanes * sizeof(T);
 #if DA_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 2) {
-    T t[kFloats];
-    store(t, v);
-    _mm256_stream_si256((__m256i*)p, load_raw<__m256i>(t));
-  } else {
-    _mm512_stream_si512((__m512i*)p, bits<__m512i>(v));
-  }
+  if constexpr (bytes == 64)
+    _mm512_stream_si512((__m512i*)to, load_raw<__m512i>(from));
+  else
+    _mm256_stream_si256((__m256i*)to, load_raw<__m256i>(from));
 #elif DA_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 2) {
-    T t[kFloats];
-    store(t, v);
-    _mm_stream_si128((__m128i*)p, load_raw<__m128i>(t));
-  } else {
-    _mm256_stream_si256((__m256i*)p, bits<__m256i>(v));
-  }
+  if constexpr (bytes == 32)
+    _mm256_stream_si256((__m256i*)to, load_raw<__m256i>(from));
+  else
+    _mm_stream_si128((__m128i*)to, load_raw<__m128i>(from));
 #else
-  store(p, v);
+  __builtin_memcpy(to, from, bytes);
 #endif
+}
+template <class T>
+DA_INLINE void stream(T* to, vec<accumulate_t<T>> v) {
+  T from[Vector<accumulate_t<T>>::lanes];
+  store(from, v);
+  stream(to, from);
 }
 
 // Who sees what is stored after this sees what was streamed before it.
