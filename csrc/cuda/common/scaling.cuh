@@ -83,7 +83,10 @@ struct Scaling {
                     Vectors<T, E, Depth>& in, T* out, Load load) const {
     using V = Access<T, E>;
     constexpr bool whole = How == Fit::whole;
+    // For dx nvcc runs out of predicates; of registers for masks, but for 8.0 to 9.0 (and the CPU).
+    constexpr bool by_mask = Backward && simt::kArch != 75 && simt::kArch < 100;
     int row0 = first_row;
+    const typename V::Raw mine = V::mask(0, lane.split);
     // Pointers that move stay in registers; other addresses are computed anew for every vector.
     const A *factors = row_factors + first_row, *terms = row_terms + first_row;
     // The next Depth rows; `full`: all of them are there.
@@ -101,9 +104,13 @@ struct Scaling {
           const A next_term = Backward && !whole ? terms[next] : A(0);
           SIMT_UNROLL
           for (int j = 0; j < E; j++) {
-            const bool here = whole || j < lane.split;
-            const A row_factor = here ? this_factor : next_factor;
-            const A row_term = here ? this_term : next_term;
+            const auto of = [&](A here, A next) {
+              if (whole || j == 0) return here;
+              if (by_mask) return V::pick(mine, j, here, next);
+              return j < lane.split ? here : next;
+            };
+            const A row_factor = of(this_factor, next_factor);
+            const A row_term = of(this_term, next_term);
             if (!Backward)
               value[j] *= factor[j] * row_factor;
             else if (Which == Outer::rows)

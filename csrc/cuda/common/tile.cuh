@@ -201,6 +201,19 @@ struct Access {
     return raw;
   }
 
+  // `in` where element j's bits are in the mask, or else `out`; without a predicate.
+  static SIMT_FN A pick(const Raw& mask, int j, A in, A out) {
+    if constexpr (sizeof(A) == 8) {
+      return mask.word[2 * j] ? in : out;
+    } else {
+      const uint32_t word = mask.word[j * sizeof(T) / 4];
+      const uint32_t half =
+          j % 2 ? word >> 16 | (word & 0xffff0000u) : word << 16 | (word & 0xffffu);
+      const uint32_t bits = sizeof(T) == 2 ? half : word;
+      return simt::of_bits((simt::bits_of(in) & bits) | (simt::bits_of(out) & ~bits));
+    }
+  }
+
   // Stores elements [begin, end) of a vector, and writes no other.
   static SIMT_FN void store(T* p, const A* in, int begin, int end) {
     const Raw raw = simt::pack<T>(in);
@@ -226,6 +239,7 @@ struct Access<T, 1> {
   static SIMT_FN void unpack(const Raw& raw, A* out) { out[0] = simt::to<A>(raw); }
   static SIMT_FN Raw mask(int, int) { return zero(); }
   static SIMT_FN Raw keep(Raw raw, const Raw&) { return raw; }
+  static SIMT_FN A pick(const Raw&, int, A in, A) { return in; }
   static SIMT_FN void store(T* p, const A* in, int, int) {
     simt::store_once(p, simt::to<T>(in[0]));
   }

@@ -303,6 +303,17 @@ SIMT_FN double sqrt(double x) { return ::sqrt(x); }
 // The same for both.
 namespace simt {
 
+SIMT_FN uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+SIMT_FN float of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // The type in which values of type T are added up; how many of these values make a Vector.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
