@@ -92,7 +92,7 @@ bench-full: $(STAMPS)/env-bench $(BUILT)  ## the same over all shapes, dtypes an
 ablation: $(STAMPS)/env-bench $(BUILT)  ## the paper's Tables I, II and III in miniature, 45 minutes
 	$(PY) -m benchmarks.paper.ablation
 
-demo: $(STAMPS)/env-bench $(BUILT)  ## make data, train a small detector, test it, draw what it finds
+demo: $(STAMPS)/env-bench $(BUILT)  ## plain and DA: train small detectors, draw what they find, 15 minutes
 	$(PY) -m benchmarks.paper.demo
 
 gpu: $(STAMPS)/env-test $(STAMPS)/env-bench  ## on a machine with a GPU: build, test, measure

@@ -157,6 +157,26 @@ def test_min_scale_leaves_out_small_objects():
     assert len(sides) > 20 and min(sides) >= 0.4 * 64 - 2
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_most_things_leaves_out_clutter_first(most, monkeypatch):
+    drawn = []
+    add = synthetic._Scene.add
+
+    def counts(scene, kind, side, rng):
+        if added := add(scene, kind, side, rng):
+            drawn[-1].append(kind)
+        return added
+
+    monkeypatch.setattr(synthetic._Scene, "add", counts)
+    objects = []
+    for index in range(40):
+        drawn.append([])
+        objects.append(len(picture(0, index, size=64, most_things=most)[1]))
+    assert max(map(len, drawn)) == max(objects) == most
+    clutter = [kind for kinds in drawn for kind in kinds if kind in CLUTTER]
+    assert bool(clutter) == (most > 1)
+
+
 def test_there_is_an_object_even_where_one_thing_fills_the_picture():
     """What comes first may be clutter, which then leaves no room."""
     for index in range(40):
@@ -222,6 +242,7 @@ def test_nothing_half_done_is_left(tmp_path, monkeypatch):
         ({"test": 500_001}, "test: expected 1 to 500000 pictures, got 500001"),
         ({"size": 31}, "size must be at least 32 pixels, got 31"),
         ({"min_scale": 0.9}, "min_scale must be above 0 and below 0.9, got 0.9"),
+        ({"most_things": 0}, "most_things must be at least 1, got 0"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
     ],
 )
@@ -233,10 +254,10 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path, options, message):
 
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "a" / "made"
-    line = f"make-data {out} --train 3 --test 2 --size 32 --seed 4 --min-scale 0.3"
+    line = f"make-data {out} --train 3 --test 2 --size 32 --seed 4 --min-scale 0.3 --most-things 1"
     assert main(line.split()) == 0
     assert "3 pictures for training, 2 for testing" in capsys.readouterr().out
-    pixels, _ = picture(4, 1, split="test", size=32, min_scale=0.3)
+    pixels, _ = picture(4, 1, split="test", size=32, min_scale=0.3, most_things=1)
     with Image.open(out / "VOCdevkit/VOC2007/JPEGImages/500001.jpg") as image:
         assert np.abs(np.asarray(image) - pixels.astype(float)).mean() < 15
     assert main(line.split()) == 1

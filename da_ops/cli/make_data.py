@@ -20,13 +20,19 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=0.05,
         help="least side of an object, as a share of the picture's [%(default)s]",
     )
+    command.add_argument(
+        "--most-things",
+        type=int,
+        default=12,
+        help="most objects and clutter in a picture, objects first [%(default)s]",
+    )
     command.set_defaults(run=_make_data)
 
 
 def _make_data(args: argparse.Namespace) -> int:
     from ..detection.synthetic import make_data
 
-    options = {name: getattr(args, name) for name in ("train", "test", "size", "seed", "min_scale")}
-    out = make_data(args.out, **options, progress=True)
+    names = ("train", "test", "size", "seed", "min_scale", "most_things")
+    out = make_data(args.out, **{name: getattr(args, name) for name in names}, progress=True)
     print(f"{out}: {args.train} pictures for training, {args.test} for testing")
     return 0

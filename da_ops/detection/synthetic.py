@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,6 +32,7 @@ _PHOTOGRAPHS = {
 _FIRST_NAME = {"trainval": 0, "test": 500_000}
 _VALIDATION = 5  # one training picture of so many is for validation
 
+MOST_THINGS = 12  # in a picture: up to 7 objects, up to 5 of clutter
 _LARGEST = 0.9  # of the image's side
 _LEAST_VISIBLE = 0.6  # of a thing; one that would show less is not drawn
 _CLEARLY_VISIBLE = 0.7  # less is difficult
@@ -51,7 +52,13 @@ class Thing:
 
 
 def picture(
-    seed: int, index: int, *, split: str = "trainval", size: int = 300, min_scale: float = 0.05
+    seed: int,
+    index: int,
+    *,
+    split: str = "trainval",
+    size: int = 300,
+    min_scale: float = 0.05,
+    most_things: int = MOST_THINGS,
 ) -> tuple[np.ndarray, list[Thing]]:
     """Picture ``index`` of a split: uint8 [size, size, 3], and the objects in it, at least one.
 
@@ -60,20 +67,22 @@ def picture(
         split: ``"trainval"`` or ``"test"``.
         size: pixels a side.
         min_scale: least side of an object, as a share of the picture's; the largest is .9.
+        most_things: in the picture; objects come before clutter.
     """
     rng = np.random.default_rng((seed, index, list(_PHOTOGRAPHS).index(split)))
     background = _background(split, size, rng)
-    scene = _compose(background, min_scale, rng)
+    scene = _compose(background, min_scale, most_things, rng)
     while not scene.objects():  # clutter took all the room
-        scene = _compose(background, min_scale, rng)
+        scene = _compose(background, min_scale, most_things, rng)
     noise = rng.normal(0, rng.uniform(2, 10), scene.pixels.shape)
     return np.clip(scene.pixels + noise, 0, 255).astype(np.uint8), scene.objects()
 
 
-def _compose(background: np.ndarray, min_scale: float, rng: Rng) -> _Scene:
+def _compose(background: np.ndarray, min_scale: float, most_things: int, rng: Rng) -> _Scene:
     """Objects and clutter at random, though some may find no place."""
     objects = 1 + min(int(rng.poisson(1.6)), 6)
     kinds = [*rng.choice(CLASSES, objects), *rng.choice(CLUTTER, rng.integers(0, 6))]
+    kinds = kinds[:most_things]
     scales = np.exp(rng.uniform(math.log(min_scale), math.log(_LARGEST), len(kinds)))
     scene = _Scene(background.copy())
     # The large ones first, more or less, for they would hide the others.
@@ -177,6 +186,7 @@ def make_data(
     size: int = 300,
     seed: int = 0,
     min_scale: float = 0.05,
+    most_things: int = MOST_THINGS,
     progress: bool = False,
 ) -> Path:
     """Write pictures into the new folder ``out``, as ``VOCdevkit/VOC2007`` with all that VOC has.
@@ -185,7 +195,7 @@ def make_data(
 
     Args:
         train, test: how many pictures for ``trainval`` (``val`` is a fifth of it) and ``test``.
-        size, seed, min_scale: see :func:`picture`.
+        size, seed, min_scale, most_things: see :func:`picture`.
         progress: show a bar.
 
     Returns:
@@ -196,27 +206,25 @@ def make_data(
         ValueError: a count, a size or a scale that makes no sense.
     """
     out = Path(out)
-    _check(train=train, test=test, size=size, seed=seed, min_scale=min_scale)
+    _check(
+        train=train, test=test, size=size, seed=seed, min_scale=min_scale, most_things=most_things
+    )
     if out.exists():
         raise FileExistsError(f"{out} exists and is left alone: remove it, or give another path")
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
+    drawn = partial(picture, seed, size=size, min_scale=min_scale, most_things=most_things)
     try:
-        _write(
-            unfinished / "VOCdevkit",
-            {"trainval": train, "test": test},
-            size,
-            seed,
-            min_scale,
-            progress,
-        )
+        _write(unfinished / "VOCdevkit", {"trainval": train, "test": test}, size, drawn, progress)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
-def _check(*, train: int, test: int, size: int, seed: int, min_scale: float) -> None:
+def _check(
+    *, train: int, test: int, size: int, seed: int, min_scale: float, most_things: int
+) -> None:
     most = _FIRST_NAME["test"]
     for name, count in (("train", train), ("test", test)):
         if not 1 <= count <= most:
@@ -227,10 +235,16 @@ def _check(*, train: int, test: int, size: int, seed: int, min_scale: float) -> 
         raise ValueError(f"seed must be 0 or more, got {seed}")
     if not 0 < min_scale < _LARGEST:
         raise ValueError(f"min_scale must be above 0 and below {_LARGEST}, got {min_scale}")
+    if most_things < 1:
+        raise ValueError(f"most_things must be at least 1, got {most_things}")
 
 
 def _write(
-    devkit: Path, counts: dict[str, int], size: int, seed: int, min_scale: float, progress: bool
+    devkit: Path,
+    counts: dict[str, int],
+    size: int,
+    drawn: Callable[..., tuple[np.ndarray, list[Thing]]],
+    progress: bool,
 ) -> None:
     year = devkit / "VOC2007"
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
@@ -242,7 +256,7 @@ def _write(
             pictures = splits[split] = {}
             for index in range(count):
                 name = f"{_FIRST_NAME[split] + index:06d}"
-                pixels, things = picture(seed, index, split=split, size=size, min_scale=min_scale)
+                pixels, things = drawn(index, split=split)
                 Image.fromarray(pixels).save(year / "JPEGImages" / f"{name}.jpg", quality=92)
                 _annotation(name, size, things).write(year / "Annotations" / f"{name}.xml")
                 pictures[name] = things
