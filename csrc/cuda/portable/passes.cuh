@@ -67,8 +67,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   // Before the launch before has ended, or else when maps have been read. For some kernels
   // registers suffice for one of the two only.
   constexpr bool always = product && sizeof(T) == 4;
-  constexpr bool never =
-      Kind == Sums::through && What == Adds::rows && How == Fit::split && sizeof(T) == 4;
+  constexpr bool never = Kind == Sums::through && What == Adds::rows;
   if (always || (simt::kEarlyLaunches && !never)) ask();
   simt::wait_for_launch_before();
   if (product && args.first_job == 0 && simt::block() == 0)  // for the launches to come
