@@ -34,22 +34,31 @@ SIMT_FN A warp_sum(A value) {
 
 enum class Taps { as_given, turned };  // turned by 180 degrees they are the adjoint's
 
-// Puts the stencil's coefficients and bias into shared memory; of the adjoint, the bias is 0. The
-// caller syncs.
-template <class T, class A>
-SIMT_FN void load_stencil(const Args<A>& args, A* stencil, Taps taps) {
-  const Parameters<const void*>& p = args.parameters;
-  const bool turned = taps == Taps::turned;
-  const int t = simt::thread();
-  if (t < 2 * kTaps) {
-    const Parameter<T> kernel{t < kTaps ? p.conv : p.dilated, args.wide};
-    const int tap = t % kTaps;
-    stencil[t] =
-        Parameter<T>{p.merge, args.wide}[t / kTaps] * kernel[turned ? kTaps - 1 - tap : tap];
-  } else if (t == 2 * kTaps) {
-    stencil[t] = p.spatial_bias && !turned ? Parameter<T>{p.spatial_bias, args.wide}[0] : A(0);
+// A thread's coefficient of the stencil, or its bias, on its way to shared memory: it is asked for
+// before other things, and put there after them. Of the adjoint, the bias is 0.
+template <class T>
+struct Coefficient {
+  using A = accumulate_t<T>;
+  A merge, tap;
+
+  SIMT_FN Coefficient(const Args<A>& args, Taps taps) : merge(1), tap(0) {
+    const Parameters<const void*>& p = args.parameters;
+    const bool turned = taps == Taps::turned;
+    const int t = simt::thread();
+    if (t < 2 * kTaps) {
+      const int i = t < kTaps ? t : t - kTaps;
+      merge = Parameter<T>{p.merge, args.wide}[t < kTaps ? 0 : 1];
+      tap = Parameter<T>{t < kTaps ? p.conv : p.dilated, args.wide}[turned ? kTaps - 1 - i : i];
+    } else if (t == 2 * kTaps && p.spatial_bias && !turned) {
+      tap = Parameter<T>{p.spatial_bias, args.wide}[0];
+    }
   }
-}
+
+  // The caller syncs.
+  SIMT_FN void put(A* stencil) const {
+    if (simt::thread() <= 2 * kTaps) stencil[simt::thread()] = merge * tap;
+  }
+};
 
 // Where a window on a padded map has its pixels, from one pixel of the image on.
 struct Places {
@@ -59,8 +68,8 @@ struct Places {
 
   template <class A>
   SIMT_FN Places(const Args<A>& args, int64_t pixel) : padded(args.padded), height(args.height) {
-    row0 = static_cast<int>(pixel / args.width);
-    col0 = static_cast<int>(pixel - row0 * args.width);
+    row0 = static_cast<int>(quotient(pixel, padded.width));
+    col0 = static_cast<int>(static_cast<uint32_t>(pixel) - row0 * padded.width.by);
   }
 
   // The place of the i-th pixel, from that of the pixel itself.
@@ -81,19 +90,35 @@ struct Places {
   }
 };
 
-// Puts a map's values into a window on `count` pixels: map(i), counted from the first of them, or
-// zero. `threads` threads do so; the caller syncs.
-template <class A, class Map>
+// Places of a piece of a window on `count` pixels.
+SIMT_FN int wanted_places(const Halo& halo, const Places& places, int count) {
+  return places.of(count - 1) + 1 + 2 * kReach + (halo.pieces == 1 ? 2 * halo.far : 0);
+}
+
+// Puts a map's values, or zeros, into a window on `count` pixels: map(i, there, values) sets N at
+// once, so that what it reads for them is on its way together. Pixels i are counted from the first
+// one, which stands for those that are not there. `threads` threads do so; the caller syncs.
+template <int N, class A, class Map>
 SIMT_FN void load_window(const Halo& halo, const Places& places, int count, int threads, A* window,
                          Map map) {
-  const int wanted = places.of(count - 1) + 1 + 2 * kReach + (halo.pieces == 1 ? 2 * halo.far : 0);
+  const int wanted = wanted_places(halo, places, count);
   SIMT_ROLLED
   for (int piece = 0; piece < halo.pieces; piece++, window += halo.length) {
     const int down = halo.row_of(piece);
     SIMT_ROLLED
-    for (int at = simt::thread(); at < wanted; at += threads) {
-      int i;
-      window[at] = places.pixel(at - kReach, down, i) ? map(i) : A(0);
+    for (int first = simt::thread(); first < wanted; first += N * threads) {
+      int i[N];
+      bool there[N];
+      A values[N];
+      SIMT_UNROLL
+      for (int n = 0; n < N; n++) {
+        there[n] = places.pixel(first + n * threads - kReach, down, i[n]);
+        if (!there[n]) i[n] = 0;
+      }
+      map(i, there, values);
+      SIMT_UNROLL
+      for (int n = 0; n < N; n++)
+        if (first + n * threads < wanted) window[first + n * threads] = there[n] ? values[n] : A(0);
     }
   }
 }

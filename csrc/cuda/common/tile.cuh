@@ -41,6 +41,12 @@ SIMT_FN void every_fourth(int end, Add add) {
 template <class T>
 using accumulate_t = std::conditional_t<sizeof(T) == 8, double, float>;
 
+// Of any number, few of which take more than 32 bits.
+SIMT_FN int64_t quotient(int64_t number, const Divisor& divisor) {
+  const uint32_t low = static_cast<uint32_t>(number);
+  return low == number ? divisor.quotient(low) : number / divisor.by;
+}
+
 // A block's part of an image.
 struct Tile {
   const Tiling& tiling;
@@ -48,10 +54,10 @@ struct Tile {
   int row_tile, col_tile;  // its place among the image's tiles
   int rows, cols;          // its size, smaller at the image's edges
 
-  SIMT_FN Tile(const Tiling& t, int64_t index) : tiling(t), image(index / t.tiles()) {
+  SIMT_FN Tile(const Tiling& t, int64_t index) : tiling(t), image(quotient(index, t.by_tiles)) {
     const uint32_t in_image = static_cast<uint32_t>(index - image * t.tiles());
-    row_tile = in_image / static_cast<uint32_t>(t.col_tiles);
-    col_tile = in_image % static_cast<uint32_t>(t.col_tiles);
+    row_tile = t.by_col_tiles.quotient(in_image);
+    col_tile = in_image - row_tile * static_cast<uint32_t>(t.col_tiles);
     rows = min<int64_t>(t.height, t.rows - row());
     cols = min<int64_t>(t.width, t.cols - col());
   }
@@ -87,10 +93,10 @@ struct Lane {
   template <int E, Fit How = Fit::split, class Plan>
   static SIMT_FN Lane of_row(const Plan& m, int64_t col, int cols) {
     Lane l;
-    l.segment = simt::thread() / m.lanes;
-    l.index = simt::thread() % m.lanes;
-    l.super_row = l.segment / m.period;
-    l.phase = l.segment % m.period;
+    l.segment = m.by_lanes.quotient(simt::thread());
+    l.index = simt::thread() - l.segment * m.lanes;
+    l.super_row = How == Fit::whole ? l.segment : m.by_period.quotient(l.segment);
+    l.phase = How == Fit::whole ? 0 : l.segment - l.super_row * m.period;
     const int64_t start = l.phase * m.cols + col;
     l.offset = start / E * E + l.index * E;
     l.col = static_cast<int>(l.offset - start);

@@ -47,8 +47,8 @@ SIMT_FN void prepare(const Member<T>& m) {
     if (chip.backward) m.col_term()[i] = 0;
   }
   if (chip.pixel_mask) {
-    load_stencil<T>(m.args.call, m.stencil(), Taps::as_given);
-    if (chip.backward) load_stencil<T>(m.args.call, m.stencil() + kStencil, Taps::turned);
+    Coefficient<T>(m.args.call, Taps::as_given).put(m.stencil());
+    if (chip.backward) Coefficient<T>(m.args.call, Taps::turned).put(m.stencil() + kStencil);
   }
   const int places = chip.kept + chip.ring + chip.kept_dy + chip.ring_dy;
   if (chip.aligned)

@@ -31,7 +31,11 @@ struct Pixels {
 
   template <class Value>
   SIMT_FN void fill(float* window, int first, int count, Value value) const {
-    if (count > 0) load_window(chip.halo, Places(call, first), count, chip.threads, window, value);
+    if (count == 0) return;
+    load_window<1>(chip.halo, Places(call, first), count, chip.threads, window,
+                   [&](const int (&i)[1], const bool (&there)[1], float (&values)[1]) {
+                     if (there[0]) values[0] = value(i[0]);
+                   });
   }
 };
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <numeric>
 
+#include "cuda/plan/divisor.h"
 #include "problem.h"
 
 namespace da::cuda {
@@ -28,6 +29,7 @@ inline int64_t round_up(int64_t count, int64_t size) { return ceil_div(count, si
 //   col_tiles      tiles that a row is cut into
 //   lanes          threads that cover a tile's row, a vector each
 //   super_rows     super-rows that a block reads at once
+//   by_lanes, by_period   divide by lanes and by period
 
 // Sets channels_last, rows and cols.
 template <class Plan>
@@ -63,6 +65,7 @@ void cut_rows(Plan& m, int vector, int threads, int64_t most_lanes, Lanes lanes_
   m.col_tiles = ceil_div(m.cols, m.width);
   m.lanes = lanes_of(static_cast<int>(ceil_div(vector - step + m.width, vector)));
   m.super_rows = threads / (m.lanes * m.period);
+  m.by_lanes = Divisor(m.lanes), m.by_period = Divisor(m.period);
 }
 
 }  // namespace da::cuda

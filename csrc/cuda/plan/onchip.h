@@ -91,6 +91,7 @@ struct OnChip {
   int rows, cols;
   int vector, period;
   int width, col_tiles, lanes, super_rows;
+  Divisor by_lanes, by_period;
   int at_once;            // rows that a block reads at once
   bool by_super_row;      // y and dx are written by the vectors of whole super-rows
   int scaled_super_rows;  // super-rows that a block writes at once

@@ -150,6 +150,7 @@ class Planner {
 Plan plan(const Problem& problem, const Device& device, bool aligned, const Limits& limits) {
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
+  plan.tiling.complete();
   if (problem.spatial()) plan.halo = halo(problem, plan.tiling);
   plan.bands = bands(problem, plan.tiling);
   plan.early = device.early_launches;

@@ -24,9 +24,27 @@ struct Tiling {
   int64_t rows, cols;
   int vector, period;
   int width, lanes, super_rows;
-  int64_t stride;                // elements from a row that a thread reads to its next
+  Divisor by_lanes, by_period;
   int height;                    // rows of a tile, a multiple of the period
   int64_t row_tiles, col_tiles;  // tiles that the rows, and the columns, are cut into
+  int64_t stride;                // elements from a row that a thread reads to its next
+  Divisor by_tiles, by_col_tiles, by_at_once;
+  int turns, segments;  // from a row that a thread helps to add up to its next one
+  int folding;          // 2 to its power threads add up the pixel tiles' sums of a channel
+
+  // Sets what follows from the other fields.
+  void complete() {
+    const auto divisor = [](int64_t by) { return Divisor(std::max<int64_t>(by, 1)); };
+    stride = at_once() * cols;
+    by_tiles = divisor(tiles()), by_col_tiles = divisor(col_tiles), by_at_once = divisor(at_once());
+    const int helpers = kThreads / 4, rows = std::max(at_once(), 1);
+    turns = helpers / rows, segments = helpers % rows;
+    constexpr int64_t kMost = 8;
+    folding = 0;
+    while (2 << folding <= std::min(pixel_tiles(), kMost) &&
+           tile_channels() << (folding + 1) <= kThreads)
+      folding++;
+  }
 
   DA_HD int at_once() const { return super_rows * period; }      // rows that a block reads at once
   DA_HD int64_t tiles() const { return row_tiles * col_tiles; }  // of an image

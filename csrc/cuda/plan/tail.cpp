@@ -180,6 +180,7 @@ TailPlan tail_plan(const Problem& problem, bool batch, const Device& device, boo
   unmasked.order = Order::none;
   TailPlan plan{};
   plan.tiling = tile(unmasked, device, aligned, limits, kTailPerSm);
+  plan.tiling.complete();
   plan.bands = bands(problem, plan.tiling);
   plan.early = device.early_launches;
   plan.forward = TailPlanner(problem, batch, plan, limits, Way::forward).direction();

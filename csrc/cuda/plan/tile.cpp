@@ -108,7 +108,6 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
     cut_rows(
         t, vectors ? elements : 1, kThreads, vectors ? limits.lanes : limits.scalar_lanes,
         [](int lanes) { return lanes; }, across, across > 1 ? unit : 1);
-    t.stride = t.at_once() * t.cols;
     if (t.width == width) continue;
     width = t.width;
     const int64_t highest = std::max<int64_t>(max_height / t.period, 1) * t.period;

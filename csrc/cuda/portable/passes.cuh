@@ -28,9 +28,13 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   A* const new_col_sums = t.channels_last ? args.new_channel_sums : args.new_pixel_sums;
   const bool adds_rows = What == Adds::rows || (What == Adds::any && new_row_sums);
   const bool adds_cols = What == Adds::cols || (What == Adds::any && new_col_sums);
-  const Lane lane = Lane::of_row<E, How>(t, tile.col(), tile.cols);
+  Lane lane = Lane::of_row<E, How>(t, tile.col(), tile.cols);
+  // Kept in registers where these suffice, and not computed anew.
+  const auto kept = [](int value) { return Kind == Sums::forward ? simt::opaque(value) : value; };
+  lane.segment = kept(lane.segment);
+  lane.index = kept(lane.index);
 
-  const int at_once = t.at_once();
+  const int at_once = simt::opaque(t.at_once());
   const int64_t stride = t.stride;
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
   const int64_t start =
@@ -55,15 +59,25 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
       dy += stride;
     }
   };
-  load();
+  bool asked = false;
+  const auto ask = [&] {
+    if (!asked) load();
+    asked = true;
+  };
+  // Before the launch before has ended, or else when maps have been read. For some kernels
+  // registers suffice for one of the two only.
+  constexpr bool always = product && sizeof(T) == 4;
+  constexpr bool never = Kind == Sums::through && What == Adds::rows;
+  if (always || (simt::kEarlyLaunches && !never)) ask();
   simt::wait_for_launch_before();
   if (product && args.first_job == 0 && simt::block() == 0)  // for the launches to come
     for (int i = simt::thread(); i < args.counter_count; i += kThreads) args.counters[i] = 0;
 
   // Sums of both kinds, forward, are those of an order's first pass.
   constexpr bool weighted = Kind != Sums::forward || What != Adds::any || !kSpecialised<T, E>;
-  const A* const pixels = weighted ? pixel_weights<T, Kind>(args, tile, memory) : nullptr;
-  const A* const channels = weighted ? channel_weights<T, Kind>(args, tile, memory) : nullptr;
+  const A* const pixels = weighted ? pixel_weights<T, Kind>(args, tile, memory, ask) : nullptr;
+  const A* const channels = weighted ? channel_weights<T, Kind>(args, tile, memory, ask) : nullptr;
+  ask();
   const A* const row_map = t.channels_last ? pixels : channels;
   const A* const col_map = t.channels_last ? channels : pixels;
   A* const row_weights = t.channels_last ? memory.pixel_factor : memory.channel_factor;
@@ -85,8 +99,8 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   const int pitch = t.lanes | 1;
   // The first of the rows that this thread helps to add up, and where a later one lies.
   const int part = simt::thread() % 4, helped = simt::thread() / 4;
-  const int first_turn = helped / at_once, first_segment = helped % at_once;
-  const int turns = kThreads / 4 / at_once, segments = kThreads / 4 % at_once;
+  const int first_turn = t.by_at_once.quotient(helped);
+  const int first_segment = helped - first_turn * at_once;
   A* const out = new_row_sums + (tile.image * t.col_tiles + tile.col_tile) * t.rows + tile.row();
   // Both move from round to round between the halves of the scratch memory. Pointers that move stay
   // in registers; addresses that do not are computed anew for every vector.
@@ -135,7 +149,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
         total += simt::shuffle_xor(total, 1);
         total += simt::shuffle_xor(total, 2);
         if (part == 0 && row < rows) out[row0 + row] = total;
-        row += kThreads / 4, turn += turns, segment += segments;
+        row += kThreads / 4, turn += t.turns, segment += t.segments;
         if (segment >= at_once) turn++, segment -= at_once;
       } while (row - helped < rows);
       mine += to_other_half, others += to_other_half;
@@ -209,7 +223,7 @@ SIMT_FN bool scale_tile(const Args<accumulate_t<T>>& args) {
   const bool by_super_row = How == Fit::split && t.width == t.cols && t.period > 1;
   const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.super_rows)
                                  : Lane::of_row<E, How>(t, tile.col(), tile.cols);
-  const int at_once = t.at_once();
+  const int at_once = simt::opaque(t.at_once());  // in a register, where others are computed of it
   const int64_t stride = t.stride;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
@@ -222,8 +236,12 @@ SIMT_FN bool scale_tile(const Args<accumulate_t<T>>& args) {
   if (ahead) vectors.ask(stride, load, [&](int d) { return first_row + d * at_once < rows; });
   simt::wait_for_launch_before();
 
+  const ReadyFactors<Backward, A> ready(args, tile, memory);
+  constexpr bool held = !Backward;  // in registers, which do not suffice for these as well
+  if (!held) ready.end();
   pixel_factors<T, Backward>(args, tile, memory);
   channel_factors<T, Backward>(args, tile, memory);
+  if (held) ready.end();
   simt::sync();
   // The last to count knows all others' spatial sums to be there.
   const bool counts = Backward && args.last_finishes;

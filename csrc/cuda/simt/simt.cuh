@@ -31,6 +31,8 @@ constexpr int kArch = __CUDA_ARCH__ / 10;
 #else
 constexpr int kArch = 0;
 #endif
+// Whether a launch may begin before the one before it has ended: only there is there time before.
+constexpr bool kEarlyLaunches = kArch >= 90;
 
 // A launch is one-dimensional. `team` consecutive blocks, of which the grid is a multiple, may wait
 // for each other: as a thread block cluster, or else all blocks of a cooperative launch at once.

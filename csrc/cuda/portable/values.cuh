@@ -1,0 +1,111 @@
+// The values that small maps are made of, by pixel or by channel of an image: at hand, or added up
+// from the tiles' sums where they are read.
+#pragma once
+
+#include "cuda/common/masks.cuh"
+
+namespace da::cuda {
+
+// An image's sums, added up where they are read, in the tiles' order.
+template <class A>
+struct Folded {
+  const A* data;
+  int64_t entries;
+  int terms;
+  A scale;
+
+  SIMT_FN Folded(const Partial<A>& sums, int64_t image, A scale)
+      : data(sums.data + image * sums.tiles * sums.entries),
+        entries(sums.entries),
+        terms(sums.data ? static_cast<int>(sums.tiles) : 0),
+        scale(scale) {}
+
+  SIMT_FN A operator[](int64_t entry) const { return part(entry, 0, 1); }
+
+  // What every step-th term from `first` on has of an entry's value.
+  SIMT_FN A part(int64_t entry, int first, int step) const {
+    A sum = 0;
+    const A* term = data + first * entries + entry;
+    for (int t = first; t < terms; t += step, term += step * entries) sum += *term;
+    return sum * scale;
+  }
+
+  // Values of N entries, the i-th from `base` on, of which so many terms are on their way at once.
+  template <int kAtOnce, int N>
+  SIMT_FN void some(int64_t base, const int (&i)[N], A (&values)[N]) const {
+    constexpr int kTerms = kAtOnce / N;
+    const A* from = data + base;
+    SIMT_UNROLL
+    for (A& value : values) value = 0;
+    SIMT_ROLLED
+    for (int t = 0; t < terms; t += kTerms) {
+      A term[kTerms][N];
+      SIMT_UNROLL
+      for (int u = 0; u < kTerms; u++, from += entries) {
+        const bool there = t + u < terms;
+        SIMT_UNROLL
+        for (int n = 0; n < N; n++) term[u][n] = there ? from[i[n]] : A(0);
+      }
+      SIMT_UNROLL
+      for (int u = 0; u < kTerms; u++) {
+        SIMT_UNROLL
+        for (int n = 0; n < N; n++) values[n] += term[u][n];
+      }
+    }
+    SIMT_UNROLL
+    for (A& value : values) value *= scale;
+  }
+};
+
+// The gradients at a mask's logits, from the sums over dy x and, with More, from those over x that
+// came through the other mask.
+template <class A, bool More>
+struct LogitGradient {
+  Folded<A> sums, more;
+  const A* mask;
+
+  SIMT_FN LogitGradient(const Partial<A>& sums, const Partial<A>& more, int64_t image,
+                        const A* masks)
+      : sums(sums, image, 1), more(more, image, 1), mask(masks + image * sums.entries) {}
+
+  SIMT_FN A operator[](int64_t i) const { return part(i, 0, 1); }
+  SIMT_FN A part(int64_t i, int first, int step) const {
+    const A own = mask[i];
+    A sum = sums.part(i, first, step);
+    if (More) sum += more.part(i, first, step);
+    return sum * sigmoid_slope(own);
+  }
+  template <int kAtOnce, int N>
+  SIMT_FN void some(int64_t base, const int (&i)[N], A (&values)[N]) const {
+    constexpr int kTerms = kAtOnce / 2;  // registers are few where these are read
+    A masks[N], others[N];
+    SIMT_UNROLL
+    for (int n = 0; n < N; n++) masks[n] = mask[base + i[n]];
+    sums.template some<kTerms>(base, i, values);
+    if (More) more.template some<kTerms>(base, i, others);
+    SIMT_UNROLL
+    for (int n = 0; n < N; n++)
+      values[n] = (More ? values[n] + others[n] : values[n]) * sigmoid_slope(masks[n]);
+  }
+};
+
+// Whether a map's values are added up where they are read, in parts if need be.
+template <class Map>
+constexpr bool kIsFolded = false;
+template <class A>
+constexpr bool kIsFolded<Folded<A>> = true;
+template <class A, bool More>
+constexpr bool kIsFolded<LogitGradient<A, More>> = true;
+
+// N values of any map, the i-th from `base` on.
+template <class A, class Map, int N>
+SIMT_FN void some_of(const Map& map, int64_t base, const int (&i)[N], A (&values)[N]) {
+  if constexpr (kIsFolded<Map>) {
+    map.template some<8>(base, i, values);
+  } else {
+    SIMT_UNROLL
+    for (int n = 0; n < N; n++) values[n] = map[base + i[n]];
+  }
+}
+
+}  // namespace da::cuda
