@@ -34,8 +34,9 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   lane.segment = kept(lane.segment);
   lane.index = kept(lane.index);
 
-  const int at_once = simt::opaque(t.at_once());
-  const int64_t stride = t.stride;
+  const int at_once = whole ? simt::opaque(t.at_once()) : t.at_once();
+  // As an argument it takes no registers; where these suffice the product is nearer.
+  const int64_t stride = product || !whole ? t.stride : at_once * t.cols;
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
@@ -66,7 +67,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   };
   // Before the launch before has ended, or else when maps have been read. For some kernels
   // registers suffice for one of the two only.
-  constexpr bool always = product && sizeof(T) == 4;
+  constexpr bool always = product && (sizeof(T) == 4 || (sizeof(T) == 2 && !whole));
   constexpr bool never = Kind == Sums::through && What == Adds::rows;
   if (always || (simt::kEarlyLaunches && !never)) ask();
   simt::wait_for_launch_before();
@@ -223,7 +224,7 @@ SIMT_FN bool scale_tile(const Args<accumulate_t<T>>& args) {
   const bool by_super_row = How == Fit::split && t.width == t.cols && t.period > 1;
   const Lane lane = by_super_row ? Lane::of_super_row<E>(t.cols, t.period, t.super_rows)
                                  : Lane::of_row<E, How>(t, tile.col(), tile.cols);
-  const int at_once = simt::opaque(t.at_once());  // in a register, where others are computed of it
+  const int at_once = How == Fit::whole ? simt::opaque(t.at_once()) : t.at_once();
   const int64_t stride = t.stride;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
@@ -249,12 +250,14 @@ SIMT_FN bool scale_tile(const Args<accumulate_t<T>>& args) {
   if (counts && simt::thread() == 0)
     last = simt::fetch_add(args.counters, 1u) + 1 == simt::blocks() - args.more;
   const bool rows_are_pixels = t.channels_last;
-  const Scaling<T, E, Backward> scaling(
-      cuda::outer(args.outer, rows_are_pixels), lane,
-      rows_are_pixels ? memory.channel_factor : memory.pixel_factor,
-      rows_are_pixels ? memory.channel_term : memory.pixel_term,
-      rows_are_pixels ? memory.pixel_factor : memory.channel_factor,
-      rows_are_pixels ? memory.pixel_term : memory.channel_term);
+  // Found anew where registers do not suffice to keep its addresses while the factors are made.
+  const Memory<A> made(simt::shared() + (Backward ? simt::opaque(0) : 0), t, args.halo,
+                       Kernel::scale);
+  const Scaling<T, E, Backward> scaling(cuda::outer(args.outer, rows_are_pixels), lane,
+                                        rows_are_pixels ? made.channel_factor : made.pixel_factor,
+                                        rows_are_pixels ? made.channel_term : made.pixel_term,
+                                        rows_are_pixels ? made.pixel_factor : made.channel_factor,
+                                        rows_are_pixels ? made.pixel_term : made.channel_term);
   T* const out = static_cast<T*>(args.out);
   if constexpr (ahead) {
     // What can be computed anew need not be kept in registers while the factors are made.
