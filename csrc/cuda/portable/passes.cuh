@@ -34,9 +34,10 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   lane.segment = kept(lane.segment);
   lane.index = kept(lane.index);
 
-  const int at_once = whole ? simt::opaque(t.at_once()) : t.at_once();
-  // As an argument it takes no registers; where these suffice the product is nearer.
-  const int64_t stride = product || !whole ? t.stride : at_once * t.cols;
+  // As arguments they take no registers; where these suffice, at_once and the product are nearer.
+  constexpr bool few = !whole && Kind != Sums::through;
+  const int at_once = few ? t.at_once() : simt::opaque(t.at_once());
+  const int64_t stride = few || product ? t.stride : at_once * t.cols;
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
