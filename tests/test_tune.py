@@ -125,13 +125,13 @@ def test_explain_says_which_plan_runs():
     default = da_ops.explain(of).to_dict()
     put()
     told = da_ops.explain(of).to_dict()
-    assert told["details"]["slab_rows"] == f"64 forward, {default['details']['slab_rows']} backward"
-    assert told["details"]["tuned forward"].startswith("slabs=1 slab_rows=64 (0.80 of")
+    assert told["details"]["slab_rows"] == f"3 forward, {default['details']['slab_rows']} backward"
+    assert told["details"]["tuned forward"].startswith("slabs=1 slab_rows=3 (0.80 of")
     assert "tuned backward" not in told["details"]
     assert told["forward"] == default["forward"] and told["backward"] == default["backward"]
     put(backward=True)
     told = da_ops.explain(of).to_dict()
-    assert told["details"]["slab_rows"] == 64
+    assert told["details"]["slab_rows"] == 3
     other = da_ops.explain(of, order="parallel")
     assert "tuned" not in str(other)
 

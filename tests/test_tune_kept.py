@@ -145,7 +145,7 @@ def test_later_processes_use_what_was_kept(store):
     assert os.listdir(store.parent) == [store.name]
     told, warned = another_process(store, IN_FORCE)
     assert told == str([str(Tuned(PLAN, 0.8, 0.7, 0.9)), "the default, nothing was faster"])
-    assert "slabs=1 slab_rows=64 (0.80 of the default's time, 0.70 to 0.90)" in told
+    assert "slabs=1 slab_rows=3 (0.80 of the default's time, 0.70 to 0.90)" in told
     assert not warned
 
 
