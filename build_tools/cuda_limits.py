@@ -117,7 +117,7 @@ WIDENING = 6
 WHOLE = {"sums": 5100, "scale": 8850, "maps": 5000, "finish": 2750}
 WHOLE |= {"tail_sums": 2450, "tail_scale": 1500, "tail_maps": 5650}
 WHOLE |= {"tail_norm": 1900, "tail_norm_gradients": 3050}
-# What a load says that is not satisfied with L1: ld.global.cg.
+# The mark of a load past L1: ld.global.cg.
 PAST_L1 = "STRONG"
 # Until the launch before has ended, from sm_90 on: griddepcontrol.wait.
 WAIT = "ACQBULK"

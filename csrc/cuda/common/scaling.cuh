@@ -83,7 +83,7 @@ struct Scaling {
                     Vectors<T, E, Depth>& in, T* out, Load load) const {
     using V = Access<T, E>;
     constexpr bool whole = How == Fit::whole;
-    // For dx nvcc runs out of predicates; of registers for masks, but for 8.0 to 9.0 (and the CPU).
+    // nvcc runs out of predicates for dx. Masks take registers, which suffice on 8.0 to 9.0 only.
     constexpr bool by_mask = Backward && simt::kArch != 75 && simt::kArch < 100;
     int row0 = first_row;
     const typename V::Raw mine = V::mask(0, lane.split);

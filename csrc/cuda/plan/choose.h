@@ -35,10 +35,10 @@ using Residents = std::function<int(const OnChip&)>;
 // What a typical GPU of the architecture should hold, for showing plans without one.
 Residents typical_residents(const Device& device);
 
-// What a launch on the chip, or a direction of the passes, should take in all, cold: an estimate,
-// in microseconds. It counts launches, waves of blocks, bytes, what of them L2 has, instructions
-// against issue slots, chunks, how long the blocks of a team wait for each other, and what they
-// exchange.
+// An estimate of the time that a launch on the chip, or a direction of the passes, takes in all,
+// cold, in microseconds. It counts launches, waves of blocks, bytes, what of them L2 has,
+// instructions against issue slots, chunks, how long the blocks of a team wait for each other, and
+// what they exchange.
 double cost(const Problem& problem, const Device& device, const OnChip& chip);
 double cost(const Problem& problem, const Device& device, const Plan& passes, Way way);
 

@@ -31,7 +31,7 @@ SIMT_FN Span channels_of(const Tile& tile) {
 // Whether what a mask is made of, or a term of dx, is kept as well, for later launches.
 enum class Keep { no, yes };
 
-// What is done then, if nothing is.
+// A then() that does nothing.
 struct Nothing {
   SIMT_FN void operator()() const {}
 };

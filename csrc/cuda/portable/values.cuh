@@ -22,7 +22,7 @@ struct Folded {
 
   SIMT_FN A operator[](int64_t entry) const { return part(entry, 0, 1); }
 
-  // What every step-th term from `first` on has of an entry's value.
+  // The part of an entry's value that every step-th term from `first` on makes up.
   SIMT_FN A part(int64_t entry, int first, int step) const {
     A sum = 0;
     const A* term = data + first * entries + entry;
