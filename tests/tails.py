@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from da_ops.accuracy import PARAMETERS
+from da_ops.accuracy import PARAMETERS, PROMISED
 from da_ops.parameters import Parameters
 from da_ops.reference import da_attention, formula
 from da_ops.residual import reference
 from da_ops.residual.function import fused
 from da_ops.residual.reference import Norm
 
-from .cases import CASES, LAYOUTS, make
+from .cases import CASES, LAYOUTS, distance, make
 
 # Every order and gate, and no attention; and some, with every order.
 TAILS = [*CASES, ("none", "sigmoid")]
@@ -163,3 +163,21 @@ def make_tail(
     )
     parameters = call.parameters if with_attention else {}
     return Tail(u, shortcut, norm, parameters, call.dy, order, gate)
+
+
+def assert_as_good_as_steps(
+    tails: Sequence[Tail], answers: Sequence[dict[str, Tensor]], *, times: float = 2.0
+) -> None:
+    """The errors of answers to several calls are at most so many times those of the modules one
+    after the other in the same dtype, or as small as the layer's promise. All calls' numbers are
+    taken together: a gradient that cancels in one of them decides nothing."""
+
+    def error(got: Sequence[dict[str, Tensor]], name: str) -> float:
+        return distance(*(torch.stack([draw[name].double() for draw in of]) for of in (got, want)))
+
+    want = [tail.truth() for tail in tails]
+    steps = [tail.results(in_steps) for tail in tails]
+    for name in want[0]:
+        found, beside = error(answers, name), error(steps, name)
+        allowed = max(times * beside, PROMISED[answers[0][name].dtype])
+        assert found <= allowed, (name, found, beside)

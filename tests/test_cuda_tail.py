@@ -11,13 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from da_ops.accuracy import PROMISED, rms
-
-from .cases import DTYPE_PAIRS, DTYPES, FULL, LAYOUTS, assert_equal, distance
+from .cases import DTYPE_PAIRS, DTYPES, FULL, LAYOUTS, assert_equal
 from .conftest import ROOT
 from .plans import CUDA
 from .simt.tails import results
-from .tails import FEW_TAILS, TAILS, in_steps, make_tail
+from .tails import FEW_TAILS, TAILS, assert_as_good_as_steps, make_tail
 from .test_residual import TOLERANCE
 
 # Whole vectors, rows that begin within one, one pixel, one channel, one element short of a vector.
@@ -46,20 +44,6 @@ def check(tails, answers):
         for name, exact in want.items():
             off, least = (got[name].double() - exact).norm(), 1e-2 * exact.numel() ** 0.5
             assert off <= TOLERANCE[tail.u.dtype] * (exact.norm() + least), name
-
-
-def assert_as_good_as_steps(tails, answers, *, times=2.0):
-    """The errors of several draws, in root mean square, are at most so many times those of the
-    modules one after the other in the same dtype, or as small as the layer's promise."""
-    ours, steps = [], []
-    for tail, answer in zip(tails, answers, strict=True):
-        want = tail.truth()
-        for errors, got in ((ours, answer), (steps, tail.results(in_steps))):
-            errors.append({name: distance(got[name], want[name]) for name in want})
-    for name in ours[0]:
-        found, beside = (rms(draw[name] for draw in draws) for draws in (ours, steps))
-        allowed = max(times * beside, PROMISED[answers[0][name].dtype])
-        assert found <= allowed, (name, found, beside)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,15 +12,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 import da_ops
-from da_ops.accuracy import PARAMETERS, PROMISED, rms
+from da_ops.accuracy import PARAMETERS
 from da_ops.backends import BACKENDS as KNOWN
 from da_ops.residual import reference
 from da_ops.residual.function import fused
 
-from .cases import DTYPE_PAIRS, LAYOUTS, assert_close, assert_equal, distance
+from .cases import DTYPE_PAIRS, LAYOUTS, assert_close, assert_equal
 from .conftest import BACKENDS, interpreted
 from .plans import cpu_plan
-from .tails import TAILS, by, by_kernels, defined, in_steps, make_tail
+from .tails import (
+    TAILS,
+    assert_as_good_as_steps,
+    by,
+    by_kernels,
+    defined,
+    in_steps,
+    make_tail,
+)
 from .test_isolation import supported, under
 from .test_shapes import CHANNELS, EDGES
 
@@ -59,22 +67,6 @@ def test_backward_is_the_derivative(order, gate, batch, affine):
     assert_close(got, tail.truth(), 1e-12)
 
 
-def assert_as_good_as_steps(backend, tails, *, times=2.0):
-    """The kernels' errors against those of the modules one after the other, in the same dtype.
-    Gives back the kernels' results, of the last."""
-    ours, steps = [], []
-    for tail in tails:
-        want = tail.truth()
-        for errors, function in ((steps, in_steps), (ours, by(backend))):
-            got = tail.results(function)
-            errors.append({name: distance(got[name], want[name]) for name in want})
-    for name in ours[0]:
-        found, beside = (rms(draw[name] for draw in draws) for draws in (ours, steps))
-        allowed = max(times * beside, PROMISED[got[name].dtype])
-        assert found <= allowed, (name, found, beside)
-    return got
-
-
 @over_backends
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -99,7 +91,9 @@ def test_accuracy(backend, device, order, gate, batch, dtype, parameter_dtype, l
         )
         for seed in range(1 if interpreted(backend) else 4)
     ]
-    for name, result in assert_as_good_as_steps(backend, tails).items():
+    answers = [tail.results(by(backend)) for tail in tails]
+    assert_as_good_as_steps(tails, answers)
+    for name, result in answers[0].items():
         assert result.dtype == (
             dtype if name in ("out", "d_u", "d_shortcut") else parameter_dtype
         ), name
@@ -111,7 +105,7 @@ def test_accuracy(backend, device, order, gate, batch, dtype, parameter_dtype, l
 def test_accuracy_at_real_sizes(backend, device, shape, layout):
     seeds = range(1 if interpreted(backend) else 2)
     tails = [make_tail(shape, layout=layout, device=device, seed=seed) for seed in seeds]
-    assert_as_good_as_steps(backend, tails)
+    assert_as_good_as_steps(tails, [tail.results(by(backend)) for tail in tails])
 
 
 @over_backends
@@ -122,7 +116,7 @@ def test_a_mean_of_a_thousand_deviations(backend, device, order, gate, layout):
     options = {"layout": layout, "mean": 1000.0, "device": device}
     seeds = range(2 if interpreted(backend) else 4)
     tails = [make_tail((4, 32, 12, 13), order, gate, seed=seed, **options) for seed in seeds]
-    assert_as_good_as_steps(backend, tails)
+    assert_as_good_as_steps(tails, [tail.results(by(backend)) for tail in tails])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,8 +20,7 @@ from da_ops.residual.functional import residual_attention, unfused
 
 from .cases import FEW_CASES, FULL, LAYOUTS, assert_close, assert_equal
 from .conftest import GPU, need
-from .tails import TAILS, by, make_tail
-from .test_residual import assert_as_good_as_steps
+from .tails import TAILS, assert_as_good_as_steps, by, make_tail
 from .test_residual_layer import assert_same, layer_of, norm_of, one_by_one
 from .test_triton import TARGETS, assert_well_made, compiled
 
@@ -77,7 +76,8 @@ def test_many_programs(many_programs, order, gate, layout):
 def test_super_rows(layout):
     """7x7 in half: rows that begin in the middle of a vector."""
     options = {"dtype": torch.float16, "layout": layout, "device": DEVICE}
-    assert_as_good_as_steps("triton", [make_tail((1, 16, 7, 7), **options)])
+    tail = make_tail((1, 16, 7, 7), **options)
+    assert_as_good_as_steps([tail], [tail.results(by("triton"))])
 
 
 @pytest.mark.parametrize("what", ["a large mean", "an outlier first", "an outlier last"])
