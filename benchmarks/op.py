@@ -70,7 +70,7 @@ Save = Callable[[dict[str, Any]], None]  # of results as they are until now
 TIMING: dict[str, dict[str, Any]] = {
     "quick": {"rounds": 60, "least": 5, "budget": 2.5},
     "full": {"rounds": 100, "least": 20, "budget": 40.0},
-    "cuda": {"rounds": 100, "least": 20, "budget": 4.0, "sample_seconds": 3e-4},
+    "cuda": {"rounds": 100, "least": 20, "budget": 1.5, "sample_seconds": 3e-4},
 }
 
 # The estimate for a case with contenders that are compiled for it, until one was measured.

@@ -37,13 +37,13 @@ _CPU_SUMS = _texts(
 CUDA = _texts(
     grid=[2**20, 1, 3, 7],
     terms=[32, 1, 2, 5],
-    launch=[1500, 0],
+    launch=[3500, 0],
     share=[8192, 1],
     lanes=[64, 2, 3, 5],
     scalar_lanes=[128, 1, 3, 20],
     height=[4096, 16, 100],
     min_reads=[2, 1],
-    max_reads=[32, 1],
+    max_reads=[72, 1],
 )
 CUDA_ON_CHIP = _texts(chip_lanes=[2**10, 4, 8, 40], chip_rows=[2**10, 8, 16], chunks=[2, 1, 8])
 

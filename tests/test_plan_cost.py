@@ -13,20 +13,9 @@ from .cases import LAYOUTS
 from .test_plan_on_chip import chosen, plan
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "nvidia-h200.json"
-# The measurements that the estimate's constants were fitted to, and of the one launch in them, by
-# layout and then forward and backward, the teams that the planner of that time chose.
-FITTED = "d63f0697026aa40c7e5ef4907cd6fe3f747c29df3fc54fe676a7ceae5946734c"
-TEAMS = {
-    (64, 56, 56): ("cluster:8", "cluster:16", "cluster:4", "cluster:8"),
-    (256, 56, 56): ("cluster:16", "counter:64", "cluster:16", "counter:32"),
-    (512, 28, 28): ("cluster:8", "cluster:16", "cluster:8", "cluster:16"),
-    (1024, 14, 14): ("cluster:4", "cluster:8", "cluster:4", "cluster:16"),
-    (2048, 7, 7): ("cluster:4", "cluster:4", "cluster:4", "cluster:4"),
-}
+# The sources whose measurements these are: with them, the estimate's constants were fitted.
+FITTED = "3055a4c909b92ceee00ac4e77678ad7bff7c7fd4f02defe1f23ad0c41f8059a5"
 WAYS = ("forward", "backward")
-# The launch that made the parameters' gradients then: 12 us after the passes, which now make them
-# themselves, and as much more after the one launch than is expected of today's.
-FINISH = 12
 
 
 def cost(shape, way="forward", **options):
@@ -39,7 +28,7 @@ def cost(shape, way="forward", **options):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_cost_of_small_tensors_is_that_of_launches(way):
     one, passes = cost((1, 64, 7, 7), way)
-    assert 3 * 1.6 < passes < 15 and one < 20
+    assert 3 < passes < 20 and one < 25
     assert cost((8, 64, 7, 7), way)[1] == pytest.approx(passes, rel=0.1)
 
 
@@ -92,11 +81,9 @@ def measured():
             if result["rival"] not in ("da_ops:cuda", "da_ops:cuda:onchip"):
                 continue
             one, last = result["rival"].endswith("onchip"), result["layout"] == "channels_last"
+            wish = "onchip" if one else "portable"
             for way in WAYS:
-                if one and shape[1:] not in TEAMS:
-                    continue
-                team = TEAMS[shape[1:]][2 * last + (way == "backward")] if one else "portable"
-                p = plan(shape, last, dtype, "spatial_channel", "affine", 90, 132, team, l2)
+                p = plan(shape, last, dtype, "spatial_channel", "affine", 90, 132, wish, l2)
                 launch = p[f"one_launch_{way}"]
                 estimate = launch["cost"] if one else launch["cost_of_passes"]
                 seconds = result["seconds"][way]["median"]
@@ -108,19 +95,19 @@ def ranks(values):
 
 
 def test_estimates_come_near_what_an_h200_took():
-    """Passes within a fifth, one launch within a third, and which of both is faster where it is
-    by a quarter; other measurements than these in the same order at least."""
+    """Passes within 15%, one launch within 30%, and which of both is faster where it is by a
+    quarter; other sources' measurements in the same order at least."""
     fitted = json.loads(RESULTS.read_text())["op"]["digest"] == FITTED
     found: dict[bool, dict[tuple, tuple[float, float]]] = {False: {}, True: {}}
     for one, case, estimate, took in measured():
-        found[one][case] = estimate + FINISH * (fitted and case[2] == "backward"), took
-    assert len(found[False]) >= 20 and len(found[True]) >= 20
+        found[one][case] = estimate, took
+    assert len(found[False]) >= 12 and len(found[True]) >= 12
     for values in found.values():
         estimates, times = zip(*values.values(), strict=True)
         assert torch.corrcoef(torch.stack([ranks(estimates), ranks(times)]))[0, 1] > 0.9
     if not fitted:
         return
-    for one, least, most in (False, 0.8, 1.2), (True, 0.67, 1.33):
+    for one, least, most in (False, 0.85, 1.15), (True, 0.77, 1.3):
         for case, (estimate, took) in found[one].items():
             assert least < estimate / took < most, case
     for case, (passes, took) in found[False].items():

@@ -38,20 +38,19 @@ def test_hopper_serves_every_stage_and_map_in_one_launch(layout, n):
             continue
         assert len(p["forward"]) == 1 and p["backward"][0]["name"] == "on chip"
         assert len(p["backward"]) == 2  # and what finishes the parameters' gradients
-        assert forward["x_kept"] == 1  # read once
         if shape in STAGES:
-            assert backward["x_kept"] == 1
+            assert forward["x_kept"] == 1  # read once
 
 
 @pytest.mark.parametrize(
-    ("shape", "blocks"),  # by two or three blocks a multiprocessor; half, forward
+    ("shape", "blocks"),  # by one to three blocks a multiprocessor; half, forward
     [
-        ((256, 56, 56), {16, 32}),
-        ((512, 28, 28), {8, 16}),
-        ((1024, 14, 14), {4, 8, 16}),
-        ((64, 56, 56), {4, 8, 16}),
-        ((2048, 7, 7), {2, 4}),
-        ((128, 28, 28), {2, 4}),
+        ((256, 56, 56), {8, 16}),
+        ((512, 28, 28), {4, 8}),
+        ((1024, 14, 14), {2, 4}),
+        ((64, 56, 56), {2, 4}),
+        ((2048, 7, 7), {1, 2}),
+        ((128, 28, 28), {1}),
         ((256, 14, 14), {1}),
         ((512, 7, 7), {1}),
         ((64, 14, 14), {1}),

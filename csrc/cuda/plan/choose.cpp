@@ -21,25 +21,28 @@ bool proven(int sm) {
 //
 // A launch of blocks that stream, in a graph: measured. Where the next one begins early, a small
 // one between two of these takes no longer than its instructions: measured, too.
-constexpr double kLaunch = 1.6;
+constexpr double kLaunch = 1;
+// What backward's last pass takes beyond what is counted: measured. Without the parameters'
+// gradients it took 2 to 4 less.
+constexpr double kLastPass = 5;
 // The last launch after the one that keeps an image on the chip: as a pass.
 constexpr double kFinish = kLaunch + kWaveTime;
-// One step of an image, apart from its sweep and by barrier: masks or terms are made, and the
-// blocks of a team wait for each other. Measured but for the first, which is a guess.
-constexpr double kStep[] = {3, 3.5, 3.5};
-// And for each KB of sums by column that a block has, and others add up: measured.
-constexpr double kExchange[] = {0, 0.14, 0.7};
-// Warp instructions of a multiprocessor in a microsecond, measured: one and a half a cycle. It
-// takes so many warps to issue that many.
-constexpr double kIssued = 3000;
-constexpr int kIssuing = 16;
-// A turn of the ring through which chunks pass that are not kept: not measured.
-constexpr double kTurn = 2.5;
+// One step of an image, apart from its sweep: masks or terms are made; in a team blocks wait for
+// each other, forward or backward, and exchange their sums by column, so many KB of a block. These
+// and the next ones were fitted to the times of all teams that these stages may have (half
+// precision, 64 images).
+constexpr double kStepAlone = 3.5, kStep[] = {5, 12.5}, kExchange = 0.15;
+// Warp instructions of a multiprocessor in a microsecond: of passes while maps are made, and of the
+// one launch, where it takes so many warps to issue that many.
+constexpr double kIssued = 3000, kIssuedOnChip = 5000, kIssuing = 10;
+// A turn of the ring through which chunks pass that are not kept.
+constexpr double kTurn = 0.3;
 // Warp instructions for a vector: a sweep over x, over dy x; y, dx, of whole rows and of split
 // ones; and for each 32 pixels of a spatial mask. build_tools/cuda_limits.py has the most that they
 // may be.
 constexpr double kSum = 40, kProduct = 65, kScale[][2] = {{40, 70}, {50, 90}}, kOfMask = 150;
-// The cost of reading from L2, as a share of reading from memory: measured.
+// The cost of what passes read from L2, as a share of reading from memory: measured. The one
+// launch, which waits for what it reads again, gains nothing by that.
 constexpr double kFromL2 = 0.5;
 
 // Warp instructions of a block for an image.
@@ -67,21 +70,19 @@ double cost(const Problem& p, const Device& device, const OnChip& chip) {
   const double x = chip.chunks - chip.kept;
   const double dy = chip.backward ? chip.chunks - chip.kept_dy : 0;
   const double again = (chip.visits - 1) * x + (chip.visits_dy - 1) * dy;
-  const double at_once = chip.images_at_once * image * (chip.backward ? 2 : 1);
-  const double reading = slab / chip.chunks * (at_once < usable_l2(device) ? kFromL2 : 1);
   const double turns = x > 0 ? chip.visits * x / chip.ring : 0;
   const double turns_dy = dy > 0 ? chip.visits_dy * dy / chip.ring_dy : 0;
   // While a block loads others of its multiprocessor compute, and so does it itself after its first
   // chunk. Alone it has few warps.
-  const double issued = instructions(p, chip) / kIssued;
-  const double alone = issued * std::max(1., double(kIssuing) / chip.warps);
+  const double issued = instructions(p, chip) / kIssuedOnChip;
+  const double alone = issued * std::max(1., kIssuing / chip.warps);
   const double moved = slab * (chip.backward ? 3 : 2);
   const double sweeps = std::max({sharing * moved, sharing * issued, alone}) +
-                        sharing * (slab / chip.chunks + again * reading) +
-                        kTurn * (turns + turns_dy);
-  const int barrier = static_cast<int>(chip.barrier);
+                        sharing * (1 + again) * slab / chip.chunks + kTurn * (turns + turns_dy);
   const double sums = chip.masks.cols ? chip.cols * sizeof(float) / 1e3 : 0;
-  const double step = kStep[barrier] + sharing * sums * kExchange[barrier];
+  const double step = chip.barrier == Barrier::block
+                          ? kStepAlone
+                          : kStep[chip.backward] + sharing * sums * kExchange;
   const int launches = chip.barrier == Barrier::counter ? 2 : 1;  // the first clears the counters
   return launches * kLaunch + waves * (sweeps + chip.steps * step) + (chip.backward ? kFinish : 0);
 }
@@ -100,6 +101,9 @@ double cost(const Problem& p, const Device& device, const Plan& plan, Way way) {
     const Waves w = waves(p, device, plan, plan[way], step);
     sum += ceil_div(step.jobs, step.grid) * kLaunch + w.waves * kWaveTime;
     if (bytes > 0) sum += bytes / device.multiprocessors / memory_rate(device.sm) / w.efficiency;
+    const double blocks = std::clamp<int64_t>(step.jobs, 1, device.multiprocessors);
+    sum += double(step.making) / blocks / kIssued;
+    if (step.last_finishes || step.more > 0) sum += kLastPass;
   }
   return sum;
 }

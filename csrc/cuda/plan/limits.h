@@ -8,14 +8,16 @@ namespace da::cuda {
 
 // Each is at most so many, but for min_reads and share.
 struct Limits {
-  int64_t grid = 1 << 20;      // blocks of a launch; further launches take the rest
-  int64_t terms = 32;          // sums that a block adds by itself; for more there is a launch
-  int64_t launch = 1500;       // instructions of a multiprocessor while a launch gets going
+  int64_t grid = 1 << 20;  // blocks of a launch; further launches take the rest
+  int64_t terms = 32;      // sums that a block adds by itself; for more there is a launch
+  // Instructions of a multiprocessor in the time that a small launch between two passes takes,
+  // where it begins early; else twice as many (see between()).
+  int64_t launch = 3500;
   int64_t lanes = 64;          // vectors that cover a tile's row
   int64_t scalar_lanes = 128;  // elements that do where there are no vectors
   int64_t height = 4096;       // bytes of a map's values at a tile's rows
   int64_t min_reads = 2;   // vectors that a thread reads in a tile: enough to pay for the masks,
-  int64_t max_reads = 32;  // and few enough for several waves
+  int64_t max_reads = 72;  // and few enough for many images' waves to end together
   int64_t share =
       8 << 10;  // of a gate's numbers, by image and channel, that a block adds up at least
   // The launch that keeps an image on the chip:

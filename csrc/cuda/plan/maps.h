@@ -9,11 +9,13 @@ namespace da::cuda {
 
 Bands bands(const Problem& problem, const Tiling& tiling);
 
-// The axes whose maps a launch makes, of those that a pass needs made, and by what count. `more`:
-// the axes whose sums are in two parts.
+// The axes whose maps a launch makes, of those that a pass needs made, and by what count; and
+// warps' instructions for those that the pass makes itself. `more`: the axes whose sums are in two
+// parts.
 struct Between {
   Axes axes;
   Count count;
+  int64_t left;
 };
 Between between(const Problem& problem, const Device& device, const Plan& plan, Axes needed,
                 Made made, Axes more, const Limits& limits);

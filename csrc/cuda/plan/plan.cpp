@@ -23,9 +23,10 @@ class Planner {
 
   void passes(const Device& device) {
     for (const Pass& pass : schedule_) {
-      make_maps(device);
+      const int64_t making = make_maps(device);
       const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
       add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel), backwards(pass));
+      steps_.back().making = making;
       if (pass.writes & kDx) finish(steps_.back());
       pending_ = pass.complete;
       weights_ = backward_ ? pass.complete : either(weights_, pass.complete);
@@ -91,14 +92,15 @@ class Planner {
   // finds what the launch that wrote x or dy wrote last; x itself is long gone when backward
   // begins.
   bool backwards(const Pass& pass) const { return (schedule_.end() - &pass) % 2 == 1; }
-  // Makes those maps in a launch of their own of which the next pass would make too much.
-  void make_maps(const Device& device) {
+  // Makes those maps in a launch of their own of which the next pass would make too much. Warps'
+  // instructions of that pass for the others.
+  int64_t make_maps(const Device& device) {
     const bool first = steps_.empty();
     const Made kind = !backward_ ? Made::masks_of_sums : first ? Made::masks_again : Made::terms;
     const bool more = !first && steps_.back().pass.weights == Maps::terms;
     const Between made =
         between(p_, device, plan_, pending_, kind, more ? more_sums() : kNone, limits_);
-    if (!made.axes.any()) return;
+    if (!made.axes.any()) return made.left;
     const Axes rest{pending_.pixels && !made.axes.pixels, pending_.channels && !made.axes.channels};
     const Bands& b = plan_.bands;
     const int64_t jobs = p_.n * ((made.axes.pixels ? b.of_pixels(p_.pixels()) : 0) +
@@ -108,6 +110,7 @@ class Planner {
     steps_.back().made = kind;
     steps_.back().count = made.count;
     pending_ = rest;
+    return made.left;
   }
   // Blocks that make spatial sums: those of the step that makes the spatial term of dx.
   int64_t spatial_blocks() const {

@@ -88,6 +88,7 @@ struct Step {
   size_t shared_bytes;
   Made made{};  // of Kernel::maps, with the count for it
   Count count{};
+  int64_t making = 0;  // warps' instructions of a pass for the maps that it makes
   // The parameters' gradients: the axes whose they are that further blocks make, so many; and
   // whether those of the pixels are made by the last block to have made spatial sums.
   Axes finishes{};
