@@ -82,14 +82,19 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     std::copy_n(norm.scale.data(), c, scale);
     std::copy_n(norm.bias.data(), c, bias);
 
-    const T* ahead = nullptr;  // the first pass reads u from memory, the others fetch the shortcut
+    // The first pass reads u from memory. The sums after it fetch the shortcut, and the last pass
+    // the next u: to write takes it longer than to read.
+    const T* ahead = nullptr;
+    const bool sums = problem.order != Order::none;
+    const T* next = sums && n + 1 < problem.n ? un + size : nullptr;
     for (const Pass& pass : schedule(problem.order, false)) {
       if (pass.sums.any())
         image.reduce_deviations(un, centre, scale, by_pixel,
                                 pass.sums.pixels ? sums_by_pixel : nullptr,
                                 pass.sums.channels ? sums_by_channel : nullptr, ahead);
       else
-        image.rectify(un, shortcut + n * size, out + n * size, {centre, scale, bias}, by_pixel);
+        image.rectify(un, shortcut + n * size, next, out + n * size, {centre, scale, bias},
+                      by_pixel);
       const A weight = pass.sums.channels ? sum_of(by_pixel, pixels) / pixels : 0;
       if (pass.complete.pixels) {
         A* m = channel_mean + n * pixels;
