@@ -137,12 +137,15 @@ class Image {
     });
   }
 
-  // out = relu(x spatial_mask + shortcut), x with the channel mask in it.
-  void rectify(const T* u, const T* shortcut, T* out, const Affine<A>& x, const A* spatial_mask) {
+  // out = relu(x spatial_mask + shortcut), x with the channel mask in it. An image `ahead` is
+  // fetched meanwhile.
+  void rectify(const T* u, const T* shortcut, const T* ahead, T* out, const Affine<A>& x,
+               const A* spatial_mask) {
     each_slab([&](int64_t r, int64_t n) {
       const int64_t at = r * p_.cols();
-      kernels_.residual.rectify(u + at, shortcut + at, out + at, n, p_.cols(), p_.channels_last,
-                                from(x, r), of_pixels(spatial_mask, r), plan_.stores);
+      kernels_.residual.rectify(u + at, shortcut + at, ahead ? ahead + at : nullptr, out + at, n,
+                                p_.cols(), p_.channels_last, from(x, r), of_pixels(spatial_mask, r),
+                                plan_.stores);
     });
   }
 

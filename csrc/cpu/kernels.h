@@ -95,8 +95,8 @@ struct ResidualKernels {
                  bool channels_last, const A* row_weight, const A* col_weight, A* row_sums,
                  A* col_sums, Rows how);
 
-  // out = relu(x mask[p] + shortcut)
-  void (*rectify)(const T* u, const T* shortcut, T* out, int64_t rows, int64_t cols,
+  // out = relu(x mask[p] + shortcut). What lies at `ahead`, as large as u, is fetched meanwhile.
+  void (*rectify)(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
                   bool channels_last, const Affine<A>& x, const A* mask, Stores stores);
 
   void (*gradients)(const Gradients<T>& call);

@@ -267,9 +267,17 @@ DA_INLINE void map_rows(T* out, int64_t rows, int64_t cols, Stores stores, Rows 
   if (streamed > 1) {
     alignas(kAlignment) T buffer[kBuffer / sizeof(T)];
     for (; r + streamed <= rows; r += streamed) {
-      for (int64_t b = 0; b < streamed; b++)
+      int64_t i = 0;
+      const auto stream_until = [&](int64_t end) DA_LAMBDA_INLINE {
+        for (; i + lanes <= end; i += lanes) stream(out + r * cols + i, buffer + i);
+      };
+      // Each row is streamed while the next is made: memory reads and writes at a time, and what
+      // has just been stored is not waited for.
+      for (int64_t b = 0; b < streamed; b++) {
         map_block<false>(buffer + b * cols, cols, tail, f(r + b));
-      for (int64_t i = 0; i < streamed * cols; i += lanes) stream(out + r * cols + i, buffer + i);
+        stream_until(b * cols);
+      }
+      stream_until(streamed * cols);
     }
   }
   const auto rest = [&](auto stream) DA_LAMBDA_INLINE {

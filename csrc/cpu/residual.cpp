@@ -52,6 +52,8 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
 
 namespace {
 
+constexpr int64_t kHalfOfCache = 512 * 1024;  // bytes; of the second-level cache of most machines
+
 // The sum of an image's map or vector, several at a time.
 template <class A>
 double sum_of(const A* values, int64_t count) {
@@ -82,14 +84,21 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     std::copy_n(norm.scale.data(), c, scale);
     std::copy_n(norm.bias.data(), c, bias);
 
-    const T* ahead = nullptr;  // the first pass reads u from memory, the others fetch the shortcut
+    // The first pass reads u from memory. The sums after it fetch the shortcut where that does not
+    // drive u out of the second cache, and the last pass the next u: to write takes it longer than
+    // to read.
+    const T* ahead = nullptr;
+    const T* soon = size * int64_t(sizeof(T)) <= kHalfOfCache ? shortcut + n * size : nullptr;
+    const bool sums = problem.order != Order::none;
+    const T* next = sums && n + 1 < problem.n ? un + size : nullptr;
     for (const Pass& pass : schedule(problem.order, false)) {
       if (pass.sums.any())
         image.reduce_deviations(un, centre, scale, by_pixel,
                                 pass.sums.pixels ? sums_by_pixel : nullptr,
                                 pass.sums.channels ? sums_by_channel : nullptr, ahead);
       else
-        image.rectify(un, shortcut + n * size, out + n * size, {centre, scale, bias}, by_pixel);
+        image.rectify(un, shortcut + n * size, next, out + n * size, {centre, scale, bias},
+                      by_pixel);
       const A weight = pass.sums.channels ? sum_of(by_pixel, pixels) / pixels : 0;
       if (pass.complete.pixels) {
         A* m = channel_mean + n * pixels;
@@ -107,7 +116,7 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
         image.channel_mask(g, channel_mask);
         for (int64_t i = 0; i < c; i++) scale[i] *= channel_mask[i], bias[i] *= channel_mask[i];
       }
-      ahead = shortcut + n * size;
+      ahead = soon;
     }
   });
 }

@@ -146,14 +146,15 @@ DA_INLINE vec<A> relu(vec<A> v) {
 }
 
 template <bool kChannelsLast, class T, class A = accumulate_t<T>>
-void rectify_rows(const T* u, const T* shortcut, T* out, int64_t rows, int64_t cols,
+void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
                   const Affine<A>& x, const A* mask, Stores stores) {
   map_rows(out, rows, cols, stores, Rows::singly, [=](int64_t r) DA_LAMBDA_INLINE {
     return
-        [=, u = u + r * cols, shortcut = shortcut + r * cols,
+        [=, u = u + r * cols, shortcut = shortcut + r * cols, ahead = ahead + r * cols,
          centre = by_channel<kChannelsLast>(x.centre, r),
          scale = by_channel<kChannelsLast>(x.scale, r), bias = by_channel<kChannelsLast>(x.bias, r),
          mask = by_pixel<kChannelsLast>(mask, r)](int64_t q, auto read) DA_LAMBDA_INLINE {
+          fetch(ahead + q);
           const auto value = (read(u) - centre(q)) * scale(q) + bias(q);
           return relu<A>(value * mask(q) + read(shortcut));
         };
@@ -161,10 +162,10 @@ void rectify_rows(const T* u, const T* shortcut, T* out, int64_t rows, int64_t c
 }
 
 template <class T, class A = accumulate_t<T>>
-void rectify(const T* u, const T* shortcut, T* out, int64_t rows, int64_t cols, bool channels_last,
-             const Affine<A>& x, const A* mask, Stores stores) {
+void rectify(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
+             bool channels_last, const Affine<A>& x, const A* mask, Stores stores) {
   const auto all = channels_last ? rectify_rows<true, T> : rectify_rows<false, T>;
-  all(u, shortcut, out, rows, cols, x, mask, stores);
+  all(u, shortcut, ahead ? ahead : shortcut, out, rows, cols, x, mask, stores);
 }
 
 // The first read of backward, of row r. It has sums of its own, and adds to those of the columns:

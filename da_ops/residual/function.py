@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.base import Backend
 from ..backends.choice import CHOICE
 from ..layout import dense, like
 from ..parameters import Parameters
@@ -39,16 +40,11 @@ class ResidualFunction(torch.autograd.Function):
         eps: float,
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parameters, (order, gate, backend, *track) = rest[:6], rest[6:]
-        served = CHOICE.for_tails(backend, u.device.type)
-        assert served.residual_forward is not None  # residual_attention asked
-        u = dense(u)
         norm = (norm_weight, norm_bias, norm_mean, norm_var)
-        out, mean, var, channel_mean, pooled = served.residual_forward(
-            u, like(shortcut, u), *norm, eps, *parameters, order, gate
-        )
-        for update in filter(None, track):
-            update(mean, var)
+        u = dense(u)
+        served, results = _compute(u, shortcut, *norm, eps, *rest)
+        out, mean, var, channel_mean, pooled = results
+        parameters, (order, gate) = rest[:6], rest[6:8]
         batch = norm_mean is None
         ctx.options = order, gate, served, eps, batch
         ctx.set_materialize_grads(False)
@@ -79,6 +75,24 @@ class ResidualFunction(torch.autograd.Function):
             found = tuple(None if t is None else g for g, t in zip(found, given))
         du, d_shortcut, d_weight, d_bias, *d_parameters = found
         return (du, d_shortcut, d_weight, d_bias, None, None, None, *d_parameters, *nothing)
+
+
+def _compute(u: Tensor, shortcut: Tensor, *rest: Any) -> tuple[Backend, tuple[Tensor, ...]]:
+    """The backend that serves :class:`ResidualFunction`'s arguments, ``u`` being dense, and its
+    results."""
+    arguments, (backend, *track) = rest[:13], rest[13:]
+    served = CHOICE.for_tails(backend, u.device.type)
+    assert served.residual_forward is not None  # residual_attention asked
+    results = served.residual_forward(u, like(shortcut, u), *arguments)
+    for update in filter(None, track):
+        update(*results[1:3])
+    return served, results
+
+
+def without_gradients(u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The same results as ``ResidualFunction.apply``, and the maps, in a call that autograd does
+    not record: where caches are cold, its own part takes a small call longer than the kernel."""
+    return _compute(dense(u), *rest)[1]
 
 
 fused = ResidualFunction.apply

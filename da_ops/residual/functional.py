@@ -16,7 +16,7 @@ from ..checks import check_arguments
 from ..function import transformed
 from ..module import DAModule
 from ..parameters import Unnamed
-from .function import fused
+from .function import fused, without_gradients
 
 logger = logging.getLogger("da_ops")
 
@@ -63,10 +63,11 @@ def tail(
     where its hooks, or what has become of it, ask for that."""
     parameters: Unnamed | None = None
     if fusible_now(u, shortcut, norm):
-        reason = unfused(norm, attention, u.device.type, activation)
+        parameters, reason = _fused_parameters(norm, attention, activation)
         if reason is None:
-            parameters = _NONE if attention is None else attention.fused_parameters()
-        else:
+            reason = CHOICE.without_tails(_options(attention)[2], u.device.type)
+        if reason is not None:
+            parameters = None
             _tell(reason)
     if parameters is None:
         x = norm(u)
@@ -76,13 +77,14 @@ def tail(
     if attention is not None:
         check_arguments(u, parameters, order, gate)
     weight, bias, running_mean, running_var = _norm_tensors(norm)
-    batch = takes_batch(norm)
+    batch = _normalises_by_batch(norm, running_mean)
     statistics = (None, None) if batch else (running_mean, running_var)
     tracked = batch and norm.track_running_stats and running_mean is not None
     track = partial(_track, norm, u.numel() // u.shape[1]) if tracked else None
     arguments = u, shortcut, weight, bias, *statistics, norm.eps, *parameters, order, gate, backend
     if not torch.compiler.is_compiling():
-        return fused(*arguments, track)[0]
+        call = fused if torch.is_grad_enabled() else without_gradients
+        return call(*arguments, track)[0]
     out, mean, var = torch.ops.da_ops.residual.default(*arguments)
     if track is not None:
         track(mean, var)
@@ -98,8 +100,19 @@ def _options(attention: DAModule | None) -> tuple[str, str, str]:
     return attention.order, attention.gate, attention.backend
 
 
-def _norm_tensors(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+def _norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
+    own = norm._parameters, norm._buffers
+    return tuple(_tensor(norm, name, *own) for name in _NORM_TENSORS)
+
+
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _tensor(module: nn.Module, name: str, parameters: Any, buffers: Any) -> Any:
+    """``module.name``, past nn.Module's own look-up, which takes ten times as long."""
+    if name in parameters:
+        return parameters[name]
+    return buffers[name] if name in buffers else getattr(module, name)  # it may be computed
 
 
 @torch.no_grad()
@@ -139,21 +152,27 @@ def unfused_modules(
     norm: nn.Module, attention: Any, activation: nn.Module | None = None
 ) -> str | None:
     """What of these modules keeps any kernel from taking their place; None if nothing."""
+    return _fused_parameters(norm, attention, activation)[1]
+
+
+def _fused_parameters(
+    norm: nn.Module, attention: Any, activation: nn.Module | None
+) -> tuple[Unnamed | None, str | None]:
+    """The kernels' six parameters, or why :func:`unfused_modules` says that there are none."""
     if (reason := unfit(norm, attention, activation)) is not None:
-        return reason
+        return None, reason
     for name, module in (("norm", norm), ("attention", attention), ("activation", activation)):
         if module is None:
             continue
         own = module.__dict__
         if any(own[kind] for kind in _HOOKS):
-            return f"the {name} has hooks"
+            return None, f"the {name} has hooks"
         if "forward" in own:
-            return f"the {name} has a forward of its own"
+            return None, f"the {name} has a forward of its own"
     if _has_any_global_hook():
-        return "there are hooks on all modules"
-    if attention is not None and attention.fused_parameters() is None:
-        return attention.unfused()
-    return None
+        return None, "there are hooks on all modules"
+    parameters = _NONE if attention is None else attention.fused_parameters()
+    return parameters, attention.unfused() if parameters is None else None
 
 
 def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | None) -> str | None:
@@ -174,17 +193,21 @@ def _is_frozen(norm: nn.Module) -> bool:
 
 def takes_batch(norm: Any) -> bool:
     """Whether the norm normalises by the statistics of the batch, not by its own."""
-    own = getattr(norm, "running_mean", norm)  # a norm of another kind has none, and needs none
-    return not _is_frozen(norm) and (norm.training or own is None)
+    # A norm of another kind has none, and needs none.
+    return _normalises_by_batch(norm, getattr(norm, "running_mean", norm))
+
+
+def _normalises_by_batch(norm: nn.Module, running_mean: Any) -> bool:
+    return not _is_frozen(norm) and (norm.training or running_mean is None)
 
 
 def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
     """Whether the tensors, and the way in which the call is made, let a kernel serve."""
     if not isinstance(u, Tensor) or type(u) is not type(shortcut) or type(u) is not Tensor:
         return False
-    if torch.jit.is_tracing() or transformed() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or transformed() or torch.compiler.is_exporting() or u.is_meta:
         return False
-    if torch.onnx.is_in_onnx_export() or u.is_meta:
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # it imports, and is slow
         return False
     same = u.shape == shortcut.shape and u.dtype is shortcut.dtype and u.device == shortcut.device
     if not same or u.dim() != 4 or u.layout is not torch.strided or shortcut.layout is not u.layout:
