@@ -97,27 +97,16 @@ SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, double* sums) {
 template <class T, class Logits>
 SIMT_FN void finish_affine(const Args<accumulate_t<T>>& args, int64_t job, const Logits& dt,
                            double* sums) {
-  constexpr int kInFlight = 4;  // images
   const int slices = affine_slices(args.images), at_once = kThreads / slices;
   const int slice = simt::thread() / at_once, place = simt::thread() % at_once;
   const int64_t c = job * at_once + place;
   double weight = 0, bias = 0;
-  SIMT_ROLLED
-  for (int64_t n0 = slice; c < args.channels && n0 < args.images; n0 += kInFlight * slices) {
-    accumulate_t<T> gradient[kInFlight], pooled[kInFlight];
-    SIMT_UNROLL
-    for (int i = 0; i < kInFlight; i++) {
-      const int64_t n = n0 + i * slices;
-      const bool there = n < args.images;
-      gradient[i] = there ? dt(n)[c] : accumulate_t<T>(0);
-      pooled[i] = there ? args.pooled[n * args.channels + c] : accumulate_t<T>(0);
+  if (c < args.channels)
+    for (int64_t n = slice; n < args.images; n += slices) {
+      const double gradient = dt(n)[c];
+      weight += gradient * args.pooled[n * args.channels + c];
+      bias += gradient;
     }
-    SIMT_UNROLL
-    for (int i = 0; i < kInFlight; i++) {
-      weight += double(gradient[i]) * pooled[i];
-      bias += gradient[i];
-    }
-  }
   sums[simt::thread()] = weight;
   sums[kThreads + simt::thread()] = bias;
   simt::sync();
