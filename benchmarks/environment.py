@@ -231,7 +231,7 @@ def announcer(bar: Any) -> Callable[[str], None]:
 
 def results_file(kind: str, device: str, preset: str, output: str | None) -> Path:
     """Where this run's results go, proved writable now, before anything is measured."""
-    # Of a GPU only what `make gpu` has also tested is committed.
+    # A GPU's results are committed only from `make gpu`, which also tests.
     folder = COMMITTED if preset == "full" and device == "cpu" else LOCAL
     path = folder / f"{slug(device_record(device)['name'])}-{kind}.json"
     if output is not None:

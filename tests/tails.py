@@ -175,6 +175,7 @@ def assert_as_good_as_steps(
     def error(got: Sequence[dict[str, Tensor]], name: str) -> float:
         return distance(*(torch.stack([draw[name].double() for draw in of]) for of in (got, want)))
 
+    assert len(answers) == len(tails)
     want = [tail.truth() for tail in tails]
     steps = [tail.results(in_steps) for tail in tails]
     for name in want[0]:

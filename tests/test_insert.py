@@ -44,7 +44,7 @@ FULL = {
 }  # fmt: skip
 
 
-# Of DA. The mask of the "sigmoid" gate cannot be constant.
+# Orders and gates of DA. The mask of the "sigmoid" gate cannot be constant.
 FORMS = [(o, g) for o in ORDERS for g in GATES if g != "sigmoid" or o == "spatial"]
 
 

@@ -248,6 +248,14 @@ def test_the_gpu_is_filled(sm):
         assert p["forward"][0]["grid"] >= p["multiprocessors"]
 
 
+@pytest.mark.parametrize("shape", [(256, 56, 56), (512, 28, 28), (1024, 14, 14)])
+def test_many_images_take_one_wave_of_large_tiles(shape):
+    """As measured on an H200: more, smaller tiles take longer, and so do maps made between."""
+    p = launches((64, *shape), "channels_last")
+    for step in p["forward"] + p["backward"]:
+        assert step["waves"]["waves"] == 1 and not step["again"]
+
+
 def test_explain_prints_any_architecture(capsys):
     command = "explain 64x256x56x56 --dtype float16 --layout contiguous --device sm_90"
     assert main(command.split()) == 0

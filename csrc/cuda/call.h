@@ -56,7 +56,7 @@ inline bool aligned(std::initializer_list<const Tensor*> tensors) {
   });
 }
 
-// That a small tensor can be read beside x.
+// Checks that a small tensor can be read beside x.
 inline void check(const Tensor& small, int64_t elements, const Tensor& x) {
   const ScalarType dtype = small.scalar_type(), of_x = x.scalar_type();
   STD_TORCH_CHECK(small.get_device_index() == x.get_device_index() && small.is_cuda() &&

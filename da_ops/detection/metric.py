@@ -37,7 +37,7 @@ class VOCEvaluator:
         self.iou_threshold = iou_threshold
         self.plus_one = plus_one
         self._positives = np.zeros(len(self.classes) + 1, np.int64)  # by label
-        # Of each detection that counts, image by image.
+        # Scores, labels and verdicts of the detections that count, image by image.
         self._scores: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
         self._right: list[np.ndarray] = []

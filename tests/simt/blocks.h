@@ -205,8 +205,8 @@ inline void note(const void* kernel) {
   std::free(name);
 }
 
-// Of a launch whose blocks these images share evenly, but for `more` of them, the blocks of
-// the first few are left out: what lies far into a tensor is reached without all that comes before.
+// The first images' blocks that a launch leaves out, so that what lies far into a tensor is reached
+// without all that comes before. Images share the blocks evenly, but for `more` of them.
 struct LeftOut {
   unsigned first, images;
 };

@@ -61,8 +61,8 @@ struct Args {
   // A scalar or eca gate's gradients come in parts, one for each number, of several shares each.
   A* gate_parts;  // [part][shares]
   int shares;
-  // Of the blocks that have made their spatial sums, and of each part's shares that are done. The
-  // first pass of backward clears them.
+  // They count the blocks that have made their spatial sums, and each part's shares that are done.
+  // The first pass of backward clears them.
   unsigned* counters;
   int counter_count;
   Axes finishes;       // whose parameters' gradients the launch's last blocks make:

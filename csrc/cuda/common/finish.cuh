@@ -158,7 +158,7 @@ SIMT_FN void finish_part(const Args<accumulate_t<T>>& args, int job, const Logit
     put<T>(bias ? args.gradients.gate_bias : args.gradients.gate, bias ? 0 : part, sum, args.wide);
 }
 
-// Of the jobs that args.finishes stands for the spatial parameters' is the first; the gate's
+// Whether the job is the spatial parameters': the first one, where args.finishes has it. The gate's
 // follow.
 template <class A>
 SIMT_FN bool is_spatial(const Args<A>& args, int64_t job) {

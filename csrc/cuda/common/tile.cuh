@@ -41,7 +41,7 @@ SIMT_FN void every_fourth(int end, Add add) {
 template <class T>
 using accumulate_t = std::conditional_t<sizeof(T) == 8, double, float>;
 
-// Of any number, few of which take more than 32 bits.
+// The quotient of any number; few take more than 32 bits.
 SIMT_FN int64_t quotient(int64_t number, const Divisor& divisor) {
   const uint32_t low = static_cast<uint32_t>(number);
   return low == number ? divisor.quotient(low) : number / divisor.by;

@@ -91,8 +91,8 @@ double cost(const Problem& p, const Device& device, const Plan& plan, Way way) {
   double sum = 0;
   for (const Step& step : plan[way].steps) {
     const int tensors = count(step.pass.reads) + count(step.pass.writes);
+    const double blocks = std::clamp<int64_t>(step.jobs, 1, device.multiprocessors);
     if (tensors == 0) {
-      const double blocks = std::clamp<int64_t>(step.jobs, 1, device.multiprocessors);
       sum += (plan.early ? 0 : kLaunch) + double(step.count.once) / blocks / kIssued;
       continue;
     }
@@ -101,7 +101,6 @@ double cost(const Problem& p, const Device& device, const Plan& plan, Way way) {
     const Waves w = waves(p, device, plan, plan[way], step);
     sum += ceil_div(step.jobs, step.grid) * kLaunch + w.waves * kWaveTime;
     if (bytes > 0) sum += bytes / device.multiprocessors / memory_rate(device.sm) / w.efficiency;
-    const double blocks = std::clamp<int64_t>(step.jobs, 1, device.multiprocessors);
     sum += double(step.making) / blocks / kIssued;
     if (step.last_finishes || step.more > 0) sum += kLastPass;
   }

@@ -16,7 +16,7 @@ constexpr int64_t kBlock = 60, kPlace = 24, kTerm = 3, kMask = 90, kTermOfDx = 1
 
 int64_t warps(int64_t threads) { return ceil_div(threads, kWarp); }
 
-// Of the warps of a block that makes a map for so many pixels, of so many terms each.
+// Instructions of the warps of a block that makes a map for so many pixels, of so many terms each.
 int64_t of_pixels(const Problem& p, int64_t pixels, int64_t terms, bool of_dx, int64_t parts) {
   const Halo window = halo(pixels, p.w);
   const int64_t mask = of_dx ? kTermOfDx : kMask;

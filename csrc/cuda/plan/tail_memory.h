@@ -16,7 +16,7 @@ struct TailMemory {
   A* scratch;    // sums on their way to other threads
   size_t bytes;  // in all
 
-  // So many maps; `rounds`: of sums of rows, one a thread.
+  // Takes the numbers of maps, and `rounds` of sums of rows, one a thread.
   DA_HD TailMemory(unsigned char* base, const Tiling& t, int channel_maps, int pixel_maps,
                    int rounds)
       : TailMemory(simt::Carver(base), t, channel_maps, pixel_maps, rounds) {}

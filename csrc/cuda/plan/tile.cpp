@@ -22,7 +22,7 @@ struct Quality {
 // estimate, idle slots are certain. Where none are, how near to that time the fullest ones are to
 // be.
 constexpr double kFull = 0.9, kWorth = 2, kNear = 1.1;
-// Of the partial sums that a block adds up first, those of a thread that take the time of a read.
+// Partial sums that a thread adds up first in the time of a read.
 constexpr double kSumsARead = 16;
 
 Quality quality(const Problem& p, const Device& device, const Tiling& t, int per_sm) {
@@ -84,8 +84,8 @@ Waves waves(const Problem& p, const Device& device, const Plan& plan, const Dire
   }
 }
 
-// Of all heights and widths within the limits those that should take least time with full waves, if
-// that is not much more than without; or else the fullest waves of those that take about the least.
+// The height and width, within the limits, that should take least time with full waves, if that is
+// not much more than without; or else the fullest waves among those that take about the least.
 // The larger tiles are, the fewer waves there are, each of which takes its time before it streams;
 // the smaller, the better they fill waves. Where there is less to do than in one whole wave, no
 // tiles fill it, and they get as small as that pays.

@@ -45,7 +45,7 @@ struct Launch {
   // It may begin before the kernel before it in the stream has ended, and calls
   // wait_for_launch_before(). Only where early_launches() says so, and for blocks on their own.
   bool early = false;
-  // For the host: its first block works on the last image; the last few work on none.
+  // The host reads these: the first block works on the last image, and the last `more` on none.
   bool backwards = false;
   unsigned more = 0;
 };
@@ -207,9 +207,9 @@ SIMT_FN int threads() { return static_cast<int>(blockDim.x); }
 SIMT_FN unsigned block() { return blockIdx.x; }
 SIMT_FN unsigned blocks() { return gridDim.x; }
 
-// Of an early launch: until all launches before it in the stream have ended, and what they wrote is
-// there. Due in every thread before it writes anything, and before it reads what they wrote: that a
-// launch has ended then means that so have those before it.
+// An early launch waits until all launches before it in the stream have ended, and what they wrote
+// is there. Every thread calls it before it writes anything, and before it reads what they wrote:
+// when a launch has ended, so have those before it.
 SIMT_FN void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -155,7 +155,7 @@ class Mail {
 // first.
 class Bulk {
  public:
-  // For each Bulk, before the sync_before_load() of its first load.
+  // Each Bulk is initialised before the sync_before_load() of its first load.
   SIMT_FN void init() {
 #if __CUDA_ARCH__ >= 900
     if (thread() == 0) detail::init_barrier(barrier());
