@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import environment, tables
 from benchmarks.environment import BenchmarkError
 from benchmarks.files import KINDS, counted, doubts, faults, load_folder
-from benchmarks.summary import FUSED, select
+from benchmarks.summary import FUSED, TAIL, select
 from benchmarks.tables import Results
 
 PAGES = [environment.ROOT / "README.md", environment.ROOT / "docs" / "benchmarks.md"]
@@ -18,6 +18,9 @@ NO_GPU = "No GPU results are committed yet: `make gpu` tests and measures on a m
 TAIL_NOTE = (
     "batch norm, attention, shortcut and ReLU of a residual block; its rivals are the same modules"
     " with attention, and without"
+)
+NETWORK_NOTE = (
+    "Fused tails: `fuse(net)`, which makes one operator of each norm and ReLU in a block, too."
 )
 
 
@@ -169,6 +172,8 @@ def device_lines(together: dict[str, Results], chart: str) -> list[str]:
         results = together["network"]
         source = f"{tables.device_line(results)}. `{results['command']}`"
         lines += ["", "### A network", "", f"{tables.network_title(results)}. {source}"]
+        if any(r["variant"].startswith(TAIL) for p in results["layouts"] for r in p["results"]):
+            lines += ["", NETWORK_NOTE]
         lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
         head, rows = tables.network_header(results), tables.network_rows(results)
         lines += ["", tables.markdown_table(head, rows)]

@@ -13,19 +13,24 @@ STABLE_TORCH_LIBRARY(da_ops, m) {
       "Tensor channel_mean, Tensor pooled, str order, str gate) "
       "-> (Tensor dx, Tensor d_conv_weight, Tensor d_dilated_weight, Tensor d_merge_weight, "
       "Tensor d_spatial_bias, Tensor d_gate_weight, Tensor d_gate_bias)");
-  // The residual tail. Without norm_mean and norm_var the batch's are taken, and given back; order
-  // "none" leaves attention out.
-  m.def(
-      "residual_forward(Tensor u, Tensor shortcut, Tensor? norm_weight, Tensor? norm_bias, "
-      "Tensor? norm_mean, Tensor? norm_var, float eps, Tensor? conv_weight, "
-      "Tensor? dilated_weight, Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, "
-      "Tensor? gate_bias, str order, str gate) "
-      "-> (Tensor out, Tensor mean, Tensor var, Tensor channel_mean, Tensor pooled)");
+  // The residual tail, with or without a shortcut. Without norm_mean and norm_var the batch's are
+  // taken, and given back; order "none" leaves attention out.
+#define DA_TAIL                                                                          \
+  "Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, "        \
+  "Tensor? norm_var, float eps, Tensor? conv_weight, Tensor? dilated_weight, "           \
+  "Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, " \
+  "str order, str gate"
+  m.def("residual_forward(Tensor u, " DA_TAIL
+        ") -> (Tensor out, Tensor mean, Tensor var, Tensor channel_mean, Tensor pooled)");
+  // The same with `out` in the place of u.
+  m.def("residual_forward_(Tensor(a!) u, " DA_TAIL ") -> (Tensor mean, Tensor var)");
+#undef DA_TAIL
   m.def(
       "residual_backward(Tensor dout, Tensor out, Tensor u, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor mean, Tensor var, bool batch, float eps, Tensor? conv_weight, "
       "Tensor? dilated_weight, Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, "
-      "Tensor? gate_bias, Tensor channel_mean, Tensor pooled, str order, str gate) "
+      "Tensor? gate_bias, Tensor channel_mean, Tensor pooled, bool with_shortcut, str order, "
+      "str gate) "
       "-> (Tensor du, Tensor d_shortcut, Tensor d_norm_weight, Tensor d_norm_bias, "
       "Tensor d_conv_weight, Tensor d_dilated_weight, Tensor d_merge_weight, "
       "Tensor d_spatial_bias, Tensor d_gate_weight, Tensor d_gate_bias)");

@@ -25,9 +25,19 @@ inline void check_like(const Problem& p, const Tensor& t, const Tensor& u, const
                   "da_ops: ", name, " must have u's layout");
 }
 
+inline void check_shortcut(const Problem& p, const Parameter& shortcut, const Tensor& u) {
+  if (shortcut) check_like(p, *shortcut, u, "shortcut");
+}
+
+inline void check_statistics(const Parameter& mean, const Parameter& var) {
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(),
+                  "da_ops: norm_mean and norm_var go together");
+}
+
 // out, mean, var, channel_mean, pooled.
 using ResidualOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-// du, d_shortcut, the norm's weight's and bias's, then the parameters' gradients.
+// du, d_shortcut (empty without a shortcut), the norm's weight's and bias's, then the parameters'
+// gradients.
 using ResidualInputGradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

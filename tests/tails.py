@@ -36,7 +36,7 @@ class Tail:
     """The arguments of one call, and the gradient that comes back to it."""
 
     u: Tensor
-    shortcut: Tensor
+    shortcut: Tensor | None
     norm: Norm  # without statistics of its own where the batch's are taken
     parameters: dict[str, Tensor]  # those that the order and gate take
     dout: Tensor
@@ -49,7 +49,8 @@ class Tail:
         return None if self.order == "none" else Parameters(*map(self.parameters.get, PARAMETERS))
 
     def to(self, dtype: torch.dtype) -> Tail:
-        u, shortcut, dout = (t.to(dtype) for t in (self.u, self.shortcut, self.dout))
+        u, dout = self.u.to(dtype), self.dout.to(dtype)
+        shortcut = None if self.shortcut is None else self.shortcut.to(dtype)
         parameters = {name: p.to(dtype) for name, p in self.parameters.items()}
         norm = self.norm.to(dtype)
         return replace(self, u=u, shortcut=shortcut, dout=dout, norm=norm, parameters=parameters)
@@ -71,7 +72,7 @@ class Tail:
         call = replace(
             self,
             u=leaf["u"],
-            shortcut=leaf["shortcut"],
+            shortcut=leaf.get("shortcut"),
             norm=self.norm._replace(weight=leaf.get("norm_weight"), bias=leaf.get("norm_bias")),
             parameters={name: leaf[name] for name in self.parameters},
         )
@@ -97,7 +98,7 @@ def in_steps(tail: Tail) -> Tensor:
         x = (formula if same else da_attention)(
             x, **dict.fromkeys(PARAMETERS[:3]) | tail.parameters, order=tail.order, gate=tail.gate
         )
-    return torch.relu(x + tail.shortcut)
+    return torch.relu(x if tail.shortcut is None else x + tail.shortcut)
 
 
 def by(backend: str) -> Callable[[Tail], Tensor]:
@@ -125,6 +126,7 @@ def make_tail(
     layout: str = "contiguous",
     batch: bool = True,
     affine: bool = True,
+    shortcut: bool = True,
     mean: float = 0.0,
     device: str = "cpu",
     seed: int = 0,
@@ -149,7 +151,7 @@ def make_tail(
 
     channels = shape[1]
     # A shortcut that is now larger and now smaller, so that ReLU does both.
-    shortcut = random(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    added = random(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     u = (call.x + random(1, channels, 1, 1).to(dtype) + mean).contiguous(
         memory_format=LAYOUTS[layout]
     )
@@ -162,7 +164,7 @@ def make_tail(
         1e-5,
     )
     parameters = call.parameters if with_attention else {}
-    return Tail(u, shortcut, norm, parameters, call.dy, order, gate)
+    return Tail(u, added if shortcut else None, norm, parameters, call.dy, order, gate)
 
 
 def assert_as_good_as_steps(

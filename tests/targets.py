@@ -91,7 +91,7 @@ def launches(shape, layout, dtype, order, gate, residual):
         norm = [torch.empty(shape[1], dtype=parameters_dtype, device="meta") for _ in range(2)]
         attention = (*parameters, order, gate)
         _, *statistics, m, g = tail.residual_forward(x, x, *norm, None, None, 1e-5, *attention)
-        kept = (*norm, *statistics, True, 1e-5, *parameters, m, g, order, gate)
+        kept = (*norm, *statistics, True, 1e-5, *parameters, m, g, True, order, gate)
         tail.residual_backward(x, x, x, *kept)
     else:
         _, m, g = launch.forward(x, *parameters, order, gate)

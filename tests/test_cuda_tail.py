@@ -60,6 +60,7 @@ def test_results(kernels, order, gate, batch, layout):
             layout=layout,
             batch=batch,
             affine=affine,
+            shortcut=shape[1] != 16,
         )
         for (shape, affine), (dtype, parameter_dtype) in itertools.product(
             zip(SHAPES, itertools.cycle([True, True, False])), DTYPE_PAIRS
@@ -190,7 +191,8 @@ def test_sanitizers_find_nothing(kernels, layout, kind):
     others = itertools.product([(1, 16, 14, 14), (1, 3, 2, 70), (3, 40, 1, 1)], FEW_TAILS)
     for i, (shape, tail) in enumerate(others):
         if FULL or i % 4 == 0:
-            tails.append(make_tail(shape, *tail, **half, batch=i % 8 > 0))
+            with_shortcut = i % 3 > 0
+            tails.append(make_tail(shape, *tail, **half, batch=i % 8 > 0, shortcut=with_shortcut))
     tails.append(make_tail((1, 8, 11, 12), layout=layout))
     check(tails, results(kernels(kind), tails, **options))
     tails = [
@@ -215,13 +217,25 @@ MANY = settings(
     layout=st.sampled_from(list(LAYOUTS)),
     batch=st.booleans(),
     affine=st.booleans(),
+    shortcut=st.booleans(),
     multiprocessors=st.sampled_from([1, 16, 132]),
     aligned=st.booleans(),
     limits=CUDA,
     seed=st.integers(0, 2**31),
 )
 def test_random_shapes(
-    kernels, shape, kind, dtypes, layout, batch, affine, multiprocessors, aligned, limits, seed
+    kernels,
+    shape,
+    kind,
+    dtypes,
+    layout,
+    batch,
+    affine,
+    shortcut,
+    multiprocessors,
+    aligned,
+    limits,
+    seed,
 ):
     dtype, parameter_dtype = dtypes
     tail = make_tail(
@@ -232,6 +246,7 @@ def test_random_shapes(
         layout=layout,
         batch=batch,
         affine=affine,
+        shortcut=shortcut,
         seed=seed,
     )
     options = {"multiprocessors": multiprocessors, "aligned": aligned, "limits": limits}

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet as tv
 
 from da_ops import models
@@ -86,6 +87,56 @@ def test_insert_attention_fused():
     x = images()
     assert fused_in(fused.eval(), x) == list(blocks_of(fused))
     torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "timm basic", "timm resnet26"])
+def test_every_norm_of_a_block_is_fused(name):
+    _, fused = pair(name)
+    nodes, seen = [fused(images()).grad_fn], set()
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    operators = [node for node in seen if node.name() == "ResidualFunctionBackward"]
+    assert len(operators) == norms_in_blocks(fused)
+
+
+def norms_in_blocks(network):
+    return sum(3 if hasattr(block, "conv3") else 2 for block in blocks_of(network).values())
+
+
+class InPlace(TorchDispatchMode):
+    """Counts the norms whose result took the place of what they were given."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.da_ops.residual_forward_.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "timm basic"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_a_norm_writes_over_what_a_convolution_made(mode, name, training):
+    plain, fused = (network.train(training) for network in pair(name))
+    x = images()
+    with mode(), InPlace() as counted:
+        found = [network(x) for network in (fused, plain)]
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+    assert counted.count == norms_in_blocks(fused)
+
+
+@pytest.mark.parametrize("which", ["conv1", "conv2"])
+def test_what_a_hook_has_kept_of_a_convolution_is_not_written_over(which):
+    plain, fused = (network.eval() for network in pair())
+    x, kept = images(), []
+    for network in (fused, plain):
+        conv = network.layer2[0].get_submodule(which)
+        conv.register_forward_hook(lambda module, args, out: kept.append(out))
+        with torch.no_grad():
+            network(x)
+    torch.testing.assert_close(*kept, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["basic", "timm basic"])

@@ -21,6 +21,7 @@ from .cases import DTYPE_PAIRS, LAYOUTS, assert_close, assert_equal
 from .conftest import BACKENDS, interpreted
 from .plans import cpu_plan
 from .tails import (
+    FEW_TAILS,
     TAILS,
     assert_as_good_as_steps,
     by,
@@ -101,6 +102,20 @@ def test_accuracy(backend, device, order, gate, batch, dtype, parameter_dtype, l
 
 @over_backends
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("order", "gate"), FEW_TAILS)
+def test_without_a_shortcut(backend, device, order, gate, batch, dtype, layout):
+    kind = {"dtype": dtype, "layout": layout, "batch": batch, "shortcut": False, "device": device}
+    seeds = range(1 if interpreted(backend) else 4)
+    tails = [make_tail((2, 24, 9, 11), order, gate, **kind, seed=seed) for seed in seeds]
+    answers = [tail.results(by(backend)) for tail in tails]
+    assert "d_shortcut" not in answers[0]
+    assert_as_good_as_steps(tails, answers)
+
+
+@over_backends
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 64, 28, 28), (3, 1024, 14, 14), (5, 512, 7, 7)])
 def test_accuracy_at_real_sizes(backend, device, shape, layout):
     seeds = range(1 if interpreted(backend) else 2)
@@ -164,6 +179,7 @@ def tails(draw):
         layout=draw(st.sampled_from(list(LAYOUTS))),
         batch=draw(st.booleans()),
         affine=draw(st.booleans()),
+        shortcut=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -173,9 +189,16 @@ PLANS = st.sampled_from(["", "shared=0", "shared=0,slab_rows=8", "cache=1,slabs=
 
 @given(tails(), PLANS, st.integers(1, 3))
 def test_any_size(fused_cpu_of_hypothesis, tail, limits, threads):
-    """Against the definition in float64, under any plan; what is not written is seen."""
+    """Against the definition in float64, under any plan; what is not written is seen. Over u it is
+    the same."""
     with cpu_plan(limits, threads):
         got = tail.results(by_kernels)
+        in_place = tail.u.clone()
+        parameters = [tail.parameters.get(name) for name in PARAMETERS]
+        torch.ops.da_ops.residual_forward_(
+            in_place, tail.shortcut, *tail.norm, *parameters, tail.order, tail.gate
+        )
+    assert_equal({"out": in_place}, {"out": got["out"]})
     for name, want in tail.truth().items():
         off, least = (got[name].double() - want).norm(), 1e-2 * want.numel() ** 0.5
         assert off <= TOLERANCE[tail.u.dtype] * (want.norm() + least), name
@@ -253,18 +276,19 @@ def test_strides_of_any_kind(backend, device):
     assert_equal(other.results(by(backend)), tail.results(by(backend)))
 
 
+@pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
-def test_gradcheck(fused_cpu, batch):
+def test_gradcheck(fused_cpu, batch, shortcut):
     tail = make_tail((2, 3, 4, 5), dtype=torch.float64, batch=batch)
     inputs = [
         t.requires_grad_() for t in (tail.u, tail.shortcut, tail.norm.weight, tail.norm.bias)
     ] + [p.requires_grad_() for p in tail.parameters.values()]
 
-    def function(u, shortcut, weight, bias, *parameters):
+    def function(u, added, weight, bias, *parameters):
         call = replace(
             tail,
-            u=u,
-            shortcut=shortcut,
+            u=u if shortcut else u + added,
+            shortcut=added if shortcut else None,
             norm=tail.norm._replace(weight=weight, bias=bias),
             parameters=dict(zip(tail.parameters, parameters)),
         )
@@ -276,19 +300,21 @@ def test_gradcheck(fused_cpu, batch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize(("order", "gate"), [("spatial_channel", "affine"), ("none", "sigmoid")])
-def test_opcheck(fused_cpu, order, gate, batch, layout):
-    tail = make_tail((2, 3, 4, 5), order, gate, layout=layout, batch=batch)
+def test_opcheck(fused_cpu, order, gate, shortcut, batch, layout):
+    tail = make_tail((2, 3, 4, 5), order, gate, layout=layout, batch=batch, shortcut=shortcut)
     parameters = [tail.parameters.get(name) for name in PARAMETERS]
     forward = (tail.u, tail.shortcut, *tail.norm, *parameters, order, gate)
     ops = torch.ops.da_ops
     torch.library.opcheck(ops.residual_forward.default, forward)
+    torch.library.opcheck(ops.residual_forward_.default, (tail.u.clone(), *forward[1:]))
     out, mean, var, *maps = ops.residual_forward(*forward)
     if not batch:
         mean, var = tail.norm.mean, tail.norm.var
     weight, bias, *_, eps = tail.norm
     norm = (weight, bias, mean, var, batch, eps)
-    backward = (tail.dout, out, tail.u, *norm, *parameters, *maps, order, gate)
+    backward = (tail.dout, out, tail.u, *norm, *parameters, *maps, shortcut, order, gate)
     torch.library.opcheck(ops.residual_backward.default, backward)
 
 

@@ -26,7 +26,8 @@ def _forget(fused_cpu):
 
 def one_by_one(u, shortcut, norm, attention):
     x = norm(u)
-    return torch.relu((x if attention is None else attention(x)) + shortcut)
+    x = x if attention is None else attention(x)
+    return torch.relu(x if shortcut is None else x + shortcut)
 
 
 def tensors(shape=(3, 6, 7, 8), dtype=torch.float64, layout="contiguous", requires_grad=True):
@@ -70,7 +71,7 @@ def assert_same(u, shortcut, dout, norm, attention, *, fused=True, steps=2):
             parameters = [
                 p for m in modules if m is not None for p in m.parameters() if p.requires_grad
             ]
-            inputs = [t for t in (u, shortcut, *parameters) if t.requires_grad]
+            inputs = [t for t in (u, shortcut, *parameters) if t is not None and t.requires_grad]
             gradients = torch.autograd.grad(out, inputs, dout) if inputs else ()
             buffers = list(modules[0].buffers())
             found.append([out, *gradients, *buffers])
@@ -96,6 +97,14 @@ def assert_same(u, shortcut, dout, norm, attention, *, fused=True, steps=2):
 def test_norms(attention, options, training, layout):
     norm = norm_of(**options).train(training)
     assert_same(*tensors(layout=layout), norm, layer_of() if attention else None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("attention", [True, False])
+def test_without_a_shortcut(attention, training, layout):
+    u, _, dout = tensors(layout=layout)
+    assert_same(u, None, dout, norm_of().train(training), layer_of() if attention else None)
 
 
 def test_running_statistics_are_the_same_in_every_run():

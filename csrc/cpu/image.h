@@ -137,14 +137,15 @@ class Image {
     });
   }
 
-  // out = relu(x spatial_mask + shortcut), x with the channel mask in it. An image `ahead` is
-  // fetched meanwhile.
+  // out = relu(x spatial_mask + shortcut), x with the channel mask in it. The shortcut may be null,
+  // and out be u. An image `ahead` is fetched meanwhile.
   void rectify(const T* u, const T* shortcut, const T* ahead, T* out, const Affine<A>& x,
                const A* spatial_mask) {
     each_slab([&](int64_t r, int64_t n) {
       const int64_t at = r * p_.cols();
-      kernels_.residual.rectify(u + at, shortcut + at, ahead ? ahead + at : nullptr, out + at, n,
-                                p_.cols(), p_.channels_last, from(x, r), of_pixels(spatial_mask, r),
+      const auto from_row = [&](const T* image) { return image ? image + at : nullptr; };
+      kernels_.residual.rectify(u + at, from_row(shortcut), from_row(ahead), out + at, n, p_.cols(),
+                                p_.channels_last, from(x, r), of_pixels(spatial_mask, r),
                                 plan_.stores);
     });
   }

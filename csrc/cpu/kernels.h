@@ -95,12 +95,14 @@ struct ResidualKernels {
                  bool channels_last, const A* row_weight, const A* col_weight, A* row_sums,
                  A* col_sums, Rows how);
 
-  // out = relu(x mask[p] + shortcut). What lies at `ahead`, as large as u, is fetched meanwhile.
+  // out = relu(x mask[p] + shortcut), without the sum where `shortcut` is null; out may be u. What
+  // lies at `ahead`, as large as u, is fetched meanwhile.
   void (*rectify)(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
                   bool channels_last, const Affine<A>& x, const A* mask, Stores stores);
 
   void (*gradients)(const Gradients<T>& call);
 
+  // du may be d.
   void (*combine)(const T* d, const T* u, T* du, int64_t rows, int64_t cols, bool channels_last,
                   const ResidualTerms<A>& terms, Stores stores);
 };

@@ -222,11 +222,18 @@ void reduce(const T* x, const T* dy, const T* ahead, int64_t rows, int64_t cols,
 }
 
 // A few rows of `out`, which share what they read of the columns: row(q, read) is a row's vector at
-// column q, and read(in) loads a row of its arguments there.
+// column q, and read(in) loads a row of its arguments there. `out` may be one of these: the last
+// vector, which shares elements with the one before, is made first.
 template <bool kStream, class T, class... Rows>
 DA_INLINE void map_block(T* out, int64_t cols, const Tail<T>& tail, Rows... row) {
   using V = vec<accumulate_t<T>>;
   constexpr int64_t lanes = Vector<accumulate_t<T>>::lanes;
+  V last[sizeof...(row)];
+  if (tail.n) {
+    const auto read = [&](const T* in) DA_LAMBDA_INLINE { return tail.read(in); };
+    int64_t at = 0;
+    ((last[at++] = row(tail.begin, read)), ...);
+  }
   for (int64_t q = 0; q < tail.full; q += lanes) {
     const auto read = [=](const T* in) DA_LAMBDA_INLINE { return load(in + q); };
     const V results[] = {row(q, read)...};
@@ -237,10 +244,8 @@ DA_INLINE void map_block(T* out, int64_t cols, const Tail<T>& tail, Rows... row)
     }
   }
   if (tail.n) {
-    const auto read = [&](const T* in) DA_LAMBDA_INLINE { return tail.read(in); };
-    const V results[] = {row(tail.begin, read)...};
     int64_t at = 0;
-    for (const V& result : results) tail.write(out + at++ * cols, result);
+    for (const V& result : last) tail.write(out + at++ * cols, result);
   }
 }
 

@@ -1,5 +1,5 @@
-// The CPU kernels behind da_ops::residual_forward and da_ops::residual_backward; the work is in
-// residual.cpp.
+// The CPU kernels behind da_ops::residual_forward, da_ops::residual_forward_ and
+// da_ops::residual_backward; the work is in residual.cpp.
 #include "residual.h"
 
 #include <cmath>
@@ -28,27 +28,27 @@ Norm<A> norm_of(const Problem& p, const Parameter& weight, const Parameter& bias
   return norm;
 }
 
-ResidualOutputs residual_forward_cpu(const Tensor& u, const Tensor& shortcut,
-                                     const Parameter& norm_weight, const Parameter& norm_bias,
-                                     const Parameter& norm_mean, const Parameter& norm_var,
-                                     double eps, const Parameter& conv_weight,
-                                     const Parameter& dilated_weight, const Parameter& merge_weight,
-                                     const Parameter& spatial_bias, const Parameter& gate_weight,
-                                     const Parameter& gate_bias, const std::string& order,
-                                     const std::string& gate) {
-  const Arguments given{conv_weight,  dilated_weight, merge_weight,
-                        spatial_bias, gate_weight,    gate_bias};
+struct GivenNorm {
+  const Parameter &weight, &bias, &mean, &var;
+  double eps;
+};
+
+// Writes to `out`, which may be u.
+ResidualOutputs forward_into(const Tensor& out, const Tensor& u, const Parameter& shortcut,
+                             const GivenNorm& given_norm, const Arguments& given,
+                             const std::string& order, const std::string& gate) {
   const Problem p = describe_residual(u, given, order, gate);
-  check_like(p, shortcut, u, "shortcut");
-  STD_TORCH_CHECK(norm_mean.has_value() == norm_var.has_value(),
-                  "da_ops: norm_mean and norm_var go together");
+  check_shortcut(p, shortcut, u);
+  check_statistics(given_norm.mean, given_norm.var);
   return with_storage(u.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
     const Converted<A> converted(p, given);
-    const Plan plan = plan_here(p, false, 3);
     const T* data = static_cast<const T*>(u.const_data_ptr());
-    const bool batch = !norm_mean;
+    T* const result = static_cast<T*>(out.mutable_data_ptr());
+    Plan plan = plan_here(p, false, shortcut ? 3 : 2);
+    if (result == data) plan.stores = Stores::cached;  // what is overwritten has been fetched
+    const bool batch = !given_norm.mean;
     Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
     Tensor var = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
     if (batch) {
@@ -57,17 +57,43 @@ ResidualOutputs residual_forward_cpu(const Tensor& u, const Tensor& shortcut,
       std::copy(means.begin(), means.end(), static_cast<A*>(mean.mutable_data_ptr()));
       std::copy(variances.begin(), variances.end(), static_cast<A*>(var.mutable_data_ptr()));
     }
-    const Norm<A> norm = norm_of<A>(p, norm_weight, norm_bias, batch ? mean : *norm_mean,
-                                    batch ? var : *norm_var, eps);
-    Tensor out = allocate_like(u);
+    const Norm<A> norm =
+        norm_of<A>(p, given_norm.weight, given_norm.bias, batch ? mean : *given_norm.mean,
+                   batch ? var : *given_norm.var, given_norm.eps);
     Tensor channel_mean = allocate_channel_mean(p, u), pooled = allocate_pooled(p, u);
     residual_forward<T>(p, plan, kPool, norm, converted.weights, data,
-                        static_cast<const T*>(shortcut.const_data_ptr()),
-                        static_cast<T*>(out.mutable_data_ptr()),
-                        static_cast<A*>(channel_mean.mutable_data_ptr()),
+                        shortcut ? static_cast<const T*>(shortcut->const_data_ptr()) : nullptr,
+                        result, static_cast<A*>(channel_mean.mutable_data_ptr()),
                         static_cast<A*>(pooled.mutable_data_ptr()));
     return ResidualOutputs{out, mean, var, channel_mean, pooled};
   });
+}
+
+ResidualOutputs residual_forward_cpu(const Tensor& u, const Parameter& shortcut,
+                                     const Parameter& norm_weight, const Parameter& norm_bias,
+                                     const Parameter& norm_mean, const Parameter& norm_var,
+                                     double eps, const Parameter& conv_weight,
+                                     const Parameter& dilated_weight, const Parameter& merge_weight,
+                                     const Parameter& spatial_bias, const Parameter& gate_weight,
+                                     const Parameter& gate_bias, const std::string& order,
+                                     const std::string& gate) {
+  return forward_into(
+      allocate_like(u), u, shortcut, {norm_weight, norm_bias, norm_mean, norm_var, eps},
+      {conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias}, order,
+      gate);
+}
+
+std::tuple<Tensor, Tensor> residual_forward_in_place_cpu(
+    const Tensor& u, const Parameter& shortcut, const Parameter& norm_weight,
+    const Parameter& norm_bias, const Parameter& norm_mean, const Parameter& norm_var, double eps,
+    const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
+    const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
+    const std::string& order, const std::string& gate) {
+  const ResidualOutputs outputs = forward_into(
+      u, u, shortcut, {norm_weight, norm_bias, norm_mean, norm_var, eps},
+      {conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias}, order,
+      gate);
+  return {std::get<1>(outputs), std::get<2>(outputs)};
 }
 
 ResidualInputGradients residual_backward_cpu(
@@ -75,7 +101,7 @@ ResidualInputGradients residual_backward_cpu(
     const Parameter& norm_bias, const Tensor& mean, const Tensor& var, bool batch, double eps,
     const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
     const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
-    const Tensor& channel_mean, const Tensor& pooled, const std::string& order,
+    const Tensor& channel_mean, const Tensor& pooled, bool with_shortcut, const std::string& order,
     const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
@@ -89,25 +115,26 @@ ResidualInputGradients residual_backward_cpu(
     const auto map = [](const Tensor& of) { return static_cast<const A*>(of.const_data_ptr()); };
     const Converted<A> converted(p, given);
     const Norm<A> norm = norm_of<A>(p, norm_weight, norm_bias, mean, var, eps);
-    Tensor du = allocate_like(u), d_shortcut = allocate_like(u);
+    // Without a shortcut d has no reader but du, which takes its place.
+    Tensor du = allocate_like(u), d = with_shortcut ? allocate_like(u) : du;
     std::vector<double> d_weight(p.c), d_bias(p.c);
     const GradientValues values(p);
     residual_backward<T>(
         p, plan_here(p, true, 5), kPool, norm, converted.weights,
         {data(dout), data(out), data(u), map(channel_mean), map(pooled), batch},
-        {static_cast<T*>(du.mutable_data_ptr()), static_cast<T*>(d_shortcut.mutable_data_ptr()),
+        {static_cast<T*>(du.mutable_data_ptr()), static_cast<T*>(d.mutable_data_ptr()),
          d_weight.data(), d_bias.data(), values.places});
-    const Parameters<Tensor> d = values.tensors(given, u);
+    const Parameters<Tensor> parameters = values.tensors(given, u);
     return ResidualInputGradients{du,
-                                  d_shortcut,
+                                  with_shortcut ? d : allocate_gradient({}, u),
                                   gradient(norm_weight, u, d_weight.data()),
                                   gradient(norm_bias, u, d_bias.data()),
-                                  d.conv,
-                                  d.dilated,
-                                  d.merge,
-                                  d.spatial_bias,
-                                  d.gate,
-                                  d.gate_bias};
+                                  parameters.conv,
+                                  parameters.dilated,
+                                  parameters.merge,
+                                  parameters.spatial_bias,
+                                  parameters.gate,
+                                  parameters.gate_bias};
   });
 }
 
@@ -115,6 +142,7 @@ ResidualInputGradients residual_backward_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CPU, m) {
   m.impl("residual_forward", TORCH_BOX(&residual_forward_cpu));
+  m.impl("residual_forward_", TORCH_BOX(&residual_forward_in_place_cpu));
   m.impl("residual_backward", TORCH_BOX(&residual_backward_cpu));
 }
 

@@ -88,7 +88,8 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     // drive u out of the second cache, and the last pass the next u: to write takes it longer than
     // to read.
     const T* ahead = nullptr;
-    const T* soon = size * int64_t(sizeof(T)) <= kHalfOfCache ? shortcut + n * size : nullptr;
+    const T* to_add = shortcut ? shortcut + n * size : nullptr;
+    const T* soon = size * int64_t(sizeof(T)) <= kHalfOfCache ? to_add : nullptr;
     const bool sums = problem.order != Order::none;
     const T* next = sums && n + 1 < problem.n ? un + size : nullptr;
     for (const Pass& pass : schedule(problem.order, false)) {
@@ -97,8 +98,7 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
                                 pass.sums.pixels ? sums_by_pixel : nullptr,
                                 pass.sums.channels ? sums_by_channel : nullptr, ahead);
       else
-        image.rectify(un, shortcut + n * size, next, out + n * size, {centre, scale, bias},
-                      by_pixel);
+        image.rectify(un, to_add, next, out + n * size, {centre, scale, bias}, by_pixel);
       const A weight = pass.sums.channels ? sum_of(by_pixel, pixels) / pixels : 0;
       if (pass.complete.pixels) {
         A* m = channel_mean + n * pixels;

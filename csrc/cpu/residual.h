@@ -1,5 +1,5 @@
 // The residual tail over a whole batch, out = relu(DA(batch_norm(u)) + shortcut), in residual.cpp.
-// Free of torch.
+// The shortcut may be null, and nothing is added then. Free of torch.
 #pragma once
 
 #include <vector>
@@ -23,7 +23,8 @@ template <class T>
 void statistics(const Problem& problem, const Plan& plan, const Pool& pool, const T* u,
                 double* mean, double* variance);
 
-// out and, for the orders that have them, channel_mean [n, h, w] and the pooled u - mean [n, c].
+// out, which may be u, and, for the orders that have them, channel_mean [n, h, w] and the pooled
+// u - mean [n, c].
 template <class T>
 void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool,
                       const Norm<accumulate_t<T>>& norm, const Weights<accumulate_t<T>>& weights,
@@ -37,7 +38,8 @@ struct ResidualCall {
   bool batch;                                   // the norm's statistics are the batch's
 };
 
-// Gradients of u and the shortcut, of the norm's weight and bias, [c], and of the parameters.
+// Gradients of u and the shortcut, of the norm's weight and bias, [c], and of the parameters. du
+// may be where d_shortcut is, of a call without a shortcut.
 template <class T>
 struct ResidualGradients {
   T *du, *d_shortcut;

@@ -145,7 +145,7 @@ DA_INLINE vec<A> relu(vec<A> v) {
   return v < 0 ? vec<A>{} : v;
 }
 
-template <bool kChannelsLast, class T, class A = accumulate_t<T>>
+template <bool kChannelsLast, bool kShortcut, class T, class A = accumulate_t<T>>
 void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
                   const Affine<A>& x, const A* mask, Stores stores) {
   map_rows(out, rows, cols, stores, Rows::singly, [=](int64_t r) DA_LAMBDA_INLINE {
@@ -156,7 +156,8 @@ void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t
          mask = by_pixel<kChannelsLast>(mask, r)](int64_t q, auto read) DA_LAMBDA_INLINE {
           fetch(ahead + q);
           const auto value = (read(u) - centre(q)) * scale(q) + bias(q);
-          return relu<A>(value * mask(q) + read(shortcut));
+          if constexpr (kShortcut) return relu<A>(value * mask(q) + read(shortcut));
+          return relu<A>(value * mask(q));
         };
   });
 }
@@ -164,8 +165,11 @@ void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t
 template <class T, class A = accumulate_t<T>>
 void rectify(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
              bool channels_last, const Affine<A>& x, const A* mask, Stores stores) {
-  const auto all = channels_last ? rectify_rows<true, T> : rectify_rows<false, T>;
-  all(u, shortcut, ahead ? ahead : shortcut, out, rows, cols, x, mask, stores);
+  const auto all = channels_last
+                       ? shortcut ? rectify_rows<true, true, T> : rectify_rows<true, false, T>
+                   : shortcut ? rectify_rows<false, true, T>
+                              : rectify_rows<false, false, T>;
+  all(u, shortcut, ahead ? ahead : next_rows(u, cols), out, rows, cols, x, mask, stores);
 }
 
 // The first read of backward, of row r. It has sums of its own, and adds to those of the columns:

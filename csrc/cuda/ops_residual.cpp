@@ -61,7 +61,7 @@ class NormTensors {
   std::vector<Tensor> copies_;
 };
 
-ResidualOutputs residual_forward_cuda(const Tensor& u, const Tensor& shortcut,
+ResidualOutputs residual_forward_cuda(const Tensor& u, const Parameter& shortcut,
                                       const Parameter& norm_weight, const Parameter& norm_bias,
                                       const Parameter& norm_mean, const Parameter& norm_var,
                                       double eps, const Parameter& conv_weight,
@@ -72,9 +72,8 @@ ResidualOutputs residual_forward_cuda(const Tensor& u, const Tensor& shortcut,
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
   const Problem p = describe_residual(u, given, order, gate);
-  check_like(p, shortcut, u, "shortcut");
-  STD_TORCH_CHECK(norm_mean.has_value() == norm_var.has_value(),
-                  "da_ops: norm_mean and norm_var go together");
+  check_shortcut(p, shortcut, u);
+  check_statistics(norm_mean, norm_var);
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   const bool batch = !norm_mean;
   const Addresses parameters(p, u, given);
@@ -83,10 +82,10 @@ ResidualOutputs residual_forward_cuda(const Tensor& u, const Tensor& shortcut,
   Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
   Tensor var = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
   Tensor channel_mean = allocate_channel_mean(p, u), pooled = allocate_pooled(p, u);
-  const TailPlan& plan = planned(p, batch, u, aligned({&u, &shortcut, &out}));
+  const TailPlan& plan = planned(p, batch, u, aligned({&u, shortcut ? &*shortcut : &u, &out}));
   Tensor workspace = allocate(u, {plan.forward.workspace.elements}, accumulation_type(u));
   TailPointers at{};
-  at.u = u.const_data_ptr(), at.shortcut = shortcut.const_data_ptr();
+  at.u = u.const_data_ptr(), at.shortcut = shortcut ? shortcut->const_data_ptr() : nullptr;
   at.result = out.mutable_data_ptr();
   at.channel_mean = channel_mean.mutable_data_ptr(), at.pooled = pooled.mutable_data_ptr();
   at.weight = of_norm(norm_weight), at.bias = of_norm(norm_bias);
@@ -104,7 +103,7 @@ ResidualInputGradients residual_backward_cuda(
     const Parameter& norm_bias, const Tensor& mean, const Tensor& var, bool batch, double eps,
     const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
     const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
-    const Tensor& channel_mean, const Tensor& pooled, const std::string& order,
+    const Tensor& channel_mean, const Tensor& pooled, bool with_shortcut, const std::string& order,
     const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
@@ -137,7 +136,7 @@ ResidualInputGradients residual_backward_cuda(
   at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(u);
   require(run_tail(p, plan, Way::backward, at));
   return {du,
-          d_shortcut,
+          with_shortcut ? d_shortcut : allocate_gradient({}, u),
           d_weight,
           d_bias,
           gradients.conv,

@@ -91,8 +91,10 @@ class Backend:
     not come to them, unless ``checks`` says that they refuse it, too. ``plan(call)`` says what they
     will do. ``residual_forward`` and ``residual_backward`` are those of the residual tail, the
     operators of these names; None where the backend has none, and "auto" takes the next one that
-    has them. ``residual_plan(call, mode)`` is their plan, the mode one of ``tail.MODES``; None
-    where they make the passes of ``tail.tail_walks``, and each moves all that it reads and writes.
+    has them. ``residual_forward_`` writes ``out`` over ``u``, so that less memory is touched; None
+    where that gains nothing. ``residual_plan(call, mode)`` is their plan, the mode one of
+    ``tail.MODES``; None where they make the passes of ``tail.tail_walks``, and each moves all that
+    it reads and writes.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
     run on the devices that are there; it is asked once there is a tensor on one. ``for_auto`` is
@@ -113,6 +115,7 @@ class Backend:
     explicit_only: str | None = None  # why "auto" does not take it
     for_auto: Backend | None = None
     residual_forward: Callable[..., tuple[Tensor, ...]] | None = None
+    residual_forward_: Callable[..., tuple[Tensor, Tensor]] | None = None
     residual_backward: Callable[..., tuple[Tensor, ...]] | None = None
     residual_plan: Callable[[Call, str], Plan] | None = None
 

@@ -58,6 +58,7 @@ BACKEND = Backend(
     _plan,
     checks=True,
     residual_forward=native.residual_forward,
+    residual_forward_=native.residual_forward_,
     residual_backward=native.residual_backward,
     residual_plan=_residual_plan,
 )

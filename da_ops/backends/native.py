@@ -98,6 +98,11 @@ def residual_forward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.da_ops.residual_forward.default(*arguments)
 
 
+def residual_forward_(*arguments: Any) -> tuple[Tensor, Tensor]:
+    mean, var = torch.ops.da_ops.residual_forward_.default(*arguments)
+    return mean, var
+
+
 def residual_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.da_ops.residual_backward.default(*arguments)
 
@@ -132,7 +137,7 @@ def fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def fake_residual_forward(
     u: Tensor,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_mean: Tensor | None,
@@ -149,6 +154,10 @@ def fake_residual_forward(
     return torch.empty_like(u), mean, var, channel_mean, pooled
 
 
+def fake_residual_forward_(u: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return fake_residual_forward(u, *args)[1:3]
+
+
 def fake_residual_backward(
     dout: Tensor,
     out: Tensor,
@@ -161,10 +170,10 @@ def fake_residual_backward(
     eps: float,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    parameters = (norm_weight, norm_bias, *args[:6])
+    parameters, with_shortcut = (norm_weight, norm_bias, *args[:6]), args[8]
     return (
         torch.empty_like(u),
-        torch.empty_like(u),
+        torch.empty_like(u) if with_shortcut else u.new_empty(0),
         *(u.new_empty(0) if p is None else empty_gradient(p) for p in parameters),
     )
 
@@ -222,7 +231,7 @@ def flops_residual_forward(u: torch.Size, *args: Any, **kwargs: Any) -> int:
 def flops_residual_backward(
     dout: torch.Size, out: torch.Size, u: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
-    conv_weight, gate_weight, gate = args[6], args[10], args[15]
+    conv_weight, gate_weight, gate = args[6], args[10], args[16]
     return 2 * _flops(u, conv_weight, gate_weight, gate)
 
 
@@ -239,9 +248,11 @@ def _describe() -> None:
     torch.library.register_fake("da_ops::forward", fake_forward)
     torch.library.register_fake("da_ops::backward", fake_backward)
     torch.library.register_fake("da_ops::residual_forward", fake_residual_forward)
+    torch.library.register_fake("da_ops::residual_forward_", fake_residual_forward_)
     torch.library.register_fake("da_ops::residual_backward", fake_residual_backward)
     ops = torch.ops.da_ops
     register_flop_formula(ops.forward)(flops_forward)
     register_flop_formula(ops.backward)(flops_backward)
     register_flop_formula(ops.residual_forward)(flops_residual_forward)
+    register_flop_formula(ops.residual_forward_)(flops_residual_forward)
     register_flop_formula(ops.residual_backward)(flops_residual_backward)

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
-from ..residual.functional import tail
+from ..residual.functional import makes_anew, rectified, tail
 
 
-class _Added:
-    """Of both blocks: the branch with attention, and the shortcut."""
+class _Block:
+    """Of both blocks: one module after the other, or what is fused."""
 
     fused = False
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._one_by_one(x)
+        else:  # TorchScript compiles code after a return, but not this branch
+            return self._fused(x) if self.fused else self._one_by_one(x)
 
     def _added(self: Any, out: Tensor, x: Tensor) -> Tensor:
         if self.attention is not None:
@@ -24,37 +30,41 @@ class _Added:
         # Not in place: a hook may have kept the attention's result.
         return out + (x if self.downsample is None else self.downsample(x))
 
+    def _tail(self: Any, conv: nn.Module, out: Tensor, norm: nn.Module, x: Tensor) -> Tensor:
+        u = conv(out)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        new = makes_anew(conv)
+        return tail(u, shortcut, norm, self.attention, self.relu, overwrite=new)
 
-class BasicBlock(_Added, tv.BasicBlock):
+
+class BasicBlock(_Block, tv.BasicBlock):
     """torchvision's, with ``attention``, which may be None, at the end of the residual branch.
 
-    Where it is ``fused``, the last norm, attention, addition and ReLU are one operator.
+    Where it is ``fused``, each norm and ReLU are one operator, with attention and addition between
+    them in the last.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.conv2(self.relu(self.bn1(self.conv1(x))))
-        if torch.jit.is_scripting():
-            return self.relu(self._added(self.bn2(u), x))
-        else:  # TorchScript compiles code after a return, but not this branch
-            if not self.fused:
-                return self.relu(self._added(self.bn2(u), x))
-            shortcut = x if self.downsample is None else self.downsample(x)
-            return tail(u, shortcut, self.bn2, self.attention, self.relu)
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self._added(self.bn2(self.conv2(out)), x))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        out = rectified(self.conv1, x, self.bn1, self.relu)
+        return self._tail(self.conv2, out, self.bn2, x)
 
 
-class Bottleneck(_Added, tv.Bottleneck):
+class Bottleneck(_Block, tv.Bottleneck):
     """torchvision's, as :class:`BasicBlock` is."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _one_by_one(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        u = self.conv3(self.relu(self.bn2(self.conv2(out))))
-        if torch.jit.is_scripting():
-            return self.relu(self._added(self.bn3(u), x))
-        else:  # TorchScript compiles code after a return, but not this branch
-            if not self.fused:
-                return self.relu(self._added(self.bn3(u), x))
-            shortcut = x if self.downsample is None else self.downsample(x)
-            return tail(u, shortcut, self.bn3, self.attention, self.relu)
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.relu(self._added(self.bn3(self.conv3(out)), x))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        out = rectified(self.conv1, x, self.bn1, self.relu)
+        out = rectified(self.conv2, out, self.bn2, self.relu)
+        return self._tail(self.conv3, out, self.bn3, x)
 
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {

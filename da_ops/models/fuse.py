@@ -1,4 +1,4 @@
-"""The tails of residual blocks as one operator each."""
+"""The tails of residual blocks, and the norms and ReLUs before them, as one operator each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def fuse(model: nn.Module) -> nn.Module:
     """Compute the tail of every residual block of ``model`` as one operator, in place.
 
     The last norm of a block, DA if it is there, the addition and the ReLU become a call of
-    :func:`da_ops.residual_attention`: the same result to rounding, with fewer passes over memory.
+    :func:`da_ops.residual_attention`, and so do the norms and ReLUs before: the same result to
+    rounding, with fewer passes over memory. On a CPU, without gradients, it takes the place of what
+    the convolution made, if that has no hooks.
     Modules, parameters, state-dict keys, hooks and references stay as they are. While one of these
     modules has hooks, and under FX, TorchScript, tracing and export, a block calls them one by one.
 

@@ -8,13 +8,21 @@ import torch
 from timm.models import resnet as timm
 from torch import Tensor, nn
 
-from ..residual.functional import tail
+from ..residual.functional import makes_anew, rectified, tail
 
 
-class _Added:
-    """Of both blocks: the branch with attention, and the shortcut."""
+class _Block:
+    """Of both blocks: one module after the other, or what is fused."""
 
     fused = False
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._one_by_one(x)
+        else:  # TorchScript compiles code after a return, but not this branch
+            # FX, which brings no tensors, is to see every module.
+            fused = self.fused and self.drop_path is None and isinstance(x, Tensor)
+            return self._fused(x) if fused else self._one_by_one(x)
 
     def _added(self: Any, out: Tensor, x: Tensor) -> Tensor:
         if self.se is not None:
@@ -23,39 +31,49 @@ class _Added:
             out = self.drop_path(out)
         return out + (x if self.downsample is None else self.downsample(x))
 
+    def _dropped(self: Any, conv: nn.Module, x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
+        if type(self.drop_block) is nn.Identity:
+            return rectified(conv, x, norm, act)
+        return act(self.drop_block(norm(conv(x))))
 
-class BasicBlock(_Added, timm.BasicBlock):
-    """timm's; where it is ``fused``, the last norm, attention, addition and ReLU are one operator.
+    def _tail(
+        self: Any, conv: nn.Module, out: Tensor, norm: nn.Module, act: nn.Module, x: Tensor
+    ) -> Tensor:
+        u = conv(out)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return tail(u, shortcut, norm, self.se, act, overwrite=makes_anew(conv))
+
+
+class BasicBlock(_Block, timm.BasicBlock):
+    """timm's; where it is ``fused``, each norm and ReLU are one operator, with attention and
+    addition between them in the last.
 
     It writes over nothing that a hook may have kept.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _one_by_one(self, x: Tensor) -> Tensor:
         out = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
-        u = self.conv2(out)
-        if torch.jit.is_scripting():
-            return self.act2(self._added(self.bn2(u), x))
-        else:  # TorchScript compiles code after a return, but not this branch
-            if not self.fused or self.drop_path is not None:
-                return self.act2(self._added(self.bn2(u), x))
-            shortcut = x if self.downsample is None else self.downsample(x)
-            return tail(u, shortcut, self.bn2, self.se, self.act2)
+        return self.act2(self._added(self.bn2(self.conv2(out)), x))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        out = self._dropped(self.conv1, x, self.bn1, self.act1)
+        out = self.aa(out)  # type: ignore[misc]
+        return self._tail(self.conv2, out, self.bn2, self.act2, x)
 
 
-class Bottleneck(_Added, timm.Bottleneck):
+class Bottleneck(_Block, timm.Bottleneck):
     """timm's, as :class:`BasicBlock` is."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _one_by_one(self, x: Tensor) -> Tensor:
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(out)))))  # type: ignore[misc]
-        u = self.conv3(out)
-        if torch.jit.is_scripting():
-            return self.act3(self._added(self.bn3(u), x))
-        else:  # TorchScript compiles code after a return, but not this branch
-            if not self.fused or self.drop_path is not None:
-                return self.act3(self._added(self.bn3(u), x))
-            shortcut = x if self.downsample is None else self.downsample(x)
-            return tail(u, shortcut, self.bn3, self.se, self.act3)
+        return self.act3(self._added(self.bn3(self.conv3(out)), x))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        out = rectified(self.conv1, x, self.bn1, self.act1)
+        out = self._dropped(self.conv2, out, self.bn2, self.act2)
+        out = self.aa(out)  # type: ignore[misc]
+        return self._tail(self.conv3, out, self.bn3, self.act3, x)
 
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {

@@ -20,11 +20,12 @@ class ResidualFunction(torch.autograd.Function):
     gate, backend, track=None) -> (out, mean, var)``, the residual tail with its hand-written
     backward.
 
-    ``mean`` and ``var`` (biased) are the batch's where ``norm_mean`` and ``norm_var`` are None, and
-    else empty. The six parameters are those of :class:`da_ops.DAFunction`, all None with the order
-    "none", which leaves attention out. ``track(mean, var)`` is called within forward: checkpointing
-    stops to compute again as soon as what is kept is there, and running statistics come before
-    that, as with ``nn.BatchNorm2d``. Between forward and backward it keeps ``u``, ``out``, the
+    The shortcut may be None. ``mean`` and ``var`` (biased) are the batch's where ``norm_mean`` and
+    ``norm_var`` are None, and else empty. The six parameters are those of
+    :class:`da_ops.DAFunction`, all None with the order "none", which leaves attention out.
+    ``track(mean, var)`` is called within forward: checkpointing stops to compute again as soon as
+    what is kept is there, and running statistics come before that, as with ``nn.BatchNorm2d``.
+    Between forward and backward it keeps ``u``, ``out``, the
     parameters and small maps.
     """
 
@@ -32,7 +33,7 @@ class ResidualFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         u: Tensor,
-        shortcut: Tensor,
+        shortcut: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         norm_mean: Tensor | None,
@@ -46,7 +47,7 @@ class ResidualFunction(torch.autograd.Function):
         out, mean, var, channel_mean, pooled = results
         parameters, (order, gate) = rest[:6], rest[6:8]
         batch = norm_mean is None
-        ctx.options = order, gate, served, eps, batch
+        ctx.options = order, gate, served, eps, batch, shortcut is not None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
         statistics = (mean, var) if batch else (norm_mean, norm_var)
@@ -60,7 +61,7 @@ class ResidualFunction(torch.autograd.Function):
         nothing = (None,) * 4  # the order, the gate, the backend, track
         if dout is None:
             return (None,) * 13 + nothing
-        order, gate, served, eps, batch = ctx.options
+        order, gate, served, eps, batch, with_shortcut = ctx.options
         u, out, weight, bias, mean, var, *parameters, channel_mean, pooled = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             norm = Norm(weight, bias, None if batch else mean, None if batch else var, eps)
@@ -69,30 +70,39 @@ class ResidualFunction(torch.autograd.Function):
         else:
             found = served.residual_backward(
                 like(dout, u), out, u, weight, bias, mean, var, batch, eps, *parameters,
-                channel_mean, pooled, order, gate,
+                channel_mean, pooled, with_shortcut, order, gate,
             )  # fmt: skip
             given = (u, u, weight, bias, *parameters)
             found = tuple(None if t is None else g for g, t in zip(found, given))
         du, d_shortcut, d_weight, d_bias, *d_parameters = found
+        if not with_shortcut:
+            d_shortcut = None
         return (du, d_shortcut, d_weight, d_bias, None, None, None, *d_parameters, *nothing)
 
 
-def _compute(u: Tensor, shortcut: Tensor, *rest: Any) -> tuple[Backend, tuple[Tensor, ...]]:
+def _compute(
+    u: Tensor, shortcut: Tensor | None, *rest: Any, overwrite: bool = False
+) -> tuple[Backend, tuple[Tensor, ...]]:
     """The backend that serves :class:`ResidualFunction`'s arguments, ``u`` being dense, and its
-    results."""
+    results. To ``overwrite`` lets ``out`` take the place of ``u``, and then there are no maps."""
     arguments, (backend, *track) = rest[:13], rest[13:]
     served = CHOICE.for_tails(backend, u.device.type)
     assert served.residual_forward is not None  # residual_attention asked
-    results = served.residual_forward(u, like(shortcut, u), *arguments)
+    shortcut = None if shortcut is None else like(shortcut, u)
+    results: tuple[Tensor, ...]
+    if overwrite and served.residual_forward_ is not None:
+        results = (u, *served.residual_forward_(u, shortcut, *arguments))
+    else:
+        results = served.residual_forward(u, shortcut, *arguments)
     for update in filter(None, track):
         update(*results[1:3])
     return served, results
 
 
-def without_gradients(u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """The same results as ``ResidualFunction.apply``, and the maps, in a call that autograd does
-    not record: where caches are cold, its own part takes a small call longer than the kernel."""
-    return _compute(dense(u), *rest)[1]
+def without_gradients(u: Tensor, *rest: Any, overwrite: bool) -> tuple[Tensor, ...]:
+    """The same results as ``ResidualFunction.apply``, in a call that autograd does not record:
+    where caches are cold, its own part takes a small call longer than the kernel."""
+    return _compute(dense(u), *rest, overwrite=overwrite)[1]
 
 
 fused = ResidualFunction.apply
@@ -100,7 +110,7 @@ fused = ResidualFunction.apply
 # One node to Dynamo, as da_ops::attention is.
 _library = torch.library.Library("da_ops", "FRAGMENT")
 _library.define(
-    "residual(Tensor u, Tensor shortcut, Tensor? norm_weight, Tensor? norm_bias, "
+    "residual(Tensor u, Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? norm_mean, Tensor? norm_var, float eps, Tensor? conv_weight, Tensor? dilated_weight, "
     "Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, "
     "str order, str gate, str backend) -> (Tensor out, Tensor mean, Tensor var)"

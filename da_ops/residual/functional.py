@@ -25,7 +25,7 @@ _told: set[str] = set()  # reasons
 
 
 def residual_attention(
-    u: Tensor, shortcut: Tensor, norm: nn.Module, attention: DAModule | None
+    u: Tensor, shortcut: Tensor | None, norm: nn.Module, attention: DAModule | None
 ) -> Tensor:
     """``relu(attention(norm(u)) + shortcut)``, the tail of a residual branch, as one operator.
 
@@ -38,10 +38,11 @@ def residual_attention(
 
     Args:
         u: ``[N, C, H, W]``, what the branch's last convolution gives.
-        shortcut: as ``u``.
+        shortcut: as ``u``, or None where nothing is added.
         norm: an ``nn.BatchNorm2d`` or torchvision's ``FrozenBatchNorm2d`` over C channels, in
             training or in evaluation. Its running statistics are updated as it would do itself.
-        attention: the layer, or None for norm, addition and ReLU alone.
+        attention: the layer, or None for norm, addition and ReLU alone; with a shortcut of None,
+            too, norm and ReLU.
 
     Returns:
         ``[N, C, H, W]`` in the dtype and memory layout of ``u``.
@@ -54,13 +55,16 @@ def residual_attention(
 
 def tail(
     u: Tensor,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     norm: nn.Module,
     attention: DAModule | None,
     activation: nn.Module | None,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
     """:func:`residual_attention` in a block with an activation module of its own, which is called
-    where its hooks, or what has become of it, ask for that."""
+    where its hooks, or what has become of it, ask for that. To ``overwrite`` lets the result take
+    the place of ``u`` where there are no gradients."""
     parameters: Unnamed | None = None
     if fusible_now(u, shortcut, norm):
         parameters, reason = _fused_parameters(norm, attention, activation)
@@ -71,7 +75,8 @@ def tail(
             _tell(reason)
     if parameters is None:
         x = norm(u)
-        x = (x if attention is None else attention(x)) + shortcut
+        x = x if attention is None else attention(x)
+        x = x if shortcut is None else x + shortcut
         return torch.relu(x) if activation is None else activation(x)
     order, gate, backend = _options(attention)
     if attention is not None:
@@ -83,12 +88,23 @@ def tail(
     track = partial(_track, norm, u.numel() // u.shape[1]) if tracked else None
     arguments = u, shortcut, weight, bias, *statistics, norm.eps, *parameters, order, gate, backend
     if not torch.compiler.is_compiling():
-        call = fused if torch.is_grad_enabled() else without_gradients
-        return call(*arguments, track)[0]
+        if torch.is_grad_enabled():
+            return fused(*arguments, track)[0]
+        return without_gradients(*arguments, track, overwrite=overwrite)[0]
     out, mean, var = torch.ops.da_ops.residual.default(*arguments)
     if track is not None:
         track(mean, var)
     return out
+
+
+def rectified(conv: nn.Module, x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+    """``activation(norm(conv(x)))``, norm and ReLU as one operator."""
+    return tail(conv(x), None, norm, None, activation, overwrite=makes_anew(conv))
+
+
+def makes_anew(conv: nn.Module) -> bool:
+    """Whether nobody but who called ``conv`` sees its result."""
+    return type(conv) is nn.Conv2d and _own_ways(conv) is None
 
 
 _NONE: Unnamed = (None,) * 6
@@ -162,17 +178,20 @@ def _fused_parameters(
     if (reason := unfit(norm, attention, activation)) is not None:
         return None, reason
     for name, module in (("norm", norm), ("attention", attention), ("activation", activation)):
-        if module is None:
-            continue
-        own = module.__dict__
-        if any(own[kind] for kind in _HOOKS):
-            return None, f"the {name} has hooks"
-        if "forward" in own:
-            return None, f"the {name} has a forward of its own"
+        if module is not None and (ways := _own_ways(module)) is not None:
+            return None, f"the {name} has {ways}"
     if _has_any_global_hook():
         return None, "there are hooks on all modules"
     parameters = _NONE if attention is None else attention.fused_parameters()
     return parameters, attention.unfused() if parameters is None else None
+
+
+def _own_ways(module: nn.Module) -> str | None:
+    """What makes a call of this module more than what its class says."""
+    own = module.__dict__
+    if any(own[kind] for kind in _HOOKS):
+        return "hooks"
+    return "a forward of its own" if "forward" in own else None
 
 
 def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | None) -> str | None:
@@ -203,14 +222,13 @@ def _normalises_by_batch(norm: nn.Module, running_mean: Any) -> bool:
 
 def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
     """Whether the tensors, and the way in which the call is made, let a kernel serve."""
-    if not isinstance(u, Tensor) or type(u) is not type(shortcut) or type(u) is not Tensor:
+    if type(u) is not Tensor or not (shortcut is None or type(shortcut) is Tensor):
         return False
     if torch.jit.is_tracing() or transformed() or torch.compiler.is_exporting() or u.is_meta:
         return False
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # it imports, and is slow
         return False
-    same = u.shape == shortcut.shape and u.dtype is shortcut.dtype and u.device == shortcut.device
-    if not same or u.dim() != 4 or u.layout is not torch.strided or shortcut.layout is not u.layout:
+    if u.dim() != 4 or u.layout is not torch.strided or not _alike(u, shortcut):
         return False
     # A batch of nothing, and one value a channel, are the norm's to refuse or to take.
     if u.numel() <= u.shape[1] or u.dtype not in _DTYPES:
@@ -225,6 +243,15 @@ def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
         ):
             return False
     return True
+
+
+def _alike(u: Tensor, shortcut: Tensor | None) -> bool:
+    return shortcut is None or (
+        u.shape == shortcut.shape
+        and u.dtype is shortcut.dtype
+        and u.device == shortcut.device
+        and u.layout is shortcut.layout
+    )
 
 
 _HALF = (torch.float16, torch.bfloat16)

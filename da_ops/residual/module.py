@@ -22,8 +22,8 @@ class DAResidual(nn.Module):
         order, gate, bias, kernel_size, backend: of the layer; see :class:`da_ops.DAModule`.
         device, dtype: of the parameters.
 
-    ``forward(u, shortcut)`` takes what the last convolution gives and the shortcut, both
-    ``[N, C, H, W]``, and keeps their dtype and memory layout.
+    ``forward(u, shortcut)`` takes what the last convolution gives and the shortcut, which may be
+    None, both ``[N, C, H, W]``, and keeps their dtype and memory layout.
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class DAResidual(nn.Module):
             self.attention.channels, eps=eps, momentum=momentum, device=device, dtype=dtype
         )
 
-    def forward(self, u: Tensor, shortcut: Tensor) -> Tensor:
+    def forward(self, u: Tensor, shortcut: Tensor | None) -> Tensor:
         if torch.jit.is_scripting():
-            return torch.relu(self.attention(self.norm(u)) + shortcut)
+            x = self.attention(self.norm(u))
+            return torch.relu(x if shortcut is None else x + shortcut)
         else:  # TorchScript compiles code after a return, but not this branch
             return residual_attention(u, shortcut, self.norm, self.attention)

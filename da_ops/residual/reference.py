@@ -41,7 +41,7 @@ class Norm(NamedTuple):
 
 def forward(
     u: Tensor,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     norm: Norm,
     parameters: Parameters | None,
     order: str = "spatial_channel",
@@ -49,7 +49,8 @@ def forward(
 ) -> Tensor:
     """``relu(DA(batch_norm(u)) + shortcut)``, ``[N, C, H, W]`` in ``u``'s dtype.
 
-    Half precision is computed in float32 and rounded once. ``parameters`` are those of
+    Half precision is computed in float32 and rounded once. The shortcut may be None, and nothing is
+    added then. ``parameters`` are those of
     :func:`da_ops.da_attention`; None leaves attention out, so that ``order`` and ``gate`` do not
     matter.
 
@@ -63,7 +64,8 @@ def forward(
         x = F.batch_norm(u.to(acc), mean, var, weight, bias, mean is None, 0.0, eps)
         if parameters is not None:
             x = reference.rounded_once(x, parameters, order, gate)
-        return torch.relu(x + shortcut.to(acc)).to(u.dtype)
+        x = x if shortcut is None else x + shortcut.to(acc)
+        return torch.relu(x).to(u.dtype)
 
 
 def statistics(u: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,10 @@ constexpr bool kThere = true;
 
 // The norm, after the call.
 struct NormHeader {
-  int64_t batch;   // its statistics are the batch's; else they follow
-  int64_t affine;  // it has a weight and a bias
-  int64_t wide;    // all that it has is float32
+  int64_t batch;     // its statistics are the batch's; else they follow
+  int64_t affine;    // it has a weight and a bias
+  int64_t wide;      // all that it has is float32
+  int64_t shortcut;  // the tail has one
   double eps;
 };
 
@@ -54,7 +55,9 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
   const int64_t image = p.c * p.pixels();
   Tensor<T> u(header, image), shortcut(header, image), dout(header, image), out(header, image),
       du(header, image), d_shortcut(header, image);
-  for (auto* tensor : {&u, &shortcut, &dout}) tensor->read();
+  u.read();
+  if (of_norm.shortcut) shortcut.read();
+  dout.read();
   const bool far = header.far > 0;
   Array<A> channel_mean(p.spatial() ? p.n * p.pixels() : 0, far);
   Array<A> pooled(p.channel() ? p.n * p.c : 0, far);
@@ -66,7 +69,7 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
     require(da::cuda::detail::run_tail_steps<T>(p, plan, way, at));
     simt::host::synchronize();
   };
-  at.shortcut = shortcut.data(), at.result = out.data();
+  at.shortcut = of_norm.shortcut ? shortcut.data() : nullptr, at.result = out.data();
   if (batch) at.new_mean = new_mean.data(), at.new_var = new_var.data();
   run(Way::forward);
   at.new_mean = at.new_var = nullptr;
@@ -79,7 +82,8 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
   at.d_weight = affine ? d_weight.data() : nullptr, at.d_bias = affine ? d_bias.data() : nullptr;
   run(Way::backward);
 
-  for (auto* tensor : {&out, &du, &d_shortcut}) tensor->write();
+  out.write(), du.write();
+  if (of_norm.shortcut) d_shortcut.write();
   for (auto* values : {&d_weight, &d_bias}) put_out(values->data(), values->bytes());
   for (auto* values : {&new_mean, &new_var}) put_out(values->data(), values->bytes());
   given.write();

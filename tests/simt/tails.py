@@ -22,9 +22,12 @@ def _request(tail: Tail, multiprocessors: int, aligned: bool, limits: str, far: 
     weight, bias, mean, var, eps = tail.norm
     given = [t for t in (weight, bias, mean, var) if t is not None]
     wide = any(t.dtype != tail.u.dtype for t in given)
-    of_norm = np.array([mean is None, weight is not None, wide], np.int64).tobytes()
+    facts = [mean is None, weight is not None, wide, tail.shortcut is not None]
+    of_norm = np.array(facts, np.int64).tobytes()
     of_norm += np.float64(eps).tobytes()
-    full = (t.contiguous(memory_format=memory_format(tail.u)) for t in (tail.shortcut, tail.dout))
+    like = memory_format(tail.u)
+    others = [t for t in (tail.shortcut, tail.dout) if t is not None]
+    full = (t.contiguous(memory_format=like) for t in others)
     return b"".join([begin, of_norm, parameters, *map(raw, given), raw(tail.u), *map(raw, full)])
 
 
@@ -44,7 +47,8 @@ def results(
     answers = Answers(executable, requests, **environment)
     everything = []
     for tail in tails:
-        got = {name: answers.take(tail.u) for name in ("out", "d_u", "d_shortcut")}
+        names = ["out", "d_u"] + ["d_shortcut"] * (tail.shortcut is not None)
+        got = {name: answers.take(tail.u) for name in names}
         if tail.norm.weight is not None and tail.norm.bias is not None:
             got["d_norm_weight"] = answers.take(tail.norm.weight)
             got["d_norm_bias"] = answers.take(tail.norm.bias)

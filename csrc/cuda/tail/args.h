@@ -20,11 +20,11 @@ struct TailArgs {
   // `x` is u; its maps are those of x = (u - centre) scale + bias, but for `pooled`, which is of
   // u - centre. Its new sums: where a launch puts what it adds up, null if not wanted.
   Args<A> call;
-  const void *shortcut, *out, *dout;
-  void* d;       // the shortcut's gradient
-  void* result;  // out, or du
-  bool batch;    // the norm's statistics are the batch's
-  Maps maps;     // whose weights a launch's sums have
+  const void *shortcut, *out, *dout;  // the shortcut may be null
+  void* d;                            // the shortcut's gradient
+  void* result;                       // out, or du
+  bool batch;                         // the norm's statistics are the batch's
+  Maps maps;                          // whose weights a launch's sums have
 
   OfNorm weight, bias, mean, var;  // mean and var: of a norm that is frozen, and of backward
   double eps;

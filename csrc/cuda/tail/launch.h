@@ -9,7 +9,7 @@ namespace da::cuda {
 // A call's addresses on the device. Small maps, statistics and the workspace, of the direction's
 // workspace.elements, are in the accumulation type.
 struct TailPointers {
-  const void *u, *shortcut;     // shortcut: of forward
+  const void *u, *shortcut;     // shortcut: of forward, null where there is none
   const void *dout, *out;       // of backward
   void *result, *d_shortcut;    // out, or du and d_shortcut
   void *channel_mean, *pooled;  // forward writes them, backward reads them

@@ -1,5 +1,5 @@
 // The residual tail's last passes, from maps by channel and by pixel:
-//   out = relu(((u - centre) factor + shift) mask + shortcut)
+//   out = relu(((u - centre) factor + shift) mask + shortcut), or without shortcut
 //   du  = (d factor + inner) mask + term outer + (u - centre) slope + offset
 // with d the gradient at the ReLU's argument. The norm's scale is in factor, inner and outer;
 // `inner` or else `offset` has the channels' term, which the outer mask multiplies or not.
@@ -67,11 +67,12 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
-  const T* u = static_cast<const T*>(call.x) + start;
-  const T* other = static_cast<const T*>(Backward ? args.d : args.shortcut) + start;
-  T* to = static_cast<T*>(args.result) + start;
   // du has no part of u where the norm is frozen.
-  const bool reads_u = !Backward || args.batch;
+  const bool reads_u = !Backward || args.batch, reads_other = Backward || args.shortcut;
+  const void* const given = Backward ? args.d : args.shortcut;
+  const T* u = static_cast<const T*>(call.x) + start;
+  const T* other = static_cast<const T*>(reads_other ? given : call.x) + start;
+  T* to = static_cast<T*>(args.result) + start;
   // A vector that is not there stays as it was. d is what a launch before has written: it is asked
   // for when that has ended, and past no cache.
   typename V::Raw raw[depth], raw_other[depth];
@@ -88,7 +89,8 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const auto load_other = [&] {
     SIMT_UNROLL
     for (int i = 0; i < depth; i++) {
-      if (i * at_once < left) raw_other[i] = Backward ? V::load(other) : V::load_last(other);
+      if (reads_other && i * at_once < left)
+        raw_other[i] = Backward ? V::load(other) : V::load_last(other);
       other += stride;
     }
   };

@@ -127,8 +127,9 @@ def _residual_backward(dout: Tensor, out: Tensor, u: Tensor, *arguments: Any) ->
     if gradients is None:  # plain PyTorch does not look at the maps that forward may have left
         weight, bias, mean, var, batch, eps = of_all[:6]
         norm = residual.Norm(weight, bias, None if batch else mean, None if batch else var, eps)
-        attention = _attention(of_all[6:12], *of_all[14:])
-        found = residual.backward(dout, out, u, norm, *attention)
+        attention = _attention(of_all[6:12], *of_all[15:])
+        du, d_shortcut, *rest = residual.backward(dout, out, u, norm, *attention)
+        found = (du, d_shortcut if of_all[14] else None, *rest)
         given = (u, u, weight, bias, *of_all[6:12])
         gradients = tuple(
             None if g is None else like(g, u) if p is u else empty_gradient(p).copy_(g)
@@ -193,7 +194,7 @@ def _register() -> None:
         "Tensor d_gate_weight, Tensor d_gate_bias)"
     )
     _library.define(
-        "triton_residual_forward(Tensor u, Tensor shortcut, Tensor? norm_weight, "
+        "triton_residual_forward(Tensor u, Tensor? shortcut, Tensor? norm_weight, "
         "Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float eps, "
         f"{_PARAMETERS}, str order, str gate, bool forgiving) "
         "-> (Tensor out, Tensor mean, Tensor var, Tensor channel_mean, Tensor pooled)"
@@ -201,7 +202,8 @@ def _register() -> None:
     _library.define(
         "triton_residual_backward(Tensor dout, Tensor out, Tensor u, Tensor? norm_weight, "
         "Tensor? norm_bias, Tensor mean, Tensor var, bool batch, float eps, "
-        f"{_PARAMETERS}, Tensor channel_mean, Tensor pooled, str order, str gate, bool forgiving) "
+        f"{_PARAMETERS}, Tensor channel_mean, Tensor pooled, bool with_shortcut, str order, "
+        "str gate, bool forgiving) "
         "-> (Tensor du, Tensor d_shortcut, Tensor d_norm_weight, Tensor d_norm_bias, "
         "Tensor d_conv_weight, Tensor d_dilated_weight, Tensor d_merge_weight, "
         "Tensor d_spatial_bias, Tensor d_gate_weight, Tensor d_gate_bias)"

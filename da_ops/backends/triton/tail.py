@@ -149,7 +149,7 @@ class Tail(Batch):
 
 def residual_forward(
     u: Tensor,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_mean: Tensor | None,
@@ -157,7 +157,7 @@ def residual_forward(
     eps: float,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    """``residual_forward(u, shortcut, the norm's weight, bias, mean and var, eps, the six
+    """``residual_forward(u, shortcut or None, the norm's weight, bias, mean and var, eps, the six
     parameters, order, gate) -> (out, mean, var, channel_mean, pooled)``
 
     ``pooled`` is the mean of u less its channel's.
@@ -193,9 +193,9 @@ def residual_backward(
     *arguments: Any,
 ) -> Gradients:
     """``residual_backward(dout, out, u, the norm's weight, bias, mean and var, whether these are
-    the batch's, eps, the six parameters, channel_mean, pooled, order, gate) -> (du, d_shortcut, and
-    the parameters' gradients)``; None for what is absent."""
-    *given, channel_mean, raw, order, gate = arguments
+    the batch's, eps, the six parameters, channel_mean, pooled, whether there is a shortcut, order,
+    gate) -> (du, d_shortcut, and the parameters' gradients)``; None for what is absent."""
+    *given, channel_mean, raw, with_shortcut, order, gate = arguments
     norm = Norm(norm_weight, norm_bias, mean, var, eps)
     tail = Tail(u, norm, Parameters(*given), order, gate)
     pooled = raw.contiguous() if tail.axes.channels else None
@@ -226,4 +226,4 @@ def residual_backward(
     )
     ends = Ends(factor=tail.norm.scale, more=u if batch else None, after=after)
     tail.scale(d_shortcut, du, masks, terms, tail.outer, ends=ends, backwards=next(tail.turns))
-    return du, d_shortcut, *d_norm, *tail.parameter_gradients(back)
+    return du, d_shortcut if with_shortcut else None, *d_norm, *tail.parameter_gradients(back)
