@@ -157,7 +157,8 @@ class Image {
     each_summed_slab(cols, [&](int64_t r, int64_t n, A* const* partial) {
       Gradients<T> g = all;
       const int64_t at = r * p_.cols();
-      g.dout += at, g.out += at, g.u += at, g.d += at;
+      g.dout += at, g.u += at;
+      if (g.d) g.out += at, g.d += at;
       g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.stores = plan_.stores;
       g.x = from(all.x, r), g.mask = of_pixels(all.mask, r);
       if (last) {
@@ -176,10 +177,11 @@ class Image {
       const int64_t at = r * p_.cols();
       const auto c = [&](const A* values) { return of_channels(values, r); };
       const auto p = [&](const A* values) { return of_pixels(values, r); };
-      kernels_.residual.combine(d + at, u + at, du + at, n, p_.cols(), p_.channels_last,
-                                {c(t.scale), c(t.bias), c(t.outer), c(t.centre), c(t.slope),
-                                 c(t.offset), p(t.mask), p(t.pixel_bias), p(t.pixel_outer)},
-                                plan_.stores);
+      kernels_.residual.combine(
+          d + at, u + at, du + at, n, p_.cols(), p_.channels_last,
+          {c(t.scale), c(t.bias), c(t.outer), c(t.slope), c(t.offset), from(t.x, r), p(t.mask),
+           p(t.pixel_bias), p(t.pixel_outer), t.rectify},
+          plan_.stores);
     });
   }
 

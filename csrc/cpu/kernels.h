@@ -55,14 +55,16 @@ struct Affine {
   const A *centre, *scale, *bias;
 };
 
-// Backward's first read of the residual tail, which writes d, the gradient at the ReLU's argument:
+// Backward's first read of the residual tail, which writes d, the gradient at the ReLU's argument.
+// That is dout where `out` is not 0; where there is no shortcut, x has out's sign, for masks are
+// positive, and neither out is read nor d written:
 //   sums[c] = sum_p mask[p] d    and    products[c] = sum_p mask[p] d (u - centre[c])
 //   pixel_sums[p] = sum_c d x    with the channel mask in x; null where it is not wanted
 template <class T>
 struct Gradients {
   using A = accumulate_t<T>;
   const T *dout, *out, *u;
-  T* d;
+  T* d;  // null without a shortcut
   int64_t rows, cols;
   bool channels_last;
   Affine<A> x;
@@ -76,8 +78,10 @@ struct Gradients {
 //     + (u - centre[c]) slope[c] + offset[c]
 template <class A>
 struct ResidualTerms {
-  const A *scale, *bias, *outer, *centre, *slope, *offset;  // by channel
-  const A *mask, *pixel_bias, *pixel_outer;                 // by pixel
+  const A *scale, *bias, *outer, *slope, *offset;  // by channel
+  Affine<A> x;
+  const A *mask, *pixel_bias, *pixel_outer;  // by pixel
+  bool rectify;                              // d is dout where x is not negative, and else 0
 };
 
 // The residual tail's primitives. Its rows are channels, or pixels where `channels_last`, and an
@@ -102,7 +106,6 @@ struct ResidualKernels {
 
   void (*gradients)(const Gradients<T>& call);
 
-  // du may be d.
   void (*combine)(const T* d, const T* u, T* du, int64_t rows, int64_t cols, bool channels_last,
                   const ResidualTerms<A>& terms, Stores stores);
 };

@@ -115,26 +115,26 @@ ResidualInputGradients residual_backward_cpu(
     const auto map = [](const Tensor& of) { return static_cast<const A*>(of.const_data_ptr()); };
     const Converted<A> converted(p, given);
     const Norm<A> norm = norm_of<A>(p, norm_weight, norm_bias, mean, var, eps);
-    // Without a shortcut d has no reader but du, which takes its place.
-    Tensor du = allocate_like(u), d = with_shortcut ? allocate_like(u) : du;
+    Tensor du = allocate_like(u);
+    Tensor d_shortcut = with_shortcut ? allocate_like(u) : allocate_gradient({}, u);
+    T* const to_shortcut = with_shortcut ? static_cast<T*>(d_shortcut.mutable_data_ptr()) : nullptr;
     std::vector<double> d_weight(p.c), d_bias(p.c);
     const GradientValues values(p);
-    residual_backward<T>(
-        p, plan_here(p, true, 5), kPool, norm, converted.weights,
-        {data(dout), data(out), data(u), map(channel_mean), map(pooled), batch},
-        {static_cast<T*>(du.mutable_data_ptr()), static_cast<T*>(d.mutable_data_ptr()),
-         d_weight.data(), d_bias.data(), values.places});
-    const Parameters<Tensor> parameters = values.tensors(given, u);
+    residual_backward<T>(p, plan_here(p, true, with_shortcut ? 5 : 3), kPool, norm, converted.weights,
+                         {data(dout), data(out), data(u), map(channel_mean), map(pooled), batch},
+                         {static_cast<T*>(du.mutable_data_ptr()), to_shortcut, d_weight.data(),
+                          d_bias.data(), values.places});
+    const Parameters<Tensor> d = values.tensors(given, u);
     return ResidualInputGradients{du,
-                                  with_shortcut ? d : allocate_gradient({}, u),
+                                  d_shortcut,
                                   gradient(norm_weight, u, d_weight.data()),
                                   gradient(norm_bias, u, d_bias.data()),
-                                  parameters.conv,
-                                  parameters.dilated,
-                                  parameters.merge,
-                                  parameters.spatial_bias,
-                                  parameters.gate,
-                                  parameters.gate_bias};
+                                  d.conv,
+                                  d.dilated,
+                                  d.merge,
+                                  d.spatial_bias,
+                                  d.gate,
+                                  d.gate_bias};
   });
 }
 

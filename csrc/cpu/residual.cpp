@@ -149,6 +149,7 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
   const Axes outermost = outer(problem.order);
   const A* centre = norm.mean.data();
+  const bool with_shortcut = gradients.d_shortcut != nullptr;
   Kept<A> kept(problem);
   std::vector<A> all_dt(problem.n * c), all_pooled(problem.n * c);
   std::vector<double> all_taps(problem.n * kSpatialSums);
@@ -177,7 +178,7 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
 
     Gradients<T> first{};
     first.dout = call.dout + n * size, first.out = call.out + n * size, first.u = un;
-    first.d = gradients.d_shortcut + n * size;
+    first.d = with_shortcut ? gradients.d_shortcut + n * size : nullptr;
     first.x = {centre, scale, bias}, first.mask = s;
     first.sums = sums, first.products = products;
     first.pixel_sums = problem.spatial() ? ds : nullptr;
@@ -246,10 +247,11 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
       bias[i] = norm.scale[i] * dg[i];
       outer[i] = outermost.channels ? scale[i] : norm.scale[i];
     }
-    image.combine_residual(gradients.d_shortcut + n * size, call.u + n * size,
-                           gradients.du + n * size,
-                           {scale, bias, outer, centre, slope.data(), offset.data(), s, dm,
-                            outermost.pixels ? s : image.ones()});
+    const Affine<A> x{centre, norm.scale.data(), norm.bias.data()};
+    image.combine_residual((with_shortcut ? gradients.d_shortcut : call.dout) + n * size,
+                           call.u + n * size, gradients.du + n * size,
+                           {scale, bias, outer, slope.data(), offset.data(), x, s, dm,
+                            outermost.pixels ? s : image.ones(), !with_shortcut});
   });
 
   parameter_gradients(problem, weights, all_dt.data(), all_pooled.data(), all_taps.data(),

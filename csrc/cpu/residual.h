@@ -38,8 +38,8 @@ struct ResidualCall {
   bool batch;                                   // the norm's statistics are the batch's
 };
 
-// Gradients of u and the shortcut, of the norm's weight and bias, [c], and of the parameters. du
-// may be where d_shortcut is, of a call without a shortcut.
+// Gradients of u and the shortcut (null where there is none), of the norm's weight and bias, [c],
+// and of the parameters.
 template <class T>
 struct ResidualGradients {
   T *du, *d_shortcut;

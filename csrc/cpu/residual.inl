@@ -172,17 +172,25 @@ void rectify(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows
   all(u, shortcut, ahead ? ahead : next_rows(u, cols), out, rows, cols, x, mask, stores);
 }
 
+// Of a ReLU's gradient what passes where it gave `out`, or was given that. A NaN lets it pass.
+template <class A>
+DA_INLINE vec<A> passed(vec<A> dout, vec<A> out) {
+  return out <= 0 ? vec<A>{} : dout;
+}
+
 // The first read of backward, of row r. It has sums of its own, and adds to those of the columns:
 // of d and of d (u - centre), weighted, there, where the channels are; of d x where the pixels are.
 // Four tensors side by side are streams enough: rows are taken one by one.
-template <bool kChannelsLast, bool kPixelSums, bool kStream, class T, class A = accumulate_t<T>>
+template <bool kChannelsLast, bool kPixelSums, bool kShortcut, bool kStream, class T,
+          class A = accumulate_t<T>>
 DA_INLINE void gradients_row(const Gradients<T> g, int64_t r, const Tail<T>& tail,
                              vec<A> (&tail_sums)[2]) {
   constexpr int64_t lanes = Vector<A>::lanes;
   constexpr bool kCols = kChannelsLast || kPixelSums, kRows = !kChannelsLast || kPixelSums;
   constexpr int kRowSums = kChannelsLast ? 1 : 2, kColSums = 3 - kRowSums;
-  const T *dout = g.dout + r * g.cols, *out = g.out + r * g.cols, *u = g.u + r * g.cols;
-  T* const to = g.d + r * g.cols;
+  const T *dout = g.dout + r * g.cols, *u = g.u + r * g.cols;
+  const T* const out = kShortcut ? g.out + r * g.cols : nullptr;
+  T* const to = kShortcut ? g.d + r * g.cols : nullptr;
   const auto centre = by_channel<kChannelsLast>(g.x.centre, r);
   const auto scale = by_channel<kChannelsLast>(g.x.scale, r);
   const auto bias = by_channel<kChannelsLast>(g.x.bias, r);
@@ -190,13 +198,20 @@ DA_INLINE void gradients_row(const Gradients<T> g, int64_t r, const Tail<T>& tai
   // What one vector adds to the row's sums and to the columns'.
   const auto columns = [&](int64_t q, auto read, auto write, auto keep, vec<A>(&row)[2],
                            vec<A>(&col)[2]) DA_LAMBDA_INLINE {
-    const vec<A> at_dout = read(dout), at_out = read(out);
-    const vec<A> d = at_out <= 0 ? vec<A>{} : at_dout;  // a NaN lets the gradient pass
-    write(to, d);
-    const vec<A> v = read(u) - centre(q), weighted = keep(d * mask(q));
+    const vec<A> v = read(u) - centre(q);
+    vec<A> x;
+    if constexpr (kPixelSums || !kShortcut) x = v * scale(q) + bias(q);
+    vec<A> d;
+    if constexpr (kShortcut) {
+      d = passed<A>(read(dout), read(out));
+      write(to, d);
+    } else {
+      d = passed<A>(read(dout), x);
+    }
+    const vec<A> weighted = keep(d * mask(q));
     auto& of_channel = kChannelsLast ? col : row;
     of_channel[0] += weighted, of_channel[1] += weighted * v;
-    if constexpr (kPixelSums) (kChannelsLast ? row : col)[0] += keep(d * (v * scale(q) + bias(q)));
+    if constexpr (kPixelSums) (kChannelsLast ? row : col)[0] += keep(d * x);
   };
   A* const cols[2] = {kChannelsLast ? g.sums : g.pixel_sums, g.products};
   A* const rows[2] = {kChannelsLast ? g.pixel_sums : g.sums, g.products};
@@ -223,7 +238,8 @@ DA_INLINE void gradients_row(const Gradients<T> g, int64_t r, const Tail<T>& tai
   for (int i = 0; kRows && i < kRowSums; i++) sum_lanes<1, A>(&total[i], rows[i] + r);
 }
 
-template <bool kChannelsLast, bool kPixelSums, bool kStream, class T, class A = accumulate_t<T>>
+template <bool kChannelsLast, bool kPixelSums, bool kShortcut, bool kStream, class T,
+          class A = accumulate_t<T>>
 void gradients_slab(const Gradients<T>& g) {
   constexpr int kColSums = !kChannelsLast && !kPixelSums ? 0 : kChannelsLast ? 2 : 1;
   A* const cols[2] = {kChannelsLast ? g.sums : g.pixel_sums, g.products};
@@ -231,7 +247,7 @@ void gradients_slab(const Gradients<T>& g) {
   vec<A> tail_sums[2] = {};
   for (int i = 0; i < kColSums; i++) clear(cols[i], g.cols);
   for (int64_t r = 0; r < g.rows; r++)
-    gradients_row<kChannelsLast, kPixelSums, kStream>(g, r, tail, tail_sums);
+    gradients_row<kChannelsLast, kPixelSums, kShortcut, kStream>(g, r, tail, tail_sums);
   if (kStream) finish_streams();
   for (int i = 0; tail.n && i < kColSums; i++)
     store(cols[i] + tail.begin, load(cols[i] + tail.begin) + tail_sums[i]);
@@ -239,9 +255,10 @@ void gradients_slab(const Gradients<T>& g) {
 
 template <bool kChannelsLast, bool kPixelSums, class T>
 void gradients_of(const Gradients<T>& g) {
-  const bool streamed = streamed_rows(g.d, g.cols, g.stores) == 1;
-  const auto slab = streamed ? gradients_slab<kChannelsLast, kPixelSums, true, T>
-                             : gradients_slab<kChannelsLast, kPixelSums, false, T>;
+  const bool streamed = g.d && streamed_rows(g.d, g.cols, g.stores) == 1;
+  const auto slab = streamed ? gradients_slab<kChannelsLast, kPixelSums, true, true, T>
+                    : g.d    ? gradients_slab<kChannelsLast, kPixelSums, true, false, T>
+                             : gradients_slab<kChannelsLast, kPixelSums, false, false, T>;
   slab(g);
 }
 
@@ -253,7 +270,7 @@ void gradients(const Gradients<T>& g) {
     g.pixel_sums ? gradients_of<false, true>(g) : gradients_of<false, false>(g);
 }
 
-template <bool kChannelsLast, class T, class A = accumulate_t<T>>
+template <bool kChannelsLast, bool kRectify, class T, class A = accumulate_t<T>>
 void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t cols,
                            const ResidualTerms<A>& t, Stores stores) {
   map_rows(du, rows, cols, stores, Rows::singly, [=](int64_t r) DA_LAMBDA_INLINE {
@@ -261,12 +278,15 @@ void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t 
                              DA_LAMBDA_INLINE { return by_channel<kChannelsLast>(p, r); };
     const auto pixel = [=](const A* p) DA_LAMBDA_INLINE { return by_pixel<kChannelsLast>(p, r); };
     return [d = d + r * cols, u = u + r * cols, scale = channel(t.scale), bias = channel(t.bias),
-            outer = channel(t.outer), centre = channel(t.centre), slope = channel(t.slope),
-            offset = channel(t.offset), mask = pixel(t.mask), pixel_bias = pixel(t.pixel_bias),
+            outer = channel(t.outer), slope = channel(t.slope), offset = channel(t.offset),
+            centre = channel(t.x.centre), x_scale = channel(t.x.scale), x_bias = channel(t.x.bias),
+            mask = pixel(t.mask), pixel_bias = pixel(t.pixel_bias),
             pixel_outer = pixel(t.pixel_outer)](int64_t q, auto read) DA_LAMBDA_INLINE {
-      return read(d) * (scale(q) * mask(q)) +
-             (bias(q) * pixel_outer(q) + outer(q) * pixel_bias(q)) +
-             ((read(u) - centre(q)) * slope(q) + offset(q));
+      const vec<A> v = read(u) - centre(q);
+      vec<A> at_d = read(d);
+      if constexpr (kRectify) at_d = passed<A>(at_d, v * x_scale(q) + x_bias(q));
+      return at_d * (scale(q) * mask(q)) + (bias(q) * pixel_outer(q) + outer(q) * pixel_bias(q)) +
+             (v * slope(q) + offset(q));
     };
   });
 }
@@ -274,6 +294,9 @@ void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t 
 template <class T, class A = accumulate_t<T>>
 void combine_residual(const T* d, const T* u, T* du, int64_t rows, int64_t cols, bool channels_last,
                       const ResidualTerms<A>& terms, Stores stores) {
-  const auto all = channels_last ? combine_residual_rows<true, T> : combine_residual_rows<false, T>;
+  const auto all = channels_last   ? terms.rectify ? combine_residual_rows<true, true, T>
+                                                   : combine_residual_rows<true, false, T>
+                   : terms.rectify ? combine_residual_rows<false, true, T>
+                                   : combine_residual_rows<false, false, T>;
   all(d, u, du, rows, cols, terms, stores);
 }

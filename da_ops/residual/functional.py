@@ -69,7 +69,8 @@ def tail(
     if fusible_now(u, shortcut, norm):
         parameters, reason = _fused_parameters(norm, attention, activation)
         if reason is None:
-            reason = CHOICE.without_tails(_options(attention)[2], u.device.type)
+            order, gate, backend = _options(attention)
+            reason = CHOICE.without_tails(backend, u.device.type)
         if reason is not None:
             parameters = None
             _tell(reason)
@@ -78,7 +79,6 @@ def tail(
         x = x if attention is None else attention(x)
         x = x if shortcut is None else x + shortcut
         return torch.relu(x) if activation is None else activation(x)
-    order, gate, backend = _options(attention)
     if attention is not None:
         check_arguments(u, parameters, order, gate)
     weight, bias, running_mean, running_var = _norm_tensors(norm)
@@ -131,21 +131,24 @@ def _tensor(module: nn.Module, name: str, parameters: Any, buffers: Any) -> Any:
     return buffers[name] if name in buffers else getattr(module, name)  # it may be computed
 
 
-@torch.no_grad()
 def _track(norm: Any, count: int, mean: Tensor, var: Tensor) -> None:
-    """Update the running statistics as ``nn.BatchNorm2d`` does."""
+    """Update the running statistics as ``nn.BatchNorm2d`` does. Neither requires gradients."""
+    own = norm._parameters, norm._buffers
+    running_mean = _tensor(norm, "running_mean", *own)
+    running_var = _tensor(norm, "running_var", *own)
+    batches = _tensor(norm, "num_batches_tracked", *own)
     momentum = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    if batches is not None:
+        batches.add_(1)
         if momentum is None:  # a cumulative mean; as a tensor, so that nothing waits for a GPU
-            momentum = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-    kept = norm.running_mean.dtype
-    if isinstance(momentum, Tensor):
-        momentum = momentum.to(kept)
-    if momentum is None:
-        momentum = 0.0
-    norm.running_mean.lerp_(mean.to(kept), momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(kept), momentum)
+            momentum = batches.to(mean.dtype).reciprocal()
+    var = var * (count / (count - 1))
+    if (kept := running_mean.dtype) is not mean.dtype:
+        mean, var = mean.to(kept), var.to(kept)
+        momentum = momentum.to(kept) if isinstance(momentum, Tensor) else momentum
+    momentum = 0.0 if momentum is None else momentum
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var, momentum)
 
 
 def unfused(
