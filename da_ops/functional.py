@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .checks import check_arguments
 from .function import fused, plain, transformed
 from .layout import dense
-from .parameters import Parameters
+from .parameters import SCHEMA, Parameters
 from .reference import rounded_once
 from .shards import is_distributed, on_each_shard
 
@@ -105,9 +105,5 @@ def _compiled(x: Tensor, parameters: Parameters, order: str, gate: str, backend:
 # One node to Dynamo, and the function to what comes after it. Dynamo would make a contiguous copy
 # of dy if it traced the function; torch.compiler.allow_in_graph would import all of Dynamo.
 _library = torch.library.Library("da_ops", "FRAGMENT")
-_library.define(
-    "attention(Tensor x, Tensor? conv_weight, Tensor? dilated_weight, Tensor? merge_weight, "
-    "Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, str order, str gate, "
-    "str backend) -> Tensor"
-)
+_library.define(f"attention(Tensor x, {SCHEMA}, str order, str gate, str backend) -> Tensor")
 _library.impl("attention", fused, "CompositeImplicitAutograd")

@@ -30,3 +30,7 @@ class Parameters(NamedTuple):
     def each(self, function: Callable[[Any], Any]) -> "Parameters":
         """``function`` of each parameter, None where there is none."""
         return Parameters(*[None if p is None else function(p) for p in self])
+
+
+# Their part of an operator's schema.
+SCHEMA = ", ".join(f"Tensor? {name}" for name in Parameters._fields)

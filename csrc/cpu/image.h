@@ -150,7 +150,7 @@ class Image {
     });
   }
 
-  // Of the whole image; what depends on its size is set here.
+  // The sums of a whole image; what depends on its size is set here.
   void gradients(Gradients<T> all) {
     const bool last = p_.channels_last;
     A* const cols[] = {last ? all.sums : all.pixel_sums, last ? all.products : nullptr};

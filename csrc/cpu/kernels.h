@@ -42,7 +42,7 @@ inline int64_t plane_size(int64_t h, int64_t w) {
 enum class Rows { singly, together };    // whether several rows are taken at a time
 enum class Stores { cached, streamed };  // streamed ones bypass the caches
 
-// What dx is made of besides dy, by row r and column q: row_bias[r] col_outer[q] +
+// The terms of dx besides dy, by row r and column q: row_bias[r] col_outer[q] +
 // row_outer[r] col_bias[q].
 template <class A>
 struct Terms {
@@ -73,7 +73,7 @@ struct Gradients {
   Stores stores;
 };
 
-// What du is made of:
+// du is made of
 //   d scale[c] mask[p] + bias[c] pixel_outer[p] + outer[c] pixel_bias[p]
 //     + (u - centre[c]) slope[c] + offset[c]
 template <class A>

@@ -120,7 +120,8 @@ ResidualInputGradients residual_backward_cpu(
     T* const to_shortcut = with_shortcut ? static_cast<T*>(d_shortcut.mutable_data_ptr()) : nullptr;
     std::vector<double> d_weight(p.c), d_bias(p.c);
     const GradientValues values(p);
-    residual_backward<T>(p, plan_here(p, true, with_shortcut ? 5 : 3), kPool, norm, converted.weights,
+    residual_backward<T>(p, plan_here(p, true, with_shortcut ? 5 : 3), kPool, norm,
+                         converted.weights,
                          {data(dout), data(out), data(u), map(channel_mean), map(pooled), batch},
                          {static_cast<T*>(du.mutable_data_ptr()), to_shortcut, d_weight.data(),
                           d_bias.data(), values.places});

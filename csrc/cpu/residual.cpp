@@ -123,8 +123,8 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
 
 namespace {
 
-// What backward's second read needs of each image, [n][padded]: masks, ones where there are none,
-// and the terms that flow back through them.
+// Each image's maps that backward's second read needs, [n][padded]: masks, ones where there are
+// none, and the terms that flow back through them.
 template <class A>
 struct Kept {
   int64_t pixels, channels;  // padded
@@ -184,7 +184,8 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
     first.pixel_sums = problem.spatial() ? ds : nullptr;
     image.gradients(first);
 
-    // Of d x: sums by channel of what is summed as d and d (u - mean), and then the terms'.
+    // dc becomes the sums of d x by channel: first from those of d and d (u - mean), then the
+    // terms'.
     double dm_sum = 0;
     A *dc = scale, *dm_products = bias;  // both are free
     std::fill_n(dm_products, c, A(0));

@@ -85,7 +85,8 @@ DA_INLINE void deviations(const T* row, int64_t cols, const Tail<T>& tail, const
   if constexpr (kSquares) sum_lanes<kBlock, A>(square_total, squares);
 }
 
-// Of each row: once for a centre near its mean, and from cache again for the deviations from it.
+// Each row is read once for a centre near its mean, and from cache again for the deviations from
+// it.
 template <class T, class A = accumulate_t<T>>
 void row_moments(const T* u, int64_t rows, int64_t cols, double* mean, double* squares) {
   const Tail<T> tail(cols);
@@ -129,7 +130,7 @@ void reduce_deviations(const T* u, const T* ahead, const A* centre, int64_t rows
                  cols, row_weight, col_weight, row_sums, col_sums, how);
 }
 
-// By channel and by pixel, at row r: along the rows, or the columns.
+// An array by channel and one by pixel, at row r: along the rows, or the columns.
 template <bool kChannelsLast, class A>
 DA_INLINE auto by_channel(const A* values, int64_t r) {
   return Along<!kChannelsLast, A>(values, r);
@@ -172,7 +173,7 @@ void rectify(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows
   all(u, shortcut, ahead ? ahead : next_rows(u, cols), out, rows, cols, x, mask, stores);
 }
 
-// Of a ReLU's gradient what passes where it gave `out`, or was given that. A NaN lets it pass.
+// The part of dout that a ReLU lets pass, which gave `out` or was given that. A NaN lets it pass.
 template <class A>
 DA_INLINE vec<A> passed(vec<A> dout, vec<A> out) {
   return out <= 0 ? vec<A>{} : dout;
@@ -195,7 +196,7 @@ DA_INLINE void gradients_row(const Gradients<T> g, int64_t r, const Tail<T>& tai
   const auto scale = by_channel<kChannelsLast>(g.x.scale, r);
   const auto bias = by_channel<kChannelsLast>(g.x.bias, r);
   const auto mask = by_pixel<kChannelsLast>(g.mask, r);
-  // What one vector adds to the row's sums and to the columns'.
+  // Adds one vector to the row's sums and to the columns'.
   const auto columns = [&](int64_t q, auto read, auto write, auto keep, vec<A>(&row)[2],
                            vec<A>(&col)[2]) DA_LAMBDA_INLINE {
     const vec<A> v = read(u) - centre(q);

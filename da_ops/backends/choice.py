@@ -175,8 +175,8 @@ class Choice:
             x: Tensor, parameters: Any, order: str, gate: str
         ) -> tuple[Tensor, Tensor, Tensor]:
             other = of(x, order, gate, False)
-            # What plain PyTorch takes over has no maps for another's backward to read; a graph
-            # learns too late that it did.
+            # Where plain PyTorch takes over there are no maps for another's backward to read; a
+            # graph learns too late that it did.
             if torch.compiler.is_compiling() and of(x, order, gate, True) is first:
                 other = first
             results = (other.for_auto or other).forward(x, parameters, order, gate)

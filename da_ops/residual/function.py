@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.base import Backend
 from ..backends.choice import CHOICE
 from ..layout import dense, like
-from ..parameters import Parameters
+from ..parameters import SCHEMA, Parameters
 from . import reference
 from .reference import Norm
 
@@ -111,8 +111,7 @@ fused = ResidualFunction.apply
 _library = torch.library.Library("da_ops", "FRAGMENT")
 _library.define(
     "residual(Tensor u, Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? norm_mean, Tensor? norm_var, float eps, Tensor? conv_weight, Tensor? dilated_weight, "
-    "Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, "
-    "str order, str gate, str backend) -> (Tensor out, Tensor mean, Tensor var)"
+    f"Tensor? norm_mean, Tensor? norm_var, float eps, {SCHEMA}, str order, str gate, "
+    "str backend) -> (Tensor out, Tensor mean, Tensor var)"
 )
 _library.impl("residual", fused, "CompositeImplicitAutograd")

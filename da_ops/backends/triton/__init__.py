@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...layout import empty_gradient, like
-from ...parameters import Parameters, Unnamed
+from ...parameters import SCHEMA, Parameters, Unnamed
 from ...residual import reference as residual
 from .. import eager, native, schedule
 from ..base import Backend, Call, Direction, Gradients, Pass, Plan
@@ -176,19 +176,15 @@ def _calls(*, forgiving: bool) -> dict[str, Any]:
 
 
 _library = torch.library.Library("da_ops", "FRAGMENT")
-_PARAMETERS = (
-    "Tensor? conv_weight, Tensor? dilated_weight, Tensor? merge_weight, Tensor? spatial_bias, "
-    "Tensor? gate_weight, Tensor? gate_bias"
-)
 
 
 def _register() -> None:
     _library.define(
-        f"triton_forward(Tensor x, {_PARAMETERS}, str order, str gate, bool forgiving) "
+        f"triton_forward(Tensor x, {SCHEMA}, str order, str gate, bool forgiving) "
         "-> (Tensor y, Tensor channel_mean, Tensor pooled)"
     )
     _library.define(
-        f"triton_backward(Tensor dy, Tensor x, {_PARAMETERS}, Tensor channel_mean, "
+        f"triton_backward(Tensor dy, Tensor x, {SCHEMA}, Tensor channel_mean, "
         "Tensor pooled, str order, str gate, bool forgiving) -> (Tensor dx, Tensor d_conv_weight, "
         "Tensor d_dilated_weight, Tensor d_merge_weight, Tensor d_spatial_bias, "
         "Tensor d_gate_weight, Tensor d_gate_bias)"
@@ -196,13 +192,13 @@ def _register() -> None:
     _library.define(
         "triton_residual_forward(Tensor u, Tensor? shortcut, Tensor? norm_weight, "
         "Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float eps, "
-        f"{_PARAMETERS}, str order, str gate, bool forgiving) "
+        f"{SCHEMA}, str order, str gate, bool forgiving) "
         "-> (Tensor out, Tensor mean, Tensor var, Tensor channel_mean, Tensor pooled)"
     )
     _library.define(
         "triton_residual_backward(Tensor dout, Tensor out, Tensor u, Tensor? norm_weight, "
         "Tensor? norm_bias, Tensor mean, Tensor var, bool batch, float eps, "
-        f"{_PARAMETERS}, Tensor channel_mean, Tensor pooled, bool with_shortcut, str order, "
+        f"{SCHEMA}, Tensor channel_mean, Tensor pooled, bool with_shortcut, str order, "
         "str gate, bool forgiving) "
         "-> (Tensor du, Tensor d_shortcut, Tensor d_norm_weight, Tensor d_norm_bias, "
         "Tensor d_conv_weight, Tensor d_dilated_weight, Tensor d_merge_weight, "

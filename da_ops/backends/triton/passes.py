@@ -205,7 +205,7 @@ def column_sums(
                 at = begin + (super_row * stride)[:, None] + place[None, :]
                 d = tl.load(dy + at, mask=wanted, other=0.0)
                 d = tl.where(tl.load(relu.out + at, mask=wanted, other=0.0) <= 0, 0.0, d)
-                # Of a vector across the end of a row, the row that ends there stores nothing.
+                # The row that ends within a vector leaves that to the next one to store.
                 stored = valid[:, None] & (place < (first + cols) // VECTOR * VECTOR)[None, :]
                 tl.store(relu.d + at, d, mask=stored)
                 d = tl.where(own, d.to(ACC), 0.0)
