@@ -15,16 +15,24 @@ STABLE_TORCH_LIBRARY(da_ops, m) {
       "Tensor d_spatial_bias, Tensor d_gate_weight, Tensor d_gate_bias)");
   // The residual tail, with or without a shortcut. Without norm_mean and norm_var the batch's are
   // taken, and given back; order "none" leaves attention out.
-#define DA_TAIL                                                                          \
-  "Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, "        \
-  "Tensor? norm_var, float eps, Tensor? conv_weight, Tensor? dilated_weight, "           \
-  "Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, " \
-  "str order, str gate"
-  m.def("residual_forward(Tensor u, " DA_TAIL
-        ") -> (Tensor out, Tensor mean, Tensor var, Tensor channel_mean, Tensor pooled)");
+#define DA_PARAMETERS                                                   \
+  "Tensor? conv_weight, Tensor? dilated_weight, Tensor? merge_weight, " \
+  "Tensor? spatial_bias, Tensor? gate_weight, Tensor? gate_bias, str order, str gate"
+#define DA_TAIL                                                                   \
+  "Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, " \
+  "Tensor? norm_var, float eps, " DA_PARAMETERS
+#define DA_RESULTS "(Tensor out, Tensor mean, Tensor var, Tensor channel_mean, Tensor pooled)"
+  m.def("residual_forward(Tensor u, " DA_TAIL ") -> " DA_RESULTS);
   // The same with `out` in the place of u.
   m.def("residual_forward_(Tensor(a!) u, " DA_TAIL ") -> (Tensor mean, Tensor var)");
+  // The same by the batch's statistics, of which the running ones take a share of `momentum`.
+  m.def(
+      "residual_training(Tensor u, Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps, " DA_PARAMETERS
+      ") -> " DA_RESULTS);
+#undef DA_RESULTS
 #undef DA_TAIL
+#undef DA_PARAMETERS
   m.def(
       "residual_backward(Tensor dout, Tensor out, Tensor u, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor mean, Tensor var, bool batch, float eps, Tensor? conv_weight, "

@@ -1,4 +1,4 @@
-// What the residual tail's operators check, besides arguments.h.
+// The residual tail's operators, like those of arguments.h.
 #pragma once
 
 #include <string>
@@ -25,13 +25,23 @@ inline void check_like(const Problem& p, const Tensor& t, const Tensor& u, const
                   "da_ops: ", name, " must have u's layout");
 }
 
-inline void check_shortcut(const Problem& p, const Parameter& shortcut, const Tensor& u) {
-  if (shortcut) check_like(p, *shortcut, u, "shortcut");
-}
+// What forward is given of the norm: statistics of its own, or none where the batch's are taken.
+struct GivenNorm {
+  const Parameter &weight, &bias, &mean, &var;
+  double eps;
+};
 
-inline void check_statistics(const Parameter& mean, const Parameter& var) {
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(),
-                  "da_ops: norm_mean and norm_var go together");
+// Running statistics, of which those of the batch take a share of `momentum`; null where there are
+// none.
+struct Running {
+  const Tensor *mean, *var;
+  double momentum;
+};
+
+// What a batch's variance is multiplied by to be an estimate without bias.
+inline double unbiased(const Problem& p) {
+  const double count = double(p.n) * p.pixels();
+  return count / (count - 1);
 }
 
 // out, mean, var, channel_mean, pooled.
@@ -40,5 +50,44 @@ using ResidualOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // gradients.
 using ResidualInputGradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The operators, by a backend's function of the checked call.
+using ResidualForward = ResidualOutputs(const Problem&, const Tensor& u, const Parameter& shortcut,
+                                        const GivenNorm&, const Running&, const Arguments&);
+
+template <ResidualForward* kForward>
+ResidualOutputs residual_forward_operator(
+    const Tensor& u, const Parameter& shortcut, const Parameter& norm_weight,
+    const Parameter& norm_bias, const Parameter& norm_mean, const Parameter& norm_var, double eps,
+    const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
+    const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
+    const std::string& order, const std::string& gate) {
+  const Arguments given{conv_weight,  dilated_weight, merge_weight,
+                        spatial_bias, gate_weight,    gate_bias};
+  const Problem p = describe_residual(u, given, order, gate);
+  if (shortcut) check_like(p, *shortcut, u, "shortcut");
+  STD_TORCH_CHECK(norm_mean.has_value() == norm_var.has_value(),
+                  "da_ops: norm_mean and norm_var go together");
+  return kForward(p, u, shortcut, {norm_weight, norm_bias, norm_mean, norm_var, eps}, {}, given);
+}
+
+template <ResidualForward* kForward>
+ResidualOutputs residual_training_operator(
+    const Tensor& u, const Parameter& shortcut, const Parameter& norm_weight,
+    const Parameter& norm_bias, const Tensor& running_mean, const Tensor& running_var,
+    double momentum, double eps, const Parameter& conv_weight, const Parameter& dilated_weight,
+    const Parameter& merge_weight, const Parameter& spatial_bias, const Parameter& gate_weight,
+    const Parameter& gate_bias, const std::string& order, const std::string& gate) {
+  const Arguments given{conv_weight,  dilated_weight, merge_weight,
+                        spatial_bias, gate_weight,    gate_bias};
+  const Problem p = describe_residual(u, given, order, gate);
+  if (shortcut) check_like(p, *shortcut, u, "shortcut");
+  for (const Tensor* t : {&running_mean, &running_var})
+    STD_TORCH_CHECK(t->numel() == p.c && t->is_contiguous(),
+                    "da_ops: running statistics must be one number a channel, contiguous");
+  const Parameter none;
+  return kForward(p, u, shortcut, {norm_weight, norm_bias, none, none, eps},
+                  {&running_mean, &running_var, momentum}, given);
+}
 
 }  // namespace da

@@ -310,7 +310,12 @@ def test_opcheck(fused_cpu, order, gate, shortcut, batch, layout):
     torch.library.opcheck(ops.residual_forward.default, forward)
     torch.library.opcheck(ops.residual_forward_.default, (tail.u.clone(), *forward[1:]))
     out, mean, var, *maps = ops.residual_forward(*forward)
-    if not batch:
+    if batch:
+        running = torch.randn(3), torch.rand(3), 0.1
+        training = (*forward[:4], *running, *forward[6:])
+        torch.library.opcheck(ops.residual_training.default, training)
+        assert torch.equal(ops.residual_training(*training)[0], out)
+    else:
         mean, var = tail.norm.mean, tail.norm.var
     weight, bias, *_, eps = tail.norm
     norm = (weight, bias, mean, var, batch, eps)
@@ -371,6 +376,19 @@ def test_the_operator_names_what_does_not_fit(fused_cpu):
             tail.u,
             tail.shortcut,
             *tail.norm._replace(mean=torch.zeros(5)),
+            *parameters,
+            "spatial_channel",
+            "affine",
+        )
+    with pytest.raises(RuntimeError, match="running statistics must be one number a channel"):
+        torch.ops.da_ops.residual_training(
+            tail.u,
+            tail.shortcut,
+            *tail.norm[:2],
+            torch.zeros(10)[::2],
+            torch.ones(5),
+            0.1,
+            1e-5,
             *parameters,
             "spatial_channel",
             "affine",

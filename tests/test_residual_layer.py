@@ -119,6 +119,24 @@ def test_running_statistics_are_the_same_in_every_run():
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_running_statistics_that_do_not_lie_together(dtype):
+    """And in what they are kept."""
+    u = torch.randn(3, 6, 7, 8, dtype=dtype)
+    found = []
+    for apart in (False, True):
+        norm = norm_of(torch.float32 if dtype is torch.bfloat16 else dtype)
+        nn.init.zeros_(norm.running_mean), nn.init.ones_(norm.running_var)
+        if apart:
+            norm.running_var = norm.running_var.repeat_interleave(2)[::2]
+            assert not norm.running_var.is_contiguous()
+        residual_attention(u, None, norm, None)
+        found.append([norm.running_mean, norm.running_var.contiguous(), norm.num_batches_tracked])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert found[0][2] == 1 and not torch.equal(found[0][1], torch.ones(6).to(found[0][1].dtype))
+
+
 def test_a_norm_that_no_longer_tracks_keeps_its_statistics():
     norm = norm_of()
     norm.track_running_stats = False

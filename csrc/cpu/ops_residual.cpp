@@ -1,5 +1,4 @@
-// The CPU kernels behind da_ops::residual_forward, da_ops::residual_forward_ and
-// da_ops::residual_backward; the work is in residual.cpp.
+// The CPU kernels behind the residual tail's operators; the work is in residual.cpp.
 #include "residual.h"
 
 #include <cmath>
@@ -28,18 +27,20 @@ Norm<A> norm_of(const Problem& p, const Parameter& weight, const Parameter& bias
   return norm;
 }
 
-struct GivenNorm {
-  const Parameter &weight, &bias, &mean, &var;
-  double eps;
-};
+// Lets a batch's statistics have their share in running ones.
+void keep_running(const Tensor& running, const std::vector<double>& of_batch, double factor,
+                  double momentum) {
+  STD_TORCH_CHECK(running.is_cpu(), "da_ops: running statistics are not on the CPU");
+  with_elements(running, [&](auto* kept) {
+    for (size_t i = 0; i < of_batch.size(); i++)
+      kept[i] = (1 - momentum) * double(kept[i]) + momentum * (factor * of_batch[i]);
+  });
+}
 
 // Writes to `out`, which may be u.
-ResidualOutputs forward_into(const Tensor& out, const Tensor& u, const Parameter& shortcut,
-                             const GivenNorm& given_norm, const Arguments& given,
-                             const std::string& order, const std::string& gate) {
-  const Problem p = describe_residual(u, given, order, gate);
-  check_shortcut(p, shortcut, u);
-  check_statistics(given_norm.mean, given_norm.var);
+ResidualOutputs forward_into(const Tensor& out, const Problem& p, const Tensor& u,
+                             const Parameter& shortcut, const GivenNorm& given_norm,
+                             const Running& running, const Arguments& given) {
   return with_storage(u.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
@@ -56,6 +57,10 @@ ResidualOutputs forward_into(const Tensor& out, const Tensor& u, const Parameter
       statistics<T>(p, plan, kPool, data, means.data(), variances.data());
       std::copy(means.begin(), means.end(), static_cast<A*>(mean.mutable_data_ptr()));
       std::copy(variances.begin(), variances.end(), static_cast<A*>(var.mutable_data_ptr()));
+      if (running.mean) {
+        keep_running(*running.mean, means, 1, running.momentum);
+        keep_running(*running.var, variances, unbiased(p), running.momentum);
+      }
     }
     const Norm<A> norm =
         norm_of<A>(p, given_norm.weight, given_norm.bias, batch ? mean : *given_norm.mean,
@@ -69,18 +74,15 @@ ResidualOutputs forward_into(const Tensor& out, const Tensor& u, const Parameter
   });
 }
 
-ResidualOutputs residual_forward_cpu(const Tensor& u, const Parameter& shortcut,
-                                     const Parameter& norm_weight, const Parameter& norm_bias,
-                                     const Parameter& norm_mean, const Parameter& norm_var,
-                                     double eps, const Parameter& conv_weight,
-                                     const Parameter& dilated_weight, const Parameter& merge_weight,
-                                     const Parameter& spatial_bias, const Parameter& gate_weight,
-                                     const Parameter& gate_bias, const std::string& order,
-                                     const std::string& gate) {
-  return forward_into(
-      allocate_like(u), u, shortcut, {norm_weight, norm_bias, norm_mean, norm_var, eps},
-      {conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias}, order,
-      gate);
+ResidualOutputs residual_forward_cpu(const Problem& p, const Tensor& u, const Parameter& shortcut,
+                                     const GivenNorm& norm, const Running& running,
+                                     const Arguments& given) {
+  return forward_into(allocate_like(u), p, u, shortcut, norm, running, given);
+}
+
+ResidualOutputs over_u(const Problem& p, const Tensor& u, const Parameter& shortcut,
+                       const GivenNorm& norm, const Running& running, const Arguments& given) {
+  return forward_into(u, p, u, shortcut, norm, running, given);
 }
 
 std::tuple<Tensor, Tensor> residual_forward_in_place_cpu(
@@ -89,10 +91,9 @@ std::tuple<Tensor, Tensor> residual_forward_in_place_cpu(
     const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
     const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
     const std::string& order, const std::string& gate) {
-  const ResidualOutputs outputs = forward_into(
-      u, u, shortcut, {norm_weight, norm_bias, norm_mean, norm_var, eps},
-      {conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias}, order,
-      gate);
+  const ResidualOutputs outputs = residual_forward_operator<over_u>(
+      u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, eps, conv_weight, dilated_weight,
+      merge_weight, spatial_bias, gate_weight, gate_bias, order, gate);
   return {std::get<1>(outputs), std::get<2>(outputs)};
 }
 
@@ -142,8 +143,9 @@ ResidualInputGradients residual_backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CPU, m) {
-  m.impl("residual_forward", TORCH_BOX(&residual_forward_cpu));
+  m.impl("residual_forward", TORCH_BOX(&residual_forward_operator<residual_forward_cpu>));
   m.impl("residual_forward_", TORCH_BOX(&residual_forward_in_place_cpu));
+  m.impl("residual_training", TORCH_BOX(&residual_training_operator<residual_forward_cpu>));
   m.impl("residual_backward", TORCH_BOX(&residual_backward_cpu));
 }
 

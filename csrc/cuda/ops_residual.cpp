@@ -1,5 +1,5 @@
-// The CUDA kernels behind da_ops::residual_forward and da_ops::residual_backward: checks, device,
-// stream, allocation. The launcher gets raw pointers.
+// The CUDA kernels behind the residual tail's operators: checks, device, stream, allocation. The
+// launcher gets raw pointers.
 #include <cstdlib>
 #include <map>
 #include <string>
@@ -54,6 +54,11 @@ class NormTensors {
     copies_.push_back(given->is_contiguous() ? *given : torch::stable::contiguous(*given));
     return {copies_.back().const_data_ptr(), given->scalar_type() != u_.scalar_type()};
   }
+  // One that a kernel writes.
+  KeptOfNorm kept(const Tensor& given) {
+    check(given, channels_, u_);
+    return {given.mutable_data_ptr(), given.scalar_type() != u_.scalar_type()};
+  }
 
  private:
   int64_t channels_;
@@ -61,21 +66,11 @@ class NormTensors {
   std::vector<Tensor> copies_;
 };
 
-ResidualOutputs residual_forward_cuda(const Tensor& u, const Parameter& shortcut,
-                                      const Parameter& norm_weight, const Parameter& norm_bias,
-                                      const Parameter& norm_mean, const Parameter& norm_var,
-                                      double eps, const Parameter& conv_weight,
-                                      const Parameter& dilated_weight,
-                                      const Parameter& merge_weight, const Parameter& spatial_bias,
-                                      const Parameter& gate_weight, const Parameter& gate_bias,
-                                      const std::string& order, const std::string& gate) {
-  const Arguments given{conv_weight,  dilated_weight, merge_weight,
-                        spatial_bias, gate_weight,    gate_bias};
-  const Problem p = describe_residual(u, given, order, gate);
-  check_shortcut(p, shortcut, u);
-  check_statistics(norm_mean, norm_var);
+ResidualOutputs residual_forward_cuda(const Problem& p, const Tensor& u, const Parameter& shortcut,
+                                      const GivenNorm& norm, const Running& running,
+                                      const Arguments& given) {
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-  const bool batch = !norm_mean;
+  const bool batch = !norm.mean;
   const Addresses parameters(p, u, given);
   NormTensors of_norm(p, u);
   Tensor out = allocate_like(u);
@@ -88,10 +83,14 @@ ResidualOutputs residual_forward_cuda(const Tensor& u, const Parameter& shortcut
   at.u = u.const_data_ptr(), at.shortcut = shortcut ? shortcut->const_data_ptr() : nullptr;
   at.result = out.mutable_data_ptr();
   at.channel_mean = channel_mean.mutable_data_ptr(), at.pooled = pooled.mutable_data_ptr();
-  at.weight = of_norm(norm_weight), at.bias = of_norm(norm_bias);
-  at.mean = of_norm(norm_mean), at.var = of_norm(norm_var);
+  at.weight = of_norm(norm.weight), at.bias = of_norm(norm.bias);
+  at.mean = of_norm(norm.mean), at.var = of_norm(norm.var);
   if (batch) at.new_mean = mean.mutable_data_ptr(), at.new_var = var.mutable_data_ptr();
-  at.batch = batch, at.eps = eps;
+  if (running.mean) {
+    at.running_mean = of_norm.kept(*running.mean), at.running_var = of_norm.kept(*running.var);
+    at.momentum = running.momentum;
+  }
+  at.batch = batch, at.eps = norm.eps;
   at.parameters = *parameters, at.wide = parameters.wide();
   at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(u);
   require(run_tail(p, plan, Way::forward, at));
@@ -150,7 +149,8 @@ ResidualInputGradients residual_backward_cuda(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(da_ops, CUDA, m) {
-  m.impl("residual_forward", TORCH_BOX(&residual_forward_cuda));
+  m.impl("residual_forward", TORCH_BOX(&residual_forward_operator<residual_forward_cuda>));
+  m.impl("residual_training", TORCH_BOX(&residual_training_operator<residual_forward_cuda>));
   m.impl("residual_backward", TORCH_BOX(&residual_backward_cuda));
 }
 

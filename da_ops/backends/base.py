@@ -92,7 +92,9 @@ class Backend:
     will do. ``residual_forward`` and ``residual_backward`` are those of the residual tail, the
     operators of these names; None where the backend has none, and "auto" takes the next one that
     has them. ``residual_forward_`` writes ``out`` over ``u``, so that less memory is touched; None
-    where that gains nothing. ``residual_plan(call, mode)`` is their plan, the mode one of
+    where that gains nothing. ``residual_training`` is ``residual_forward`` by the batch's
+    statistics, which updates running ones; None where the backend leaves that to the caller.
+    ``residual_plan(call, mode)`` is their plan, the mode one of
     ``tail.MODES``; None where they make the passes of ``tail.tail_walks``, and each moves all that
     it reads and writes.
 
@@ -116,6 +118,7 @@ class Backend:
     for_auto: Backend | None = None
     residual_forward: Callable[..., tuple[Tensor, ...]] | None = None
     residual_forward_: Callable[..., tuple[Tensor, Tensor]] | None = None
+    residual_training: Callable[..., tuple[Tensor, ...]] | None = None
     residual_backward: Callable[..., tuple[Tensor, ...]] | None = None
     residual_plan: Callable[[Call, str], Plan] | None = None
 

@@ -59,6 +59,7 @@ BACKEND = Backend(
     checks=True,
     residual_forward=native.residual_forward,
     residual_forward_=native.residual_forward_,
+    residual_training=native.residual_training,
     residual_backward=native.residual_backward,
     residual_plan=_residual_plan,
 )

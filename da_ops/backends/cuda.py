@@ -156,6 +156,7 @@ BACKEND = Backend(
     unfit=_unfit,
     checks=True,
     residual_forward=native.residual_forward,
+    residual_training=native.residual_training,
     residual_backward=native.residual_backward,
     residual_plan=_residual_plan,
 )

@@ -103,6 +103,10 @@ def residual_forward_(*arguments: Any) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def residual_training(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.da_ops.residual_training.default(*arguments)
+
+
 def residual_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.da_ops.residual_backward.default(*arguments)
 
@@ -156,6 +160,19 @@ def fake_residual_forward(
 
 def fake_residual_forward_(u: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return fake_residual_forward(u, *args)[1:3]
+
+
+def fake_residual_training(
+    u: Tensor,
+    shortcut: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    return fake_residual_forward(u, shortcut, norm_weight, norm_bias, None, None, *args)
 
 
 def fake_residual_backward(
@@ -228,6 +245,11 @@ def flops_residual_forward(u: torch.Size, *args: Any, **kwargs: Any) -> int:
     return _flops(u, conv_weight, gate_weight, gate)
 
 
+def flops_residual_training(u: torch.Size, *args: Any, **kwargs: Any) -> int:
+    conv_weight, gate_weight, gate = args[7], args[11], args[14]
+    return _flops(u, conv_weight, gate_weight, gate)
+
+
 def flops_residual_backward(
     dout: torch.Size, out: torch.Size, u: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
@@ -249,10 +271,12 @@ def _describe() -> None:
     torch.library.register_fake("da_ops::backward", fake_backward)
     torch.library.register_fake("da_ops::residual_forward", fake_residual_forward)
     torch.library.register_fake("da_ops::residual_forward_", fake_residual_forward_)
+    torch.library.register_fake("da_ops::residual_training", fake_residual_training)
     torch.library.register_fake("da_ops::residual_backward", fake_residual_backward)
     ops = torch.ops.da_ops
     register_flop_formula(ops.forward)(flops_forward)
     register_flop_formula(ops.backward)(flops_backward)
     register_flop_formula(ops.residual_forward)(flops_residual_forward)
     register_flop_formula(ops.residual_forward_)(flops_residual_forward)
+    register_flop_formula(ops.residual_training)(flops_residual_training)
     register_flop_formula(ops.residual_backward)(flops_residual_backward)

@@ -23,8 +23,9 @@ class ResidualFunction(torch.autograd.Function):
     The shortcut may be None. ``mean`` and ``var`` (biased) are the batch's where ``norm_mean`` and
     ``norm_var`` are None, and else empty. The six parameters are those of
     :class:`da_ops.DAFunction`, all None with the order "none", which leaves attention out.
-    ``track(mean, var)`` is called within forward: checkpointing stops to compute again as soon as
-    what is kept is there, and running statistics come before that, as with ``nn.BatchNorm2d``.
+    ``track``, what keeps the norm's running statistics, is called within forward: checkpointing
+    stops to compute again as soon as what is kept is there, and they come before that, as with
+    ``nn.BatchNorm2d``.
     Between forward and backward it keeps ``u``, ``out``, the
     parameters and small maps.
     """
@@ -85,17 +86,21 @@ def _compute(
 ) -> tuple[Backend, tuple[Tensor, ...]]:
     """The backend that serves :class:`ResidualFunction`'s arguments, ``u`` being dense, and its
     results. To ``overwrite`` lets ``out`` take the place of ``u``, and then there are no maps."""
-    arguments, (backend, *track) = rest[:13], rest[13:]
+    arguments, (backend, *tracks) = rest[:13], rest[13:]
+    track = tracks[0] if tracks else None
     served = CHOICE.for_tails(backend, u.device.type)
     assert served.residual_forward is not None  # residual_attention asked
     shortcut = None if shortcut is None else like(shortcut, u)
     results: tuple[Tensor, ...]
     if overwrite and served.residual_forward_ is not None:
         results = (u, *served.residual_forward_(u, shortcut, *arguments))
+    elif track and served.residual_training is not None and (running := track.in_kernel()):
+        weight, bias, _, _, *options = arguments
+        return served, served.residual_training(u, shortcut, weight, bias, *running, *options)
     else:
         results = served.residual_forward(u, shortcut, *arguments)
-    for update in filter(None, track):
-        update(*results[1:3])
+    if track:
+        track(*results[1:3])
     return served, results
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ def tail(
     batch = _normalises_by_batch(norm, running_mean)
     statistics = (None, None) if batch else (running_mean, running_var)
     tracked = batch and norm.track_running_stats and running_mean is not None
-    track = partial(_track, norm, u.numel() // u.shape[1]) if tracked else None
+    track = _Tracking(norm, u.numel() // u.shape[1]) if tracked else None
     arguments = u, shortcut, weight, bias, *statistics, norm.eps, *parameters, order, gate, backend
     if not torch.compiler.is_compiling():
         if torch.is_grad_enabled():
@@ -131,24 +130,39 @@ def _tensor(module: nn.Module, name: str, parameters: Any, buffers: Any) -> Any:
     return buffers[name] if name in buffers else getattr(module, name)  # it may be computed
 
 
-def _track(norm: Any, count: int, mean: Tensor, var: Tensor) -> None:
-    """Update the running statistics as ``nn.BatchNorm2d`` does. Neither requires gradients."""
-    own = norm._parameters, norm._buffers
-    running_mean = _tensor(norm, "running_mean", *own)
-    running_var = _tensor(norm, "running_var", *own)
-    batches = _tensor(norm, "num_batches_tracked", *own)
-    momentum = norm.momentum
-    if batches is not None:
-        batches.add_(1)
-        if momentum is None:  # a cumulative mean; as a tensor, so that nothing waits for a GPU
-            momentum = batches.to(mean.dtype).reciprocal()
-    var = var * (count / (count - 1))
-    if (kept := running_mean.dtype) is not mean.dtype:
-        mean, var = mean.to(kept), var.to(kept)
-        momentum = momentum.to(kept) if isinstance(momentum, Tensor) else momentum
-    momentum = 0.0 if momentum is None else momentum
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(var, momentum)
+class _Tracking:
+    """Running statistics of a norm in training, kept as ``nn.BatchNorm2d`` does."""
+
+    def __init__(self, norm: Any, count: int) -> None:
+        own = norm._parameters, norm._buffers
+        self.count = count  # elements of a channel
+        self.mean: Tensor = _tensor(norm, "running_mean", *own)
+        self.var: Tensor = _tensor(norm, "running_var", *own)
+        self.batches: Tensor | None = _tensor(norm, "num_batches_tracked", *own)
+        self.momentum: float | None = norm.momentum
+
+    def in_kernel(self) -> tuple[Tensor, Tensor, float] | None:
+        """The running mean and variance for an operator to update, and the batch's share in them;
+        None where :meth:`__call__` is to do that."""
+        if self.momentum is None or not (self.mean.is_contiguous() and self.var.is_contiguous()):
+            return None
+        if self.batches is not None:
+            self.batches.add_(1)
+        return self.mean, self.var, self.momentum
+
+    def __call__(self, mean: Tensor, var: Tensor) -> None:
+        """Update them by the batch's mean and biased variance, which require no gradients."""
+        momentum: Tensor | float | None = self.momentum
+        if self.batches is not None:
+            self.batches.add_(1)
+            if momentum is None:  # a cumulative mean; as a tensor, so that nothing waits for a GPU
+                momentum = self.batches.to(mean.dtype).reciprocal()
+        kept = self.mean.dtype
+        if isinstance(momentum, Tensor):
+            momentum = momentum.to(kept)
+        momentum = 0.0 if momentum is None else momentum
+        self.mean.lerp_(mean.to(kept), momentum)
+        self.var.lerp_((var * (self.count / (self.count - 1))).to(kept), momentum)
 
 
 def unfused(

@@ -44,6 +44,9 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
   for (auto* values : {&weight, &bias, &mean, &var})
     if (!get(values->data(), values->bytes())) std::exit(2);
   Buffer<A> new_mean(batch * p.c), new_var(new_mean.size());
+  Buffer<unsigned char> running_mean(batch * norm_bytes), running_var(running_mean.size());
+  std::memset(running_mean.data(), 0, running_mean.bytes());
+  std::memset(running_var.data(), 0, running_var.bytes());
 
   TailPointers at{};
   at.parameters = given.parameters, at.gradients = given.gradients, at.wide = header.wide;
@@ -70,7 +73,11 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
     simt::host::synchronize();
   };
   at.shortcut = of_norm.shortcut ? shortcut.data() : nullptr, at.result = out.data();
-  if (batch) at.new_mean = new_mean.data(), at.new_var = new_var.data();
+  if (batch) {
+    at.new_mean = new_mean.data(), at.new_var = new_var.data();
+    at.running_mean = {running_mean.data(), wide}, at.running_var = {running_var.data(), wide};
+    at.momentum = 0.25;
+  }
   run(Way::forward);
   at.new_mean = at.new_var = nullptr;
   if (batch) {
@@ -86,6 +93,7 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
   if (of_norm.shortcut) d_shortcut.write();
   for (auto* values : {&d_weight, &d_bias}) put_out(values->data(), values->bytes());
   for (auto* values : {&new_mean, &new_var}) put_out(values->data(), values->bytes());
+  for (auto* values : {&running_mean, &running_var}) put_out(values->data(), values->bytes());
   given.write();
 }
 

@@ -42,7 +42,8 @@ def results(
     **environment: str,
 ) -> list[dict[str, Tensor]]:
     """For each call `out` and every gradient, by name, as of ``Tail.results``; and of a norm in
-    training the statistics, "mean" and "var". The options are those of ``calls.results``."""
+    training the statistics, "mean" and "var", and a quarter of them, "running_mean" and
+    "running_var". The options are those of ``calls.results``."""
     requests = b"".join(_request(tail, multiprocessors, aligned, limits, far) for tail in tails)
     answers = Answers(executable, requests, **environment)
     everything = []
@@ -55,6 +56,8 @@ def results(
         if tail.norm.mean is None:
             like = torch.empty(tail.u.shape[1], dtype=accumulation_dtype(tail.u.dtype))
             got |= {"mean": answers.take(like), "var": answers.take(like)}
+            kept = like.to(tail.u.dtype if tail.norm.weight is None else tail.norm.weight.dtype)
+            got |= {"running_mean": answers.take(kept), "running_var": answers.take(kept)}
         everything.append(got | answers.parameters(tail.parameters))
     answers.end()
     return everything

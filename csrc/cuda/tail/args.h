@@ -12,6 +12,12 @@ struct OfNorm {
   bool wide;
 };
 
+// The same, written by a kernel.
+struct KeptOfNorm {
+  void* data;
+  bool wide;
+};
+
 // Which lines of the matrix the channels are, see Tiling.
 enum class ChannelsAre { rows, cols };
 
@@ -28,11 +34,13 @@ struct TailArgs {
 
   OfNorm weight, bias, mean, var;  // mean and var: of a norm that is frozen, and of backward
   double eps;
-  A *new_mean, *new_var;      // the batch's
-  void *d_weight, *d_bias;    // in the type of the norm's; null where not wanted
-  A *centre, *scale, *shift;  // by channel: x = (u - centre) scale + shift
-  A* inverse;                 // one over the deviation
-  A *du_slope, *du_offset;    // du has (u - centre) du_slope + du_offset besides a dx
+  A *new_mean, *new_var;                 // the batch's
+  KeptOfNorm running_mean, running_var;  // null where not kept
+  double momentum;                       // the batch's share in them
+  void *d_weight, *d_bias;               // in the type of the norm's; null where not wanted
+  A *centre, *scale, *shift;             // by channel: x = (u - centre) scale + shift
+  A* inverse;                            // one over the deviation
+  A *du_slope, *du_offset;               // du has (u - centre) du_slope + du_offset besides a dx
 
   // By channel: of d, or means; of d (u - centre), or squared deviations; of dm (u - centre).
   Partial<A> products, term_products;

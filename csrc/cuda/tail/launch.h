@@ -9,14 +9,16 @@ namespace da::cuda {
 // A call's addresses on the device. Small maps, statistics and the workspace, of the direction's
 // workspace.elements, are in the accumulation type.
 struct TailPointers {
-  const void *u, *shortcut;     // shortcut: of forward, null where there is none
-  const void *dout, *out;       // of backward
-  void *result, *d_shortcut;    // out, or du and d_shortcut
-  void *channel_mean, *pooled;  // forward writes them, backward reads them
-  OfNorm weight, bias;          // of the norm
-  OfNorm mean, var;             // of the norm; null where forward takes the batch's
-  void *new_mean, *new_var;     // of forward that does
-  bool batch;                   // the statistics are the batch's
+  const void *u, *shortcut;              // shortcut: of forward, null where there is none
+  const void *dout, *out;                // of backward
+  void *result, *d_shortcut;             // out, or du and d_shortcut
+  void *channel_mean, *pooled;           // forward writes them, backward reads them
+  OfNorm weight, bias;                   // of the norm
+  OfNorm mean, var;                      // of the norm; null where forward takes the batch's
+  void *new_mean, *new_var;              // of forward that does
+  KeptOfNorm running_mean, running_var;  // of forward that does; null where not kept
+  double momentum;                       // the batch's share in them
+  bool batch;                            // the statistics are the batch's
   double eps;
   void *d_weight, *d_bias;  // of backward, in the type of the norm's; null where not wanted
   Parameters<const void*> parameters;

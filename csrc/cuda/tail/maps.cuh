@@ -36,6 +36,14 @@ SIMT_FN accumulate_t<T> of_norm(const OfNorm& values, int64_t c) {
   return Parameter<T>{values.data, values.wide}[c];
 }
 
+// Lets a batch's number have its share in a running one.
+template <class T>
+SIMT_FN void keep_running(const KeptOfNorm& running, int64_t c, double of_batch, double momentum) {
+  if (!running.data) return;
+  const double before = of_norm<T>({running.data, running.wide}, c);
+  put<T>(running.data, c, (1 - momentum) * before + momentum * of_batch, running.wide);
+}
+
 // The norm's maps: of the batch's moments, which come by tile, or of statistics that are given.
 template <class T>
 SIMT_KERNEL(kThreads, 1)
@@ -79,7 +87,12 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   }
   if (slice != 0 || !there) return;
   const A rounded = static_cast<A>(variance);  // as backward will find it
-  if (args.new_mean) args.new_mean[c] = static_cast<A>(mean), args.new_var[c] = rounded;
+  if (args.new_mean) {
+    args.new_mean[c] = static_cast<A>(mean), args.new_var[c] = rounded;
+    const double count = double(call.images) * call.pixels;
+    keep_running<T>(args.running_mean, c, mean, args.momentum);
+    keep_running<T>(args.running_var, c, variance * (count / (count - 1)), args.momentum);
+  }
   const A inverse = static_cast<A>(1 / simt::sqrt(rounded + args.eps));
   args.centre[c] = static_cast<A>(mean);
   args.inverse[c] = inverse;
