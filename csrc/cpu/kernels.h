@@ -81,7 +81,7 @@ struct ResidualTerms {
   const A *scale, *bias, *outer, *slope, *offset;  // by channel
   Affine<A> x;
   const A *mask, *pixel_bias, *pixel_outer;  // by pixel
-  bool rectify;                              // d is dout where x is not negative, and else 0
+  bool rectify;                              // d is dout where the ReLU let it pass, and else 0
 };
 
 // The residual tail's primitives. Its rows are channels, or pixels where `channels_last`, and an
