@@ -56,13 +56,15 @@ class HotLoop:
         return len(loop.way) / sum(self.vectors[:2])
 
 
-# The limits are a tenth above the most that nvcc 13.0 makes of today's source for any of our
-# architectures; the report prints what they are of the slots. Narrow accesses are, of a row, its
-# weight, or its sum on the way to other lanes (sums), or the mask and term of the row, or of both
-# rows, that a vector lies in (y, dx); sums of the one launch have, of a turn, a sum and what it
-# comes on top of. The residual tail's passes (tail_) also read what a row has by channel or pixel.
+# The limits are at most a tenth above the most that nvcc 13.0 makes of today's source for any of
+# our architectures; the report prints what they are of the slots. Narrow accesses are, of a row,
+# its weight, or its sum on the way to other lanes (sums), or the mask and term of the row, or of
+# both rows, that a vector lies in (y, dx); sums of the one launch have, of a turn, a sum and what
+# it comes on top of. The residual tail's passes (tail_) also read what a row has by channel or
+# pixel.
 # Vectors in flight are kDepth; the one launch reads them in shared memory. Where rows are whole
-# numbers of vectors (whole), nothing is masked or selected.
+# numbers of vectors (whole), nothing is masked or selected; of those that begin inside a vector
+# (split) the one launch's dx has whole vectors, across two rows, or those at a row's edges.
 HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "sums, forward, rows, whole": (HotLoop("x", (4, 0, 0), 1, 4, 4, (28, 17, 0)),),
     "sums, forward, rows, split": (HotLoop("x", (4, 0, 0), 1, 4, 4, (34, 22, 0)),),
@@ -93,13 +95,14 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "chip_forward": (
         HotLoop("sums of x", (0, 4, 0), 3, 6, 0, (56, 35, 0), times=2),
         HotLoop("y, whole", (0, 4, 4), 1, 4, 0, (49, 19, 0), times=1),
-        HotLoop("y, split", (0, 2, 2), 1, 4, 0, (75, 43, 0)),
+        HotLoop("y, split", (0, 2, 2), 2, 4, 0, (58, 28, 0)),
     ),
     "chip_backward": (
         HotLoop("sums of dy x", (0, 8, 0), 3, 6, 0, (43, 25, 0), times=2),
         HotLoop("sums of x", (0, 4, 0), 2, 4, 0, (45, 28, 0), times=1),
         HotLoop("dx, whole", (0, 2, 2), 3, 4, 0, (60, 27, 0), times=1),
-        HotLoop("dx, split", (0, 1, 1), 3, 4, 0, (95, 48, 0)),
+        HotLoop("dx, across", (0, 3, 3), 3, 12, 0, (66, 31, 0)),
+        HotLoop("dx, edges", (0, 1, 1), 3, 2, 0, (66, 37, 0)),
     ),
 }
 # A loop that reads so many numbers in shared memory is the stencil's, over pixels; the vectors that

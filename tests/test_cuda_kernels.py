@@ -346,6 +346,14 @@ def test_on_chip_sanitizers_find_nothing_in_what_is_read_again(kernels, kept, la
     check(calls, results(kernels(kind), calls, **options, SIMT_ORDER="random"))
 
 
+@pytest.mark.parametrize("order", ["spatial_channel", "channel_spatial", "parallel"])
+def test_on_chip_vectors_end_with_the_last_row_of_whole_rounds(kernels, order):
+    """There is no row after it, and none is read beyond the arrays by row."""
+    calls = [make((2, 32, 7, 7), order, dtype=torch.float16)]
+    options = {"on_chip": OnChip(), "limits": text(chip_rows=8)}
+    check(calls, results(kernels("address"), calls, **options))
+
+
 @pytest.mark.parametrize(
     ("call", "team", "aligned", "why"),
     [

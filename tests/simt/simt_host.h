@@ -191,6 +191,11 @@ inline void relax(const unsigned* address, unsigned seen) {
   host::wait_while(address, seen, "relax(), as in team_sync()");
 }
 
+inline float fma_either(bool first, float value, float factor0, float term0, float factor1,
+                        float term1) {
+  return first ? value * factor0 + term0 : value * factor1 + term1;
+}
+
 inline float exp(float x) { return std::exp(x); }
 inline double exp(double x) { return std::exp(x); }
 inline double sqrt(double x) { return std::sqrt(x); }

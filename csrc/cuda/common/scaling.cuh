@@ -82,7 +82,8 @@ struct Scaling {
   SIMT_FN void loop(const Lane& lane, int first_row, int rows, int at_once, int64_t stride,
                     Vectors<T, E, Depth>& in, T* out, Load load) const {
     using V = Access<T, E>;
-    constexpr bool whole = How == Fit::whole;
+    constexpr bool one_row = How == Fit::whole || How == Fit::edges;
+    constexpr bool all = How == Fit::whole || How == Fit::across;  // of a vector is the thread's
     // nvcc runs out of predicates for dx. Masks take registers, which suffice on 8.0 to 9.0 only.
     constexpr bool by_mask = Backward && simt::kArch != 75 && simt::kArch < 100;
     int row0 = first_row;
@@ -98,29 +99,35 @@ struct Scaling {
         if (full || row0 + d * at_once < rows) {
           A value[E];
           V::unpack(in.raw[d], value);
-          const int row = d * at_once, next = !whole && lane.split < E ? row + 1 : row;
-          const A this_factor = factors[row], next_factor = whole ? A(0) : factors[next];
+          const int row = d * at_once;
+          const int next = How == Fit::across || lane.split < E ? row + 1 : row;
+          const A this_factor = factors[row], next_factor = one_row ? A(0) : factors[next];
           const A this_term = Backward ? terms[row] : A(0);
-          const A next_term = Backward && !whole ? terms[next] : A(0);
+          const A next_term = Backward && !one_row ? terms[next] : A(0);
           SIMT_UNROLL
           for (int j = 0; j < E; j++) {
             const auto of = [&](A here, A next) {
-              if (whole || j == 0) return here;
+              if (one_row || j == 0) return here;
               if (by_mask) return V::pick(mine, j, here, next);
               return j < lane.split ? here : next;
             };
-            const A row_factor = of(this_factor, next_factor);
-            const A row_term = of(this_term, next_term);
+            const auto by_row = [&](A in) {
+              if constexpr (How == Fit::across)
+                if (j > 0)
+                  return simt::fma_either(j < lane.split, in, this_factor, this_term, next_factor,
+                                          next_term);
+              return in * of(this_factor, next_factor) + of(this_term, next_term);
+            };
             if (!Backward)
-              value[j] *= factor[j] * row_factor;
+              value[j] *= factor[j] * of(this_factor, next_factor);
             else if (Which == Outer::rows)
-              value[j] = (value[j] * factor[j] + term[j]) * row_factor + row_term;
+              value[j] = by_row(value[j] * factor[j] + term[j]);
             else if (Which == Outer::cols)
-              value[j] = (value[j] * row_factor + row_term) * factor[j] + term[j];
+              value[j] = by_row(value[j]) * factor[j] + term[j];
             else
-              value[j] = value[j] * (factor[j] * row_factor) + (term[j] + row_term);
+              value[j] = by_row(value[j] * factor[j]) + term[j];
           }
-          V::store(out, value, whole ? 0 : lane.begin, whole ? E : lane.end);
+          V::store(out, value, all ? 0 : lane.begin, all ? E : lane.end);
         }
         out += stride;
       }

@@ -73,8 +73,10 @@ struct Tile {
 };
 
 // Whether every row is a whole number of vectors, so that its period is one row and a vector lies
-// in one row only; or rows may begin within a vector.
-enum class Fit { whole, split };
+// in one row only; or rows may begin within a vector. Of the latter, a lane of one row has its own
+// elements of a vector at the row's edges, and a lane of a super-row has whole vectors, which may
+// reach across into the next row.
+enum class Fit { whole, split, edges, across };
 
 // A thread's vector in a super-row.
 struct Lane {

@@ -31,6 +31,7 @@ template <class T>
 SIMT_FN void prepare(const Member<T>& m) {
   const OnChip& chip = m.chip;
   if (simt::thread() == 0) {
+    if (simt::kArch == 0) carve(chip, simt::shared());  // on a CPU, for red zones
     const unsigned blocks = chip.blocks, rank = simt::block() % blocks;
     const int rows = min<int>(chip.slab_rows, chip.rows - rank * chip.slab_rows);
     *m.template at<Place>(chip.memory.place) = {static_cast<int>(simt::block() / blocks),

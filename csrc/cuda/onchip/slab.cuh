@@ -262,8 +262,11 @@ SIMT_FN void scale_slab(const Member<T>& m, int turn) {
       } else if (chip.period == 1) {
         scaling.template rows<Backward ? 2 : 4, Fit::whole>(lane, begin + mine, last, at_once,
                                                             stride, in + place, out + place, load);
+      } else if (chip.by_super_row) {
+        scaling.template rows<Backward ? 3 : 2, Fit::across>(lane, begin + mine, last, at_once,
+                                                             stride, in + place, out + place, load);
       } else {
-        scaling.template rows<Backward ? 1 : 2, Fit::split>(lane, begin + mine, last, at_once,
+        scaling.template rows<Backward ? 1 : 2, Fit::edges>(lane, begin + mine, last, at_once,
                                                             stride, in + place, out + place, load);
       }
       chunks.release(turn, visit, chunk);

@@ -121,9 +121,10 @@ struct OnChip {
   // several of them these lie in different banks.
   DA_HD int pitch() const { return (width + 3) / 4 * 4 + (fold_lanes > 1 ? 8 : 0); }
   DA_HD int round_rows() const { return kChipRows * at_once; }  // that a block adds up in a round
-  // Rows of the arrays by row: whole rounds.
+  // Entries of the arrays by row: of whole rounds, and of the row after them where a vector at the
+  // end of the last row is taken for one that may reach across.
   DA_HD int padded_rows() const {
-    return (slab_rows + round_rows() - 1) / round_rows() * round_rows();
+    return (slab_rows + round_rows() - 1) / round_rows() * round_rows() + by_super_row;
   }
   // Rows that so many places of chunks hold.
   DA_HD int rows_of(int places) const { return places >= chunks ? slab_rows : places * chunk_rows; }

@@ -292,6 +292,21 @@ SIMT_FN void store_fresh(T* address, T value) {
   __stcg(reinterpret_cast<detail::Bits<T>*>(address), detail::bit_cast<detail::Bits<T>>(value));
 }
 
+// value * factor + term, of the first factor and term or else of the second: two instructions, of
+// which each lane carries out one; with selections it would be three.
+SIMT_FN float fma_either(bool first, float value, float factor0, float term0, float factor1,
+                         float term1) {
+  asm("{\n"
+      ".reg .pred first;\n"
+      "setp.ne.s32 first, %1, 0;\n"
+      "@first fma.rn.f32 %0, %0, %2, %3;\n"
+      "@!first fma.rn.f32 %0, %0, %4, %5;\n"
+      "}"
+      : "+f"(value)
+      : "r"(static_cast<int>(first)), "f"(factor0), "f"(term0), "f"(factor1), "f"(term1));
+  return value;
+}
+
 SIMT_FN float exp(float x) { return ::expf(x); }
 SIMT_FN double exp(double x) { return ::exp(x); }
 SIMT_FN double sqrt(double x) { return ::sqrt(x); }
