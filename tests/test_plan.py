@@ -161,6 +161,15 @@ def test_what_is_less_than_a_wave_takes_the_smallest_tiles():
     assert launches((0, 64, 56, 56))["forward"][0]["waves"]["efficiency"] == 0
 
 
+def test_what_is_less_than_a_wave_is_spread_evenly_over_multiprocessors():
+    """Two blocks for each, rather than three, of no less, for all but a few."""
+    for n, multiprocessors in ((2, 10), (20, 100)):
+        call = ((n, 2048, 7, 7), False, "float16", "spatial_channel", "affine", 75)
+        p = plan(*call, multiprocessors, "portable")
+        for step in work(p):
+            assert step["waves"]["blocks"] == 2 * multiprocessors
+
+
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_passes_walk_the_batch_to_and_fro(order, way):
