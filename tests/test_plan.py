@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from itertools import pairwise, product
 
 import pytest
@@ -100,6 +100,10 @@ ROUND = 4 * 256 * 16  # bytes that a block's threads have in flight
 # cut into no number of blocks that comes near the slots, but for tiles so small that what every
 # wave takes before it streams would double the time: 70 images at 120 slots, say.
 MANY = 6
+# The classes of calls, by the rounds for each slot from which on they are; the share of each that
+# may be less than nine tenths full on a GPU, and how full all are. Of 154 images of 5x5 pixels, a
+# block each, 34 have no place in the first wave of 120, say.
+CLASSES = {MANY: (0, 0.9), 2: (0.02, 0.64), 1: (0.2, 0.64), 1 / 3: (0.4, 0.5)}
 
 
 def work(p):
@@ -113,20 +117,46 @@ def filled(steps, size):
     return size / (slots * ROUND), min(step["waves"]["efficiency"] for step in steps)
 
 
+def fullness(sm, batches):
+    """By class, how full each call's least full launch is: of the slots in all waves; or, with less
+    than a round for each, of as many slots for each multiprocessor as one of these has blocks."""
+    found: dict[float, list[float]] = {least: [] for least in CLASSES}
+    for stage, layout, dtype, n in product(TABLE, LAYOUTS, ("float16", "float32"), batches):
+        p = launches((n, *stage), layout, dtype, sm=sm)
+        steps, multiprocessors = work(p), p["multiprocessors"]
+        rounds, full = filled(steps, n * math.prod(stage) * BYTES[dtype])
+        if rounds < 1:
+            slots = max(step["waves"]["slots"] for step in steps)
+            blocks = -(-steps[0]["waves"]["blocks"] // multiprocessors) * multiprocessors
+            full *= max(slots / blocks, 1)
+        for least, values in found.items():
+            if rounds >= least:
+                values.append(full)
+                break
+    return found
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_waves_are_full(sm):
-    """Less than a round for each block of a whole wave fills no GPU, and time goes by latency."""
-    cases, uneven = Counter[bool](), Counter[bool]()
-    for stage, layout, dtype in product(TABLE, LAYOUTS, ("float16", "float32")):
-        for n in BATCHES:
-            steps = work(launches((n, *stage), layout, dtype, sm=sm))
-            rounds, full = filled(steps, n * math.prod(stage) * BYTES[dtype])
-            if rounds < 1:
-                continue
-            assert full >= (0.9 if rounds >= MANY else 0.64), (n, stage, layout, dtype)
-            cases[rounds >= 2] += 1
-            uneven[rounds >= 2] += full < 0.9
-    assert uneven[True] < 0.01 * cases[True] and uneven[False] < 0.2 * cases[False]
+    """To nine tenths, but for a few calls of one or two waves. With less than a round of reads for
+    each slot no tiles fill a wave, and idle slots are no fault: time goes by latency, and a
+    multiprocessor with two blocks gives each more than one with three. Then it is multiprocessors
+    that are to have equally many. With less than a round for each of those there are not enough."""
+    for least, values in fullness(sm, BATCHES).items():
+        share, fullest = CLASSES[least]
+        assert min(values) >= fullest, least
+        assert sum(full < 0.9 for full in values) <= share * len(values), least
+
+
+@pytest.mark.slow
+def test_waves_are_full_of_any_number_of_images():
+    """Few of all are not, on any GPU, most of these images of 5x5 and 3x3 pixels; the planner takes
+    what is full, if it thinks that this takes no more than twice as long."""
+    found = [fullness(sm, range(1, 257)) for sm in ARCHITECTURES]
+    waves = [full < 0.9 for of in found for least in of if least >= 1 for full in of[least]]
+    small = [full < 0.9 for of in found for full in of[1 / 3]]
+    print(f"{sum(waves)} of {len(waves)}; of less than a wave {sum(small)} of {len(small)}")
+    assert sum(waves) < 0.008 * len(waves) and sum(small) < 0.45 * len(small)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
@@ -159,6 +189,15 @@ def test_what_is_less_than_a_wave_takes_the_smallest_tiles():
     assert few["tiles_an_image"] > many["tiles_an_image"]
     assert all(step["waves"]["blocks"] < step["waves"]["slots"] for step in work(few))
     assert launches((0, 64, 56, 56))["forward"][0]["waves"]["efficiency"] == 0
+
+
+def test_what_is_less_than_a_wave_is_spread_evenly_over_multiprocessors():
+    """Two blocks for each, rather than three, of no less, for all but a few."""
+    for n, multiprocessors in ((2, 10), (20, 100)):
+        call = ((n, 2048, 7, 7), False, "float16", "spatial_channel", "affine", 75)
+        p = plan(*call, multiprocessors, "portable")
+        for step in work(p):
+            assert step["waves"]["blocks"] == 2 * multiprocessors
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from .cases import LAYOUTS
+from .test_plan import ARCHITECTURES, BYTES, ROUND, TABLE
 from .test_plan_on_chip import chosen, plan
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "nvidia-h200.json"
@@ -60,6 +62,27 @@ def test_the_cost_of_a_large_tensor_is_nearly_that_of_its_bytes():
         floor = 2 * 2 * math.prod(shape) / 132 / 27000
         assert floor < one < 3 * floor
         assert 2 * floor < passes < 1.3 * 2 * floor
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_what_fills_no_wave_gets_tiles_of_about_the_least_cost(sm):
+    """Of any height, where there is less than a round of reads for each slot."""
+    ratios = []
+    for shape, dtype, n in product(TABLE, ("float16", "float32"), (1, 2, 3, 5, 8, 13, 21, 34)):
+        p = plan((n, *shape), True, dtype, "spatial_channel", "affine", sm, 0, "portable", 0)
+        if n * math.prod(shape) * BYTES[dtype] >= 3 * p["multiprocessors"] * ROUND:
+            continue
+        for layout in LAYOUTS:
+            call = {"shape": (n, *shape), "layout": layout, "dtype": dtype, "sm": sm}
+            wishes = (f",min_reads={reads},max_reads={reads}" for reads in (2, 3, 4, 6, 8, 16, 24))
+            best, *_ = sorted(both_ways(**call, wish="portable" + wish) for wish in wishes)
+            ratios.append(both_ways(**call, wish="portable") / best)
+    assert len(ratios) > 100 and max(ratios) < 1.15
+    assert sum(ratios) / len(ratios) < 1.01
+
+
+def both_ways(**call):
+    return sum(cost(way=way, **call)[1] for way in WAYS)
 
 
 def test_what_is_moved_faster_costs_less():

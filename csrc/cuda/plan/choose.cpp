@@ -100,7 +100,8 @@ double cost(const Problem& p, const Device& device, const Plan& plan, Way way) {
     const double bytes = double(tensors) * p.bytes() - (1 - kFromL2) * found;
     const Waves w = waves(p, device, plan, plan[way], step);
     sum += ceil_div(step.jobs, step.grid) * kLaunch + w.waves * kWaveTime;
-    if (bytes > 0) sum += bytes / device.multiprocessors / memory_rate(device.sm) / w.efficiency;
+    if (bytes > 0)
+      sum += bytes * parts(p, device, w) / (memory_rate(device.sm) * w.slots * w.efficiency);
     sum += double(step.making) / blocks / kIssued;
     if (step.last_finishes || step.more > 0) sum += kLastPass;
   }

@@ -14,7 +14,7 @@ Kernel kernel_of(const Pass& pass) { return pass.sums.any() ? Kernel::sums : Ker
 
 // The measures by which one tiling is better than another.
 struct Quality {
-  double efficiency;  // of the pass whose waves are the least full
+  double efficiency;  // of the pass whose waves are the least full; or multiprocessors, if small
   double time;        // of all passes, in microseconds
 };
 
@@ -24,27 +24,30 @@ struct Quality {
 constexpr double kFull = 0.9, kWorth = 2, kNear = 1.1;
 // Partial sums that a thread adds up first in the time of a read.
 constexpr double kSumsARead = 16;
+constexpr int64_t kRead = kThreads * 16;  // bytes that a block's threads read at once
+
+// Whether there is less than a round of reads for each slot: then no tiles fill a wave.
+bool small(const Problem& p, int64_t slots) { return p.bytes() < slots * kDepth * kRead; }
 
 Quality quality(const Problem& p, const Device& device, const Tiling& t, int per_sm) {
   const Halo around = p.spatial() ? halo(p, t) : Halo{};
   // Half of the time goes by bytes, half by rounds of kDepth reads, also where a round's last ones
   // have no rows left, or some threads no columns.
-  constexpr double kRead = kThreads * 16;
   const int64_t reads = round_up(ceil_div(t.height, t.at_once()), kDepth);
   const double values = double(around.pieces) * around.length * t.channel_tiles() +
                         (p.channel() ? double(t.tile_channels()) * t.pixel_tiles() : 0);
-  const double streaming = (double(t.height) * t.width * p.element_size() + reads * kRead) / 2;
   const double adding = values / kThreads / kSumsARead * kRead;
   Quality q{1, 0};
   for (bool backward : {false, true})
     for (const Pass& pass : schedule(p.order, backward)) {
       const int64_t n = slots(p, device, shared_bytes(p, t, around, kernel_of(pass)), per_sm);
       const Waves w = waves(t, p.n, n);
-      // Blocks that share a multiprocessor share what it moves.
-      const double sharing = double(n) / device.multiprocessors;
-      const double bytes = streaming * (count(pass.reads) + count(pass.writes)) + adding;
-      q.time += w.waves * (kWaveTime + bytes * sharing / memory_rate(device.sm));
-      q.efficiency = std::min(q.efficiency, w.efficiency);
+      const double shared = parts(p, device, w), most = double(n) / device.multiprocessors;
+      const double bytes = double(t.height) * t.width * p.element_size() * shared;
+      const double streaming = (bytes + reads * kRead * most) / 2;
+      const double all = streaming * (count(pass.reads) + count(pass.writes)) + adding * most;
+      q.time += w.waves * (kWaveTime + all / memory_rate(device.sm));
+      q.efficiency = std::min(q.efficiency, w.efficiency * most / shared);
     }
   return q;
 }
@@ -55,6 +58,14 @@ int64_t slots(const Problem& p, const Device& device, size_t shared_bytes, int p
   int fitting = per_sm ? per_sm : blocks_per_sm(p.element_size());
   while (fitting > 1 && int64_t(shared_bytes) > shared_limit(device.sm, fitting)) fitting--;
   return int64_t(device.multiprocessors) * fitting;
+}
+
+double parts(const Problem& p, const Device& device, const Waves& w) {
+  constexpr double kAlone = 1.25;  // a block has 8 warps, and 10 make a multiprocessor busy
+  const double most = double(w.slots) / device.multiprocessors;
+  if (!small(p, w.slots)) return most;
+  const double blocks = ceil_div(w.blocks, device.multiprocessors);
+  return std::min(std::max(blocks, kAlone), most);
 }
 
 Waves waves(const Tiling& t, int64_t images, int64_t slots) {
@@ -88,7 +99,7 @@ Waves waves(const Problem& p, const Device& device, const Plan& plan, const Dire
 // not much more than without; or else the fullest waves among those that take about the least.
 // The larger tiles are, the fewer waves there are, each of which takes its time before it streams;
 // the smaller, the better they fill waves. Where there is less to do than in one whole wave, no
-// tiles fill it, and they get as small as that pays.
+// tiles fill it, and multiprocessors get equally many, for each is in use that has any.
 Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits,
             int per_sm) {
   Tiling t{};
@@ -132,7 +143,7 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
   const auto rank = [=](const Quality& q) {
     const bool full = q.efficiency >= kFull && q.time <= kWorth * least;
     const bool near = q.time <= kNear * least;
-    return std::tuple(full, full || near, full ? -q.time : q.efficiency);
+    return std::tuple(full, full || near, full ? -q.time : q.efficiency, -q.time);
   };
   const auto by_rank = [=](const auto& one, const auto& other) {
     return rank(one.second) < rank(other.second);

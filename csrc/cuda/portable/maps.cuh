@@ -17,11 +17,7 @@ struct FromChannel {
 // An image's sums of one channel, its tiles from `first` on, every `step`-th.
 template <class A>
 SIMT_FN A some_tiles(const Partial<A>& sums, int64_t image, int64_t channel, int first, int step) {
-  if (!sums.data) return 0;
-  const A* const data = sums.data + image * sums.tiles * sums.entries + channel;
-  A sum = 0;
-  for (int64_t t = first; t < sums.tiles; t += step) sum += data[t * sums.entries];
-  return sum;
+  return Folded<A>(sums, image, 1).part(channel, first, step);
 }
 
 // Puts a band's values by channel, and those that an eca gate needs around it, into shared memory:
