@@ -8,7 +8,7 @@ template <bool kStream, class T, class... Rows>
 DA_INLINE void map_block(T* out, int64_t cols, const Tail<T>& tail, Rows... row) {
   using V = vec<accumulate_t<T>>;
   constexpr int64_t lanes = Vector<accumulate_t<T>>::lanes;
-  V last[sizeof...(row)];
+  V last[sizeof...(row)] = {};
   if (tail.n) {
     const auto read = [&](const T* in) DA_LAMBDA_INLINE { return tail.read(in); };
     int64_t at = 0;
