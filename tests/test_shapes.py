@@ -58,7 +58,7 @@ def calls(draw, device):
     )
 
 
-CPU_CHOICES = ("threads", "slabs", "sum_together", "scale_together", "stream")
+CPU_CHOICES = ("threads", "slabs", "sum_together", "scale_together", "stream", "joint")
 
 
 def cpu_choices(call, plan):

@@ -18,19 +18,22 @@ plan = pytest.importorskip("da_ops._plan").cpu
 ROOT = Path(__file__).resolve().parents[1]
 # Four images for three threads: three whole ones, one that is shared out. With and without what is
 # left over of a row in whole vectors; a few rows being whole vectors; longer than the vectors that
-# are added up at once.
-SHAPES = [(4, 32, 8, 8), (4, 33, 5, 7), (4, 40, 6, 7), (4, 19, 23, 25)]
+# are added up at once; rows of which several are added up, or written, at a time, and a few are
+# left.
+SHAPES = [(4, 32, 8, 8), (4, 33, 5, 7), (4, 40, 6, 7), (4, 19, 23, 25), (4, 90, 7, 7)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_streaming_and_sharing_do_not_show(fused_cpu, dtype, layout, shape):
+@pytest.mark.parametrize(("order", "gate"), FEW_CASES)
+def test_streaming_and_sharing_do_not_show(fused_cpu, order, gate, dtype, layout, shape):
     """The same bits, stored past the caches or not, and however many threads share an image."""
-    call = make(shape, dtype=dtype, layout=layout)
+    call = make(shape, order, gate, dtype=dtype, layout=layout)
     with cpu_plan("cache=0"):
         want = call.results(backend=fused_cpu)
-    for limits in (text(cache=1), text(cache=0, shared=0), text(cache=1, shared=0)):
+    others = text(cache=1), text(cache=0, shared=0, joint=0), text(cache=1, shared=0, joint=0)
+    for limits in others:
         for threads in (1, 2, 3):
             with cpu_plan(limits, threads):
                 assert_equal(call.results(backend=fused_cpu), want)
@@ -74,8 +77,12 @@ def test_where_the_ways_part():
     assert chosen(text(long_row=63))["sum_together"]
     assert not chosen(text(long_row=64))["sum_together"]
     for dtype, sum_bytes in (("float16", 4), ("float32", 4), ("float64", 8)):
-        assert chosen(text(near=3 * 64 * sum_bytes - 1), dtype=dtype)["scale_together"]
-        assert not chosen(text(near=3 * 64 * sum_bytes), dtype=dtype)["scale_together"]
+        assert chosen(text(near=2 * 64 * sum_bytes - 1), dtype=dtype)["scale_together"]
+        assert not chosen(text(near=2 * 64 * sum_bytes), dtype=dtype)["scale_together"]
+    image = 64 * 8 * 8 * 4  # bytes
+    assert chosen(text(joint=image))["joint"]
+    assert not chosen(text(joint=image + 1))["joint"]
+    assert not chosen(text(joint=0), layout="channels_last")["joint"]
     assert chosen(text(slabs=4))["slab_rows"] == 16
     assert chosen(text(slabs=1, slab_rows=60))["slabs"] == 2
 

@@ -10,31 +10,34 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
   for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
     const T* xn = x + n * size;
+    A *m = channel_mean + n * pixels, *g = pooled + n * c;
     A *spatial_mask = image.map(0), *sums_by_pixel = image.map(1);
     A *channel_mask = image.vector(0), *sums_by_channel = image.vector(1);
-    const A *by_pixel = image.ones(), *by_channel = image.ones();
+    A* const columns[] = {problem.channels_last ? sums_by_channel : sums_by_pixel};
+    // The first pass reads x from memory, the others fetch the next x.
+    const Schedule& passes = schedule(problem.order, false);
+    const T* next = n + 1 < problem.n ? xn + size : nullptr;
 
-    const T* ahead = nullptr;  // the first pass reads x from memory, the others fetch the next x
-    for (const Pass& pass : schedule(problem.order, false)) {
+    const auto over = [&](const Pass& pass, const auto& slab, Axes done) {
+      const A* by_pixel = done.pixels ? spatial_mask : image.ones();
+      const A* by_channel = done.channels ? channel_mask : image.ones();
       if (pass.sums.any())
-        image.reduce(xn, nullptr, by_channel, by_pixel, pass.sums.pixels ? sums_by_pixel : nullptr,
-                     pass.sums.channels ? sums_by_channel : nullptr, ahead);
+        image.reduce(slab, slab.columns[0], xn, nullptr, by_channel, by_pixel,
+                     pass.sums.pixels ? sums_by_pixel : nullptr,
+                     pass.sums.channels ? sums_by_channel : nullptr,
+                     &pass == passes.begin() ? nullptr : next);
       else
-        image.scale(xn, y + n * size, by_channel, by_pixel);
-      if (pass.complete.pixels) {
-        A* m = channel_mean + n * pixels;
-        for (int64_t i = 0; i < pixels; i++) m[i] = sums_by_pixel[i] / c;
-        image.spatial_mask(m, spatial_mask);
-        by_pixel = spatial_mask;
-      }
-      if (pass.complete.channels) {
-        A* g = pooled + n * c;
-        for (int64_t i = 0; i < c; i++) g[i] = sums_by_channel[i] / pixels;
-        image.channel_mask(g, channel_mask);
-        by_channel = channel_mask;
-      }
-      if (n + 1 < problem.n) ahead = xn + size;
-    }
+        image.scale(slab, xn, y + n * size, by_channel, by_pixel);
+    };
+    const auto channels = [&](const Pass&, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) g[i] = sums_by_channel[i] / pixels;
+      image.channel_mask(g, channel_mask, begin, end);
+    };
+    const auto spatial = [&](const Pass&) {
+      for (int64_t i = 0; i < pixels; i++) m[i] = sums_by_pixel[i] / c;
+      image.spatial_mask(m, spatial_mask);
+    };
+    image.walk(passes, columns, over, channels, spatial);
   });
 }
 

@@ -3,49 +3,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
-#include <utility>
 
 #include "kernels.h"
 #include "plan.h"
+#include "resources.h"
 
 namespace da::cpu {
-
-// Runs body(context, begin, end) over [0, count) on the caller's threads.
-struct Pool {
-  void (*run)(int64_t count, void* context, void (*body)(void*, int64_t, int64_t));
-
-  template <class F>
-  void each(int64_t count, F f) const {
-    run(count, &f,
-        [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); });
-  }
-};
-
-// Zeroed arrays in one allocation, each aligned and padded.
-template <class A>
-class Scratch {
- public:
-  explicit Scratch(int64_t capacity) {
-    const size_t bytes = capacity * sizeof(A);
-    data_.reset(static_cast<A*>(std::aligned_alloc(kAlignment, bytes)));
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_.get(), 0, bytes);
-    next_ = data_.get();
-  }
-  A* take(int64_t n) { return std::exchange(next_, next_ + padded(n)); }
-
- private:
-  struct Free {
-    void operator()(A* p) const { std::free(p); }
-  };
-  std::unique_ptr<A, Free> data_;
-  A* next_;
-};
 
 // The parameters in accumulation precision; zeros for absent ones, the gate's as arrays of the
 // sizes that formula.h says.
@@ -87,18 +52,63 @@ class Image {
   A* vector(int i) const { return vectors_[i]; }
   const A* ones() const { return ones_; }
 
+  // The n rows from r on of the image's matrix, and where their sums by column go.
+  struct Slab {
+    int64_t r, n;
+    A* const* columns;
+  };
+
+  // All passes: over(pass, slab, done) for each slab, with the axes that earlier passes completed;
+  // channels(pass, begin, end) and pixels(pass) once the sums are there that pass completes. The
+  // sums by column that a pass makes come together in columns[column(pass)]. Where a channel's mask
+  // follows from a row's own sums, the next pass goes over a slab as soon as these are there, while
+  // the slab is near.
+  template <size_t kColumns, class Over, class Channels, class Pixels>
+  void walk(const Schedule& passes, A* const (&columns)[kColumns], Over over, Channels channels,
+            Pixels pixels) {
+    const bool last = p_.channels_last;
+    Axes done = kNone;
+    for (const Pass* pass = passes.begin(); pass != passes.end(); pass++) {
+      const bool joined = plan_.joint && pass->complete.channels && !pass->complete.pixels;
+      const Pass* const then = joined ? pass + 1 : nullptr;
+      if (!pass->sums.any()) {
+        each_slab([&](int64_t r, int64_t n) { over(*pass, Slab{r, n, nullptr}, done); });
+        continue;
+      }
+      A* made[kColumns] = {};
+      for (const Pass* one : {pass, then})
+        if (one && (last ? one->sums.channels : one->sums.pixels))
+          made[column(*one)] = columns[column(*one)];
+      each_summed_slab(made, [&](int64_t r, int64_t n, A* const* partial) {
+        const Slab slab{r, n, partial};
+        over(*pass, slab, done);
+        if (!joined) return;
+        channels(*pass, r, r + n);
+        over(*then, slab, either(done, kChannels));
+      });
+      if (pass->complete.channels && !joined) channels(*pass, 0, p_.c);
+      done = either(done, pass->complete);
+      if (joined) pass = then;
+      if (pass->complete.pixels) pixels(*pass);
+      done = either(done, pass->complete);
+    }
+  }
+  // Backward's second sums are made of x alone, and may be made beside its first.
+  static constexpr int column(const Pass& pass) { return pass.weights == Maps::terms; }
+
   // With t = x, or x*dy where dy is given, from one read:
   //   sums_by_pixel[p] = sum_c by_channel[c] t    and    sums_by_channel[c] = sum_p by_pixel[p] t
-  // Null sums are not made, and their weights not looked at. An image `ahead` is fetched meanwhile,
-  // for the next pass that reads memory, where x is in the caches.
-  void reduce(const T* x, const T* dy, const A* by_channel, const A* by_pixel, A* sums_by_pixel,
-              A* sums_by_channel, const T* ahead = nullptr) {
-    reduce(by_channel, by_pixel, sums_by_pixel, sums_by_channel,
-           [&](int64_t r, int64_t n, auto... where) {
-             const int64_t at = r * p_.cols();
-             kernels_.reduce(x + at, dy ? dy + at : nullptr, ahead ? ahead + at : nullptr, n,
-                             p_.cols(), where..., plan_.sums);
-           });
+  // Null sums are not made, and their weights not looked at; those by column go to `columns` all
+  // the same. An image `ahead` is fetched meanwhile, for the next pass that reads memory, where x
+  // is in the caches.
+  void reduce(const Slab& slab, A* columns, const T* x, const T* dy, const A* by_channel,
+              const A* by_pixel, A* sums_by_pixel, A* sums_by_channel, const T* ahead = nullptr) {
+    const int64_t r = slab.r, at = r * p_.cols();
+    const Sides<const A> weights = sides(by_channel, by_pixel);
+    const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
+    kernels_.reduce(x + at, dy ? dy + at : nullptr, ahead ? ahead + at : nullptr, slab.n, p_.cols(),
+                    sums.col ? weights.row + r : nullptr, weights.col,
+                    sums.row ? sums.row + r : nullptr, sums.col ? columns : nullptr, plan_.sums);
   }
 
   // The same with t = u - centre[c].
@@ -113,28 +123,24 @@ class Image {
   }
 
   // y = x * channel_mask * spatial_mask
-  void scale(const T* x, T* y, const A* channel_mask, const A* spatial_mask) {
+  void scale(const Slab& slab, const T* x, T* y, const A* channel_mask, const A* spatial_mask) {
     const Sides<const A> scales = sides(channel_mask, spatial_mask);
-    each_slab([&](int64_t r, int64_t n) {
-      const int64_t at = r * p_.cols();
-      kernels_.scale(x + at, y + at, n, p_.cols(), scales.row + r, scales.col, plan_.stores);
-    });
+    const int64_t at = slab.r * p_.cols();
+    kernels_.scale(x + at, y + at, slab.n, p_.cols(), scales.row + slab.r, scales.col,
+                   plan_.stores);
   }
 
   // dx = dy * channel_mask * spatial_mask + channel_term + spatial_term, where the term of the axis
   // that is not `outer` is multiplied by the outer one's mask.
-  void combine(const T* dy, T* dx, const A* channel_mask, const A* spatial_mask,
+  void combine(const Slab& slab, const T* dy, T* dx, const A* channel_mask, const A* spatial_mask,
                const A* channel_term, const A* spatial_term, Axes outer) {
     const Sides<const A> scales = sides(channel_mask, spatial_mask);
     const Sides<const A> biases = sides(channel_term, spatial_term);
-    const Sides<const A> outers =
-        sides(outer.channels ? channel_mask : ones_, outer.pixels ? spatial_mask : ones_);
-    each_slab([&](int64_t r, int64_t n) {
-      const int64_t at = r * p_.cols();
-      const Terms<A> terms{biases.row + r, outers.col, outers.row + r, biases.col};
-      kernels_.combine(dy + at, dx + at, n, p_.cols(), scales.row + r, scales.col, terms,
-                       plan_.stores, plan_.combines);
-    });
+    const bool rows = p_.channels_last ? outer.pixels : outer.channels;
+    const Outer side = !outer.any() ? Outer::none : rows ? Outer::rows : Outer::cols;
+    const int64_t r = slab.r, at = r * p_.cols();
+    kernels_.combine(dy + at, dx + at, slab.n, p_.cols(), scales.row + r, scales.col,
+                     {biases.row + r, biases.col, side}, plan_.stores, plan_.combines);
   }
 
   // out = relu(x spatial_mask + shortcut), x with the channel mask in it. The shortcut may be null,
@@ -193,20 +199,26 @@ class Image {
     });
   }
 
-  void channel_mask(const A* pooled, A* mask) {
+  void channel_mask(const A* pooled, A* mask) { channel_mask(pooled, mask, 0, p_.c); }
+  // Of the channels from begin to end alone.
+  void channel_mask(const A* pooled, A* mask, int64_t begin, int64_t end) const {
     with_gate([&](auto gate) {
-      for (int64_t c = 0; c < p_.c; c++)
+      for (int64_t c = begin; c < end; c++)
         mask[c] =
             gate_logit<A>(gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled, p_.c, c);
     });
-    kernels_.sigmoid(mask, p_.c);
+    kernels_.sigmoid(mask + begin, end - begin);
   }
 
   // From dc, the gradients at a channel mask: those of its logits, dt, and the term of dx, dg.
   void through_channel_mask(const A* dc, const A* mask, A* dt, A* dg) const {
-    for (int64_t i = 0; i < p_.c; i++) dt[i] = dc[i] * sigmoid_slope(mask[i]);
+    through_channel_mask(dc, mask, dt, dg, 0, p_.c);
+  }
+  void through_channel_mask(const A* dc, const A* mask, A* dt, A* dg, int64_t begin,
+                            int64_t end) const {
+    for (int64_t i = begin; i < end; i++) dt[i] = dc[i] * sigmoid_slope(mask[i]);
     with_gate([&](auto gate) {
-      for (int64_t i = 0; i < p_.c; i++)
+      for (int64_t i = begin; i < end; i++)
         dg[i] = gate_transposed<A>(gate, weights_.gate, p_.kernel_size, dt, p_.c, i) / p_.pixels();
     });
   }
@@ -300,8 +312,7 @@ class Image {
     };
     const auto add = [&](int64_t i, const A* at, int64_t begin, int64_t end) {
       for (size_t k = 0; k < kArrays; k++, at += stride_)
-        for (int64_t q = begin; cols[k] && q < end; q++)
-          cols[k][q] = i == 0 ? at[q] : cols[k][q] + at[q];
+        if (cols[k]) kernels_.add(cols[k] + begin, at + begin, end - begin, i == 0);
     };
     const bool any = std::any_of(cols, cols + kArrays, [](A* to) { return to != nullptr; });
     if (!pool_) {

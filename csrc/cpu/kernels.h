@@ -42,11 +42,13 @@ inline int64_t plane_size(int64_t h, int64_t w) {
 enum class Rows { singly, together };    // whether several rows are taken at a time
 enum class Stores { cached, streamed };  // streamed ones bypass the caches
 
-// The terms of dx besides dy, by row r and column q: row_bias[r] col_outer[q] +
-// row_outer[r] col_bias[q].
+// The terms of dx besides dy, one by row and one by column. The scale of the outer axis
+// multiplies the other axis' term, too.
+enum class Outer { none, rows, cols };
 template <class A>
 struct Terms {
-  const A *row_bias, *col_outer, *row_outer, *col_bias;
+  const A *row_bias, *col_bias;
+  Outer outer;
 };
 
 // x of the residual tail by channel, (u - centre) scale + bias; a mask may have been multiplied in.
@@ -121,11 +123,15 @@ struct Kernels {
   void (*reduce)(const T* x, const T* dy, const T* ahead, int64_t rows, int64_t cols,
                  const A* row_weight, const A* col_weight, A* row_sums, A* col_sums, Rows how);
 
+  // sums[i] += more[i] for i < n, or sums[i] = more[i] where these are the `first`.
+  void (*add)(A* sums, const A* more, int64_t n, bool first);
+
   // y[r,q] = x[r,q] row_scale[r] col_scale[q]
   void (*scale)(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale,
                 const A* col_scale, Stores stores);
 
-  // dx[r,q] = dy[r,q] row_scale[r] col_scale[q] + the terms
+  // dx[r,q] = (dy[r,q] inner_scale + inner_bias) outer_scale + outer_bias, or, where neither axis
+  // is the outer one, dy[r,q] row_scale[r] col_scale[q] + row_bias[r] + col_bias[q]
   void (*combine)(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale,
                   const A* col_scale, const Terms<A>& terms, Stores stores, Rows how);
 

@@ -67,7 +67,8 @@ bool parse(const std::string& text, Limits& limits) {
                           {"slabs", &limits.slabs, 1},
                           {"slab_rows", &limits.slab_rows, 1},
                           {"long_row", &limits.long_row, 0},
-                          {"near", &limits.near_bytes, 0}});
+                          {"near", &limits.near_bytes, 0},
+                          {"joint", &limits.joint_bytes, 0}});
 }
 
 Plan plan(const Problem& problem, const Machine& machine, int tensors) {
@@ -88,15 +89,18 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   p.slabs = (problem.rows() + p.slab_rows - 1) / p.slab_rows;
 
   // Rows of middling length are read faster one after the other than side by side; the kernels take
-  // short ones together in any case. Three arrays over the columns crowd out the first-level cache
+  // short ones together in any case. Two arrays over the columns crowd out the first-level cache
   // where rows are long.
   const int64_t sum_bytes = problem.dtype == Dtype::float64 ? 8 : 4;
   const auto rows = [](bool together) { return together ? Rows::together : Rows::singly; };
   p.sums = rows(problem.cols() > limits.long_row);
-  p.combines = rows(3 * problem.cols() * sum_bytes > limits.near_bytes);
+  p.combines = rows(2 * problem.cols() * sum_bytes > limits.near_bytes);
   // What the cache cannot hold together with all else is not fetched to be overwritten.
   const bool large = limits.cache_bytes > 0 && problem.bytes() > limits.cache_bytes / (2 * tensors);
   p.stores = large ? Stores::streamed : Stores::cached;
+  // Where channels are rows and their masks are made one by one. A small image stays near anyway.
+  p.joint = !problem.channels_last && problem.channel() && problem.gate != Gate::eca &&
+            problem.bytes() / std::max<int64_t>(problem.n, 1) >= limits.joint_bytes;
   return p;
 }
 

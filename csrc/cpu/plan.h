@@ -24,15 +24,17 @@ struct Limits {
   int64_t slabs = 16;           // aimed at per image, for threads to share
   int64_t slab_rows = 64;       // at most
   int64_t long_row = 1000;      // elements above which rows are added up together
-  int64_t near_bytes = 12288;   // of what is kept by column, above which rows are scaled together
+  int64_t near_bytes = 8192;    // of what is kept by column, above which rows are scaled together
+  int64_t joint_bytes = 65536;  // of an image, from which on passes may share a slab
 };
 
 // This machine's, but for those that a text such as "cache=1,slabs=4" names; false where it is
 // none.
 bool parse(const std::string& text, Limits& limits);
 constexpr const char* kLimits =
-    "DA_OPS_CPU_PLAN: expected a number for some of cache, shared, slabs, slab_rows, long_row and "
-    "near, as in cache=65536,slabs=4; got ";
+    "DA_OPS_CPU_PLAN: expected a number for some of cache, shared, slabs, slab_rows, long_row, "
+    "near "
+    "and joint, as in cache=65536,slabs=4; got ";
 
 struct Machine {
   int64_t threads = 1;
@@ -48,6 +50,7 @@ struct Plan {
   Rows sums;             // how rows are added up where columns are, too
   Rows combines;         // how rows of dx are made
   Stores stores;         // of what the call writes
+  bool joint;  // whether a pass goes over a slab as soon as a channel's mask is made there
 };
 
 // `tensors` of the size of x are what a call reads or writes: those of the layer's forward, if not

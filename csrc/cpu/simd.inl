@@ -179,6 +179,37 @@ DA_INLINE void store_part(T* p, vec<accumulate_t<T>> v, int64_t n) {
 #endif
 }
 
+// The lanes of a vector by number, where the machine has an instruction for that.
+constexpr bool kPicks = DA_VECTOR_BYTES > 16;
+DA_INLINE vec<float> pick(vec<float> v, ivec<float> lane) {
+#if DA_VECTOR_BYTES == 64
+  return (vec<float>)_mm512_permutexvar_ps((__m512i)lane, (__m512)v);
+#elif DA_VECTOR_BYTES == 32
+  return (vec<float>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lane);
+#else
+  return v;
+#endif
+}
+DA_INLINE vec<double> pick(vec<double> v, ivec<double> lane) {
+#if DA_VECTOR_BYTES == 64
+  return (vec<double>)_mm512_permutexvar_pd((__m512i)lane, (__m512d)v);
+#elif DA_VECTOR_BYTES == 32
+  const ivec<double> halves = (lane << 33) + (int64_t(1) << 32) + (lane << 1);
+  return (vec<double>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)halves);
+#else
+  return v;
+#endif
+}
+
+// `row` in the first n lanes, the next one in the others.
+template <class A>
+DA_INLINE ivec<A> rows_from(int64_t row, int64_t n) {
+  using I = typename Integer<A>::type;
+  ivec<A> lane;
+  for (int64_t i = 0; i < Vector<A>::lanes; i++) lane[i] = i;
+  return (lane < I(n) ? ivec<A>{} : ivec<A>{} + 1) + I(row);
+}
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define DA_SHUFFLEVECTOR

@@ -35,7 +35,7 @@ def _plan_of(call: Call, walks: Walks) -> Plan:
     told = {
         key: value if value == other[key] else f"{value} forward, {other[key]} backward"
         for key, value in details[0].items()
-        if key not in ("forward", "backward", "cached_tensors")
+        if key not in ("joint", "forward", "backward", "cached_tensors")
     }
     forward, backward = directions
     return Plan(forward, backward, {**told, **PLANS.words("cpu", call)})
