@@ -100,20 +100,25 @@ def interleaved(
     least: int = 5,
     budget: float = 10.0,
     sample_seconds: float = 1e-3,
+    warm_up: float = 0.0,
     seed: int = 0,
     told: Callable[[dict[Name, Rounds]], object] | None = None,
 ) -> dict[Name, Rounds]:
     """Time all contenders round by round: `rounds` of them, fewer (but `least`) after `budget` s.
     `told` is given those until now, every few seconds.
 
-    The longest inner loop is 10,000 calls. Garbage is collected before, not while, timing.
+    The longest inner loop is 10,000 calls. Garbage is collected before, not while, timing. A sample
+    of one call that takes less than `warm_up` seconds follows a call that is not timed: those
+    before it were others', which left their own tensors in the caches.
     """
-    calls = {}
+    calls, warmed = {}, set()
     for name, sample in contenders.items():
         single = min(sample(1)[0] for _ in range(2))
         calls[name] = min(10_000, math.ceil(sample_seconds / max(single, 1e-9)))
         if calls[name] > 1:
             sample(calls[name])
+        elif single < warm_up:
+            warmed.add(name)
     order = random.Random(seed)
     names = list(contenders)
     times: dict[Name, list[list[float]]] = {name: [] for name in names}
@@ -131,6 +136,8 @@ def interleaved(
                 last = time.perf_counter()
             order.shuffle(names)
             for name in names:
+                if name in warmed:
+                    contenders[name](1)
                 spans = contenders[name](calls[name])
                 times[name].append([span / calls[name] for span in spans])
     finally:

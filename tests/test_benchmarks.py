@@ -318,6 +318,13 @@ def test_interleaved_rounds_count_calls():
     assert all(set(pair) == {"a", "b"} for pair in rounds)
     assert len({tuple(pair) for pair in rounds}) == 2  # both orders occur
 
+    taken.clear()
+    again = measure.interleaved(contenders, rounds=6, warm_up=1e-2)
+    np.testing.assert_allclose(again["b"], times["b"])
+    assert (taken.count("a"), taken.count("b")) == (3 + 6, 2 + 2 * 6)  # "a" is called ten times
+    in_turn = "".join(taken[-18:])
+    assert {in_turn[i : i + 3] for i in range(0, 18, 3)} == {"abb", "bba"}
+
 
 def test_memory_is_exact():
     x = torch.randn(1000, 256, requires_grad=True)
