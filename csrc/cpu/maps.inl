@@ -1,4 +1,4 @@
-// What is written element by element, from a row's values and a column's: `scale` and `combine` of
+// Maps of a matrix's elements by values of their row and their column: `scale` and `combine` of
 // kernels.h. Included by kernels.inl.
 
 // A few rows of `out`, which share what they read of the columns: row(q, read) is a row's vector at
@@ -56,8 +56,8 @@ DA_INLINE void map_rows(T* out, int64_t rows, int64_t cols, Stores stores, Rows 
       const auto stream_until = [&](int64_t end) DA_LAMBDA_INLINE {
         for (; i + lanes <= end; i += lanes) stream(out + r * cols + i, buffer + i);
       };
-      // Each row is streamed while the next is made: memory reads and writes at a time, and what
-      // has just been stored is not waited for.
+      // Each row is streamed while the next is made: memory then reads and writes at once, and
+      // nothing waits for what has just been stored.
       for (int64_t b = 0; b < streamed; b++) {
         map_block<false>(buffer + b * cols, cols, tail, f(r + b));
         stream_until(b * cols);

@@ -104,7 +104,7 @@ DA_INLINE void store(float16* p, vec<float> v) {
 }
 #endif
 
-// What is stored as a vector, past the caches, to an aligned place that nobody reads soon.
+// Stores a vector past the caches, to an aligned place that nobody reads soon.
 constexpr bool kStreams = DA_VECTOR_BYTES > 16;
 template <class T>
 DA_INLINE void stream(T* to, const T* from) {

@@ -1,8 +1,8 @@
 // Row sums and column sums of a slab, in one read of it: the `reduce` of kernels.h. Included by
 // kernels.inl.
 
-// What is added up of a row r: read(row) loads the elements at column q, and keep(v) makes zeros of
-// what is none of them. from(r) begins at row r. fetch_ahead(i) fetches the i-th element of
+// The terms of a row r's sums: read(row) loads the elements at column q, and keep(v) makes zeros of
+// lanes that are none of them. from(r) begins at row r. fetch_ahead(i) fetches the i-th element of
 // `ahead`.
 template <class T>
 struct Elements {
@@ -78,8 +78,8 @@ DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight,
   sum_lanes<kBlock, A>(total, row_sums);
 }
 
-// Row sums, column sums or both of a few rows together. What is left over of the columns goes to
-// `tail_sums`: in memory it would overlap what has just been stored, and wait for it.
+// Row sums, column sums or both of a few rows together. The last columns' sums go to `tail_sums`:
+// in memory they would overlap sums that have just been stored, and wait for them.
 template <bool kRows, bool kCols, int kBlock, class T, class Source, class A = accumulate_t<T>>
 DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const A* row_weight,
                          const A* col_weight, A* row_sums, A* col_sums, vec<A>& tail_sums) {
@@ -116,8 +116,8 @@ DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const
   }
 }
 
-// The same of all rows, each of kNarrow vectors, the last of which ends where the row ends: what
-// belongs to the columns stays in registers.
+// The same of all rows, each of kNarrow vectors, the last of which ends where the row ends: the
+// columns' sums stay in registers.
 template <bool kRows, bool kCols, class T, class Source, class A = accumulate_t<T>>
 DA_INLINE void sum_narrow(const Source& source, int64_t rows, int64_t cols, const A* row_weight,
                           const A* col_weight, A* row_sums, A* col_sums) {
