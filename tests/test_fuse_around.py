@@ -111,6 +111,18 @@ def test_hooks_see_what_they_would(which, kind):
     assert not unfused_blocks(fused)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_on_a_module_that_does_nothing_are_called(kind):
+    calls = []
+    for network in pair("timm basic"):
+        seen = []
+        module = network.layer2[0].drop_block
+        getattr(module, f"register_{kind}_hook")(lambda *_, seen=seen: seen.append(1))
+        network(images())
+        calls.append(len(seen))
+    assert calls == [1, 1]
+
+
 def test_hooks_on_all_modules_see_what_they_would():
     plain, fused = pair()
     calls = []

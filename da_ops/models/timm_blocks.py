@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from timm.models import resnet as timm
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..residual.functional import makes_anew, rectified, tail
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks ask for a call of the module, though it does nothing."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or _has_any_global_hook()
 
 
 class _Block:
@@ -32,7 +38,7 @@ class _Block:
         return out + (x if self.downsample is None else self.downsample(x))
 
     def _dropped(self: Any, conv: nn.Module, x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
-        if type(self.drop_block) is nn.Identity:
+        if type(self.drop_block) is nn.Identity and not _watched(self.drop_block):
             return rectified(conv, x, norm, act)
         return act(self.drop_block(norm(conv(x))))
 

@@ -23,8 +23,8 @@ struct Waves {
 // 0: as many as of the layer's.
 int64_t slots(const Problem& problem, const Device& device, size_t shared_bytes, int per_sm = 0);
 
-// Of blocks that share a multiprocessor each one gets a part of what this moves in a wave: one of
-// so many parts. One that is alone does not get all, for it has too few warps.
+// Blocks that share a multiprocessor share what it moves in a wave: each gets one of so many parts.
+// A block that is alone does not get all, for it has too few warps.
 double parts(const Problem& problem, const Device& device, const Waves& waves);
 
 // The waves of a pass over images that are cut like this.
