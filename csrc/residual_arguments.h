@@ -25,7 +25,7 @@ inline void check_like(const Problem& p, const Tensor& t, const Tensor& u, const
                   "da_ops: ", name, " must have u's layout");
 }
 
-// What forward is given of the norm: statistics of its own, or none where the batch's are taken.
+// The norm's arguments of forward: statistics of its own, or none where the batch's are taken.
 struct GivenNorm {
   const Parameter &weight, &bias, &mean, &var;
   double eps;
@@ -38,7 +38,7 @@ struct Running {
   double momentum;
 };
 
-// What a batch's variance is multiplied by to be an estimate without bias.
+// The factor that makes a batch's variance an estimate without bias.
 inline double unbiased(const Problem& p) {
   const double count = double(p.n) * p.pixels();
   return count / (count - 1);

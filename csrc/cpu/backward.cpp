@@ -65,46 +65,43 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
   std::vector<A> all_dt(problem.channel() ? problem.n * c : 0);
   std::vector<double> all_sums(problem.n * kSpatialSums);
 
-  for_images<T>(
-      problem, plan, pool, weights,
-      [&](Image<T>& image, int64_t n) {
-        const T *xn = x + n * size, *dyn = dy + n * size;
-        const A *m = channel_mean + n * pixels, *g = pooled + n * c;
-        A *spatial_mask = image.map(0), *ds = image.map(1), *dm = image.map(2);
-        A *channel_mask = image.vector(0), *dc = image.vector(1), *dg = image.vector(2);
-        const A *by_pixel = image.ones(), *by_channel = image.ones();
-        if (problem.spatial()) image.spatial_mask(m, spatial_mask), by_pixel = spatial_mask;
-        if (problem.channel()) image.channel_mask(g, channel_mask), by_channel = channel_mask;
-        A *more_ds = image.map(3), *more_dc = image.vector(3);
-        A* const columns[] = {problem.channels_last ? dc : ds,
-                              problem.channels_last ? more_dc : more_ds};
-        const T* next = n + 1 < problem.n ? dyn + size : nullptr;
+  const auto one_image = [&](Image<T>& image, int64_t n, int64_t following) {
+    const T *xn = x + n * size, *dyn = dy + n * size;
+    const A *m = channel_mean + n * pixels, *g = pooled + n * c;
+    A *spatial_mask = image.map(0), *ds = image.map(1), *dm = image.map(2);
+    A *channel_mask = image.vector(0), *dc = image.vector(1), *dg = image.vector(2);
+    const A *by_pixel = image.ones(), *by_channel = image.ones();
+    if (problem.spatial()) image.spatial_mask(m, spatial_mask), by_pixel = spatial_mask;
+    if (problem.channel()) image.channel_mask(g, channel_mask), by_channel = channel_mask;
+    A *more_ds = image.map(3), *more_dc = image.vector(3);
+    A* const columns[] = {problem.channels_last ? dc : ds,
+                          problem.channels_last ? more_dc : more_ds};
+    const T* next = following < 0 ? nullptr : dy + following * size;
 
-        const auto over = [&](const Pass& pass, const auto& slab, Axes) {
-          A* const by_column = slab.columns ? slab.columns[image.column(pass)] : nullptr;
-          if (!pass.sums.any())
-            image.combine(slab, dyn, dx + n * size, by_channel, by_pixel, dg, dm,
-                          outer(problem.order));
-          else if (pass.weights == Maps::masks)
-            image.reduce(slab, by_column, xn, dyn, by_channel, by_pixel,
-                         pass.sums.pixels ? ds : nullptr, pass.sums.channels ? dc : nullptr);
-          else  // x is in the caches
-            image.reduce(slab, by_column, xn, nullptr, dg, dm, pass.sums.pixels ? more_ds : nullptr,
-                         pass.sums.channels ? more_dc : nullptr, next);
-        };
-        const auto channels = [&](const Pass& pass, int64_t begin, int64_t end) {
-          if (pass.weights == Maps::terms)
-            for (int64_t i = begin; i < end; i++) dc[i] += more_dc[i];
-          image.through_channel_mask(dc, channel_mask, all_dt.data() + n * c, dg, begin, end);
-        };
-        const auto spatial = [&](const Pass& pass) {
-          if (pass.weights == Maps::terms)
-            for (int64_t i = 0; i < pixels; i++) ds[i] += more_ds[i];
-          image.through_spatial_mask(ds, spatial_mask, m, &all_sums[n * kSpatialSums], dm);
-        };
-        image.walk(schedule(problem.order, true), columns, over, channels, spatial);
-      },
-      2);
+    const auto over = [&](const Pass& pass, const auto& slab, Axes) {
+      A* const by_column = slab.columns ? slab.columns[image.column(pass)] : nullptr;
+      if (!pass.sums.any())
+        image.combine(slab, dyn, dx + n * size, by_channel, by_pixel, dg, dm, outer(problem.order));
+      else if (pass.weights == Maps::masks)
+        image.reduce(slab, by_column, xn, dyn, by_channel, by_pixel,
+                     pass.sums.pixels ? ds : nullptr, pass.sums.channels ? dc : nullptr);
+      else  // x is in the caches
+        image.reduce(slab, by_column, xn, nullptr, dg, dm, pass.sums.pixels ? more_ds : nullptr,
+                     pass.sums.channels ? more_dc : nullptr, next);
+    };
+    const auto channels = [&](const Pass& pass, int64_t begin, int64_t end) {
+      if (pass.weights == Maps::terms)
+        for (int64_t i = begin; i < end; i++) dc[i] += more_dc[i];
+      image.through_channel_mask(dc, channel_mask, all_dt.data() + n * c, dg, begin, end);
+    };
+    const auto spatial = [&](const Pass& pass) {
+      if (pass.weights == Maps::terms)
+        for (int64_t i = 0; i < pixels; i++) ds[i] += more_ds[i];
+      image.through_spatial_mask(ds, spatial_mask, m, &all_sums[n * kSpatialSums], dm);
+    };
+    image.walk(schedule(problem.order, true), columns, over, channels, spatial);
+  };
+  for_images<T>(problem, plan, pool, weights, Walk::backwards, one_image, 2);
 
   parameter_gradients(problem, weights, all_dt.data(), pooled, all_sums.data(), gradients);
 }

@@ -8,7 +8,7 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
              accumulate_t<T>* channel_mean, accumulate_t<T>* pooled) {
   using A = accumulate_t<T>;
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
-  for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
+  const auto one_image = [&](Image<T>& image, int64_t n, int64_t following) {
     const T* xn = x + n * size;
     A *m = channel_mean + n * pixels, *g = pooled + n * c;
     A *spatial_mask = image.map(0), *sums_by_pixel = image.map(1);
@@ -16,7 +16,7 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
     A* const columns[] = {problem.channels_last ? sums_by_channel : sums_by_pixel};
     // The first pass reads x from memory, the others fetch the next x.
     const Schedule& passes = schedule(problem.order, false);
-    const T* next = n + 1 < problem.n ? xn + size : nullptr;
+    const T* next = following < 0 ? nullptr : x + following * size;
 
     const auto over = [&](const Pass& pass, const auto& slab, Axes done) {
       const A* by_pixel = done.pixels ? spatial_mask : image.ones();
@@ -38,7 +38,8 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
       image.spatial_mask(m, spatial_mask);
     };
     image.walk(passes, columns, over, channels, spatial);
-  });
+  };
+  for_images<T>(problem, plan, pool, weights, Walk::backwards, one_image);
 }
 
 #define DA_INSTANTIATE(T)                                                                   \

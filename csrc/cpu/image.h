@@ -112,14 +112,25 @@ class Image {
   }
 
   // The same with t = u - centre[c].
+  void reduce_deviations(const Slab& slab, A* columns, const T* u, const A* centre,
+                         const A* by_channel, const A* by_pixel, A* sums_by_pixel,
+                         A* sums_by_channel, const T* ahead = nullptr) {
+    const int64_t r = slab.r, at = r * p_.cols();
+    const Sides<const A> weights = sides(by_channel, by_pixel);
+    const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
+    kernels_.residual.reduce(u + at, ahead ? ahead + at : nullptr, of_channels(centre, r), slab.n,
+                             p_.cols(), p_.channels_last, sums.col ? weights.row + r : nullptr,
+                             weights.col, sums.row ? sums.row + r : nullptr,
+                             sums.col ? columns : nullptr, plan_.sums);
+  }
+  // These sums of a whole image.
   void reduce_deviations(const T* u, const A* centre, const A* by_channel, const A* by_pixel,
-                         A* sums_by_pixel, A* sums_by_channel, const T* ahead = nullptr) {
-    reduce(by_channel, by_pixel, sums_by_pixel, sums_by_channel,
-           [&](int64_t r, int64_t n, auto... where) {
-             kernels_.residual.reduce(u + r * p_.cols(), ahead ? ahead + r * p_.cols() : nullptr,
-                                      of_channels(centre, r), n, p_.cols(), p_.channels_last,
-                                      where..., plan_.sums);
-           });
+                         A* sums_by_pixel, A* sums_by_channel) {
+    A* const columns[] = {sides(sums_by_channel, sums_by_pixel).col};
+    each_summed_slab(columns, [&](int64_t r, int64_t n, A* const* partial) {
+      reduce_deviations(Slab{r, n, partial}, partial[0], u, centre, by_channel, by_pixel,
+                        sums_by_pixel, sums_by_channel);
+    });
   }
 
   // y = x * channel_mask * spatial_mask
@@ -145,15 +156,13 @@ class Image {
 
   // out = relu(x spatial_mask + shortcut), x with the channel mask in it. The shortcut may be null,
   // and out be u. An image `ahead` is fetched meanwhile.
-  void rectify(const T* u, const T* shortcut, const T* ahead, T* out, const Affine<A>& x,
-               const A* spatial_mask) {
-    each_slab([&](int64_t r, int64_t n) {
-      const int64_t at = r * p_.cols();
-      const auto from_row = [&](const T* image) { return image ? image + at : nullptr; };
-      kernels_.residual.rectify(u + at, from_row(shortcut), from_row(ahead), out + at, n, p_.cols(),
-                                p_.channels_last, from(x, r), of_pixels(spatial_mask, r),
-                                plan_.stores);
-    });
+  void rectify(const Slab& slab, const T* u, const T* shortcut, const T* ahead, T* out,
+               const Affine<A>& x, const A* spatial_mask) {
+    const int64_t r = slab.r, at = r * p_.cols();
+    const auto from_row = [&](const T* image) { return image ? image + at : nullptr; };
+    kernels_.residual.rectify(u + at, from_row(shortcut), from_row(ahead), out + at, slab.n,
+                              p_.cols(), p_.channels_last, from(x, r), of_pixels(spatial_mask, r),
+                              plan_.stores);
   }
 
   // The sums of a whole image; what depends on its size is set here.
@@ -200,7 +209,7 @@ class Image {
   }
 
   void channel_mask(const A* pooled, A* mask) { channel_mask(pooled, mask, 0, p_.c); }
-  // Of the channels from begin to end alone.
+  // The same for the channels from begin to end alone.
   void channel_mask(const A* pooled, A* mask, int64_t begin, int64_t end) const {
     with_gate([&](auto gate) {
       for (int64_t c = begin; c < end; c++)
@@ -332,19 +341,6 @@ class Image {
       });
   }
 
-  // kernel(r, n, row_weight, col_weight, row_sums, col_sums) adds up a slab.
-  template <class F>
-  void reduce(const A* by_channel, const A* by_pixel, A* sums_by_pixel, A* sums_by_channel,
-              F kernel) {
-    const Sides<const A> weights = sides(by_channel, by_pixel);
-    const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
-    A* const cols[] = {sums.col};
-    each_summed_slab(cols, [&](int64_t r, int64_t n, A* const* partial) {
-      kernel(r, n, sums.col ? weights.row + r : nullptr, weights.col,
-             sums.row ? sums.row + r : nullptr, sums.col ? partial[0] : nullptr);
-    });
-  }
-
   // f(begin, end) over [0, count), shared out where so much `work` is worth waking threads for.
   template <class F>
   void each(int64_t count, int64_t work, F f) const {
@@ -375,20 +371,37 @@ class Image {
   A *maps_[kMaps], *vectors_[kVectors];
 };
 
-// f(image, n) for every image: each of the plan's whole images on one thread, the others one after
-// another on all threads.
+enum class Walk { forwards, backwards };
+
+// f(image, n, next) for every image, where `next` is the one that the same thread takes after it,
+// or -1: each of the plan's whole images on one thread, the others one after another on all
+// threads. The images that were used last before are in the caches, and so a walk is to go
+// backwards that follows another one, or a convolution.
 template <class T, class F>
 void for_images(const Problem& problem, const Plan& plan, const Pool& pool,
-                const Weights<accumulate_t<T>>& weights, F f, int columns = 1) {
+                const Weights<accumulate_t<T>>& weights, Walk walk, F f, int columns = 1) {
+  const auto take = [&](Image<T>& image, int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < end - begin; i++) {
+      const bool last = begin + i + 1 == end;
+      if (walk == Walk::forwards)
+        f(image, begin + i, last ? -1 : begin + i + 1);
+      else
+        f(image, end - 1 - i, last ? -1 : end - 2 - i);
+    }
+  };
   const auto serial = [&](int64_t begin, int64_t end) {
     Image<T> image(problem, plan, weights, nullptr, columns);
-    for (int64_t n = begin; n < end; n++) f(image, n);
+    take(image, begin, end);
   };
   if (plan.threads == 1) return serial(0, problem.n);
+  const auto together = [&] {
+    if (plan.whole_images == problem.n) return;
+    Image<T> image(problem, plan, weights, &pool, columns);
+    take(image, plan.whole_images, problem.n);
+  };
+  if (walk == Walk::backwards) together();
   pool.each(plan.whole_images, serial);
-  if (plan.whole_images == problem.n) return;
-  Image<T> image(problem, plan, weights, &pool, columns);
-  for (int64_t n = plan.whole_images; n < problem.n; n++) f(image, n);
+  if (walk == Walk::forwards) together();
 }
 
 }  // namespace da::cpu

@@ -57,9 +57,9 @@ struct Affine {
   const A *centre, *scale, *bias;
 };
 
-// Backward's first read of the residual tail, which writes d, the gradient at the ReLU's argument.
-// That is dout where `out` is not 0; where there is no shortcut, x has out's sign, for masks are
-// positive, and neither out is read nor d written:
+// Backward's first read of the residual tail, which writes d, the gradient at the ReLU's argument:
+// d is dout where `out` is not 0. Without a shortcut x has out's sign, for masks are positive, and
+// neither is `out` read nor d written. It sums
 //   sums[c] = sum_p mask[p] d    and    products[c] = sum_p mask[p] d (u - centre[c])
 //   pixel_sums[p] = sum_c d x    with the channel mask in x; null where it is not wanted
 template <class T>

@@ -8,9 +8,8 @@
 constexpr int64_t kChunk = 16;  // vectors added in one register before they are folded into a total
 constexpr int64_t kFar = 2048;  // elements from what is read to what is fetched, at least
 constexpr int64_t kTiny = 64;   // elements of a row up to which rows are taken together in any case
-constexpr int64_t kShort = 512;     // elements of a row up to which rows are added up side by side
-constexpr int64_t kBuffer = 16384;  // bytes of rows that are made before they are streamed
-constexpr int kUnrolled = 8;        // vectors of a row of which sums fit the registers
+constexpr int64_t kShort = 512;  // elements of a row up to which rows are added up side by side
+constexpr int kUnrolled = 8;     // vectors of a row of which sums fit the registers
 
 // Vectors of a row of 7 x 7 pixels, as most networks end with.
 template <class A>

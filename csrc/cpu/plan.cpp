@@ -98,7 +98,8 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   // What the cache cannot hold together with all else is not fetched to be overwritten.
   const bool large = limits.cache_bytes > 0 && problem.bytes() > limits.cache_bytes / (2 * tensors);
   p.stores = large ? Stores::streamed : Stores::cached;
-  // Where channels are rows and their masks are made one by one. A small image stays near anyway.
+  // Passes share a slab where channels are rows and their masks are made one by one. A small image
+  // stays near anyway.
   p.joint = !problem.channels_last && problem.channel() && problem.gate != Gate::eca &&
             problem.bytes() / std::max<int64_t>(problem.n, 1) >= limits.joint_bytes;
   return p;

@@ -52,7 +52,8 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
 
 namespace {
 
-constexpr int64_t kHalfOfCache = 512 * 1024;  // bytes; of the second-level cache of most machines
+// Bytes of an image beside which another one stays in the second-level cache of most machines.
+constexpr int64_t kNear = 512 * 1024;
 
 // The sum of an image's map or vector, several at a time.
 template <class A>
@@ -75,50 +76,54 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
   using A = accumulate_t<T>;
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
   const A* centre = norm.mean.data();
-  for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
+  const auto one_image = [&](Image<T>& image, int64_t n, int64_t following) {
     const T* un = u + n * size;
+    A *m = channel_mean + n * pixels, *raw = pooled + n * c;
     A *spatial_mask = image.map(0), *sums_by_pixel = image.map(1);
     A *channel_mask = image.vector(0), *sums_by_channel = image.vector(1);
     A *scale = image.vector(2), *bias = image.vector(3);  // the channel mask's x
-    const A* by_pixel = image.ones();
+    A* const columns[] = {problem.channels_last ? sums_by_channel : sums_by_pixel};
     std::copy_n(norm.scale.data(), c, scale);
     std::copy_n(norm.bias.data(), c, bias);
+    A pooled_weight = 1;  // the mean of what the pooling multiplies pixels by
 
     // The first pass reads u from memory. The sums after it fetch the shortcut where that does not
     // drive u out of the second cache, and the last pass the next u: to write takes it longer than
     // to read.
-    const T* ahead = nullptr;
+    const Schedule& passes = schedule(problem.order, false);
     const T* to_add = shortcut ? shortcut + n * size : nullptr;
-    const T* soon = size * int64_t(sizeof(T)) <= kHalfOfCache ? to_add : nullptr;
+    const T* soon = size * int64_t(sizeof(T)) <= kNear ? to_add : nullptr;
     const bool sums = problem.order != Order::none;
-    const T* next = sums && n + 1 < problem.n ? un + size : nullptr;
-    for (const Pass& pass : schedule(problem.order, false)) {
+    const T* next = sums && following >= 0 ? u + following * size : nullptr;
+
+    const auto over = [&](const Pass& pass, const auto& slab, Axes done) {
+      const A* by_pixel = done.pixels ? spatial_mask : image.ones();
       if (pass.sums.any())
-        image.reduce_deviations(un, centre, scale, by_pixel,
+        image.reduce_deviations(slab, slab.columns[0], un, centre, scale, by_pixel,
                                 pass.sums.pixels ? sums_by_pixel : nullptr,
-                                pass.sums.channels ? sums_by_channel : nullptr, ahead);
+                                pass.sums.channels ? sums_by_channel : nullptr,
+                                &pass == passes.begin() ? nullptr : soon);
       else
-        image.rectify(un, to_add, next, out + n * size, {centre, scale, bias}, by_pixel);
-      const A weight = pass.sums.channels ? sum_of(by_pixel, pixels) / pixels : 0;
-      if (pass.complete.pixels) {
-        A* m = channel_mean + n * pixels;
-        const A constant = sum_of(bias, c);
-        for (int64_t i = 0; i < pixels; i++) m[i] = (sums_by_pixel[i] + constant) / c;
-        image.spatial_mask(m, spatial_mask);
-        by_pixel = spatial_mask;
+        image.rectify(slab, un, to_add, next, out + n * size, {centre, scale, bias}, by_pixel);
+    };
+    const auto channels = [&](const Pass&, int64_t begin, int64_t end) {
+      A* g = sums_by_channel;
+      for (int64_t i = begin; i < end; i++) {
+        raw[i] = sums_by_channel[i] / pixels;
+        g[i] = norm.scale[i] * raw[i] + norm.bias[i] * pooled_weight;
       }
-      if (pass.complete.channels) {
-        A *raw = pooled + n * c, *g = sums_by_channel;
-        for (int64_t i = 0; i < c; i++) {
-          raw[i] = sums_by_channel[i] / pixels;
-          g[i] = norm.scale[i] * raw[i] + norm.bias[i] * weight;
-        }
-        image.channel_mask(g, channel_mask);
-        for (int64_t i = 0; i < c; i++) scale[i] *= channel_mask[i], bias[i] *= channel_mask[i];
-      }
-      ahead = soon;
-    }
-  });
+      image.channel_mask(g, channel_mask, begin, end);
+      for (int64_t i = begin; i < end; i++) scale[i] *= channel_mask[i], bias[i] *= channel_mask[i];
+    };
+    const auto spatial = [&](const Pass& pass) {
+      const A constant = sum_of(pass.sums.channels ? norm.bias.data() : bias, c);
+      for (int64_t i = 0; i < pixels; i++) m[i] = (sums_by_pixel[i] + constant) / c;
+      image.spatial_mask(m, spatial_mask);
+      pooled_weight = sum_of(spatial_mask, pixels) / pixels;
+    };
+    image.walk(passes, columns, over, channels, spatial);
+  };
+  for_images<T>(problem, plan, pool, weights, Walk::backwards, one_image);
 }
 
 namespace {
@@ -156,7 +161,7 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
   // Each image's share of the sums of dx, and of dx (u - mean), over the batch.
   std::vector<double> dx_sums(problem.n * c), dx_products(problem.n * c);
 
-  const auto first_read = [&](Image<T>& image, int64_t n) {
+  const auto first_read = [&](Image<T>& image, int64_t n, int64_t) {
     const T* un = call.u + n * size;
     A *s = &kept.spatial_mask[n * kept.pixels], *dm = &kept.pixel_term[n * kept.pixels];
     A *k = &kept.channel_mask[n * kept.channels], *dg = &kept.channel_term[n * kept.channels];
@@ -221,7 +226,7 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
       dx_products[n * c + i] = double(k[i]) * products[i] + dg[i] * pooled + outer * dm_products[i];
     }
   };
-  for_images<T>(problem, plan, pool, weights, first_read, 2);
+  for_images<T>(problem, plan, pool, weights, Walk::forwards, first_read, 2);
 
   // du = scale (dx - mean(dx) - xhat mean(dx xhat)), the means over the batch where its statistics
   // are the norm's.
@@ -239,7 +244,7 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
     offset[i] = -norm.scale[i] * (sum / count);
   }
 
-  for_images<T>(problem, plan, pool, weights, [&](Image<T>& image, int64_t n) {
+  const auto second_read = [&](Image<T>& image, int64_t n, int64_t) {
     const A *s = &kept.spatial_mask[n * kept.pixels], *dm = &kept.pixel_term[n * kept.pixels];
     const A *k = &kept.channel_mask[n * kept.channels], *dg = &kept.channel_term[n * kept.channels];
     A *scale = image.vector(0), *bias = image.vector(1), *outer = image.vector(2);
@@ -253,7 +258,8 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
                            call.u + n * size, gradients.du + n * size,
                            {scale, bias, outer, slope.data(), offset.data(), x, s, dm,
                             outermost.pixels ? s : image.ones(), !with_shortcut});
-  });
+  };
+  for_images<T>(problem, plan, pool, weights, Walk::backwards, second_read);
 
   parameter_gradients(problem, weights, all_dt.data(), all_pooled.data(), all_taps.data(),
                       gradients.parameters);

@@ -140,6 +140,20 @@ DA_INLINE auto by_pixel(const A* values, int64_t r) {
   return Along<kChannelsLast, A>(values, r);
 }
 
+// map_matrix over arrays by channel and by pixel.
+template <bool kChannelsLast, class T, size_t kByChannel, size_t kByPixel, class F,
+          class A = accumulate_t<T>>
+DA_INLINE void map_by(T* out, int64_t rows, int64_t cols, Stores stores,
+                      const A* const (&by_channel)[kByChannel],
+                      const A* const (&by_pixel)[kByPixel], F f) {
+  if constexpr (kChannelsLast)
+    map_matrix<T>(out, rows, cols, stores, Rows::singly, by_pixel, by_channel,
+                  [=](int64_t i, auto read, const auto& row, const auto& col)
+                      DA_LAMBDA_INLINE { return f(i, read, col, row); });
+  else
+    map_matrix<T>(out, rows, cols, stores, Rows::singly, by_channel, by_pixel, f);
+}
+
 // A NaN stays one.
 template <class A>
 DA_INLINE vec<A> relu(vec<A> v) {
@@ -149,18 +163,15 @@ DA_INLINE vec<A> relu(vec<A> v) {
 template <bool kChannelsLast, bool kShortcut, class T, class A = accumulate_t<T>>
 void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
                   const Affine<A>& x, const A* mask, Stores stores) {
-  map_rows(out, rows, cols, stores, Rows::singly, [=](int64_t r) DA_LAMBDA_INLINE {
-    return
-        [=, u = u + r * cols, shortcut = shortcut + r * cols, ahead = ahead + r * cols,
-         centre = by_channel<kChannelsLast>(x.centre, r),
-         scale = by_channel<kChannelsLast>(x.scale, r), bias = by_channel<kChannelsLast>(x.bias, r),
-         mask = by_pixel<kChannelsLast>(mask, r)](int64_t q, auto read) DA_LAMBDA_INLINE {
-          fetch(ahead + q);
-          const auto value = (read(u) - centre(q)) * scale(q) + bias(q);
-          if constexpr (kShortcut) return relu<A>(value * mask(q) + read(shortcut));
-          return relu<A>(value * mask(q));
-        };
-  });
+  map_by<kChannelsLast, T, 3, 1>(
+      out, rows, cols, stores, {x.centre, x.scale, x.bias}, {mask},
+      [=](int64_t i, auto read, const auto& channel, const auto& pixel) DA_LAMBDA_INLINE {
+        fetch(ahead + i);
+        const auto& [centre, scale, bias] = channel;
+        const vec<A> value = ((read(u) - centre) * scale + bias) * pixel[0];
+        if constexpr (kShortcut) return relu<A>(value + read(shortcut));
+        return relu<A>(value);
+      });
 }
 
 template <class T, class A = accumulate_t<T>>
@@ -221,6 +232,8 @@ DA_INLINE void gradients_row(const Gradients<T> g, int64_t r, const Tail<T>& tai
     const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
     vec<A> sum[2] = {};
     for (; q < end; q += lanes) {
+      fetch(dout + kFar + q), fetch(u + kFar + q);
+      if (kShortcut) fetch(out + kFar + q);
       vec<A> col[2] = {};
       for (int i = 0; kCols && i < kColSums; i++) col[i] = load(cols[i] + q);
       columns(
@@ -256,7 +269,7 @@ void gradients_slab(const Gradients<T>& g) {
 
 template <bool kChannelsLast, bool kPixelSums, class T>
 void gradients_of(const Gradients<T>& g) {
-  const bool streamed = g.d && streamed_rows(g.d, g.cols, g.stores) == 1;
+  const bool streamed = g.d && streams(g.d, g.cols, g.stores);
   const auto slab = streamed ? gradients_slab<kChannelsLast, kPixelSums, true, true, T>
                     : g.d    ? gradients_slab<kChannelsLast, kPixelSums, true, false, T>
                              : gradients_slab<kChannelsLast, kPixelSums, false, false, T>;
@@ -274,22 +287,20 @@ void gradients(const Gradients<T>& g) {
 template <bool kChannelsLast, bool kRectify, class T, class A = accumulate_t<T>>
 void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t cols,
                            const ResidualTerms<A>& t, Stores stores) {
-  map_rows(du, rows, cols, stores, Rows::singly, [=](int64_t r) DA_LAMBDA_INLINE {
-    const auto channel = [=](const A* p)
-                             DA_LAMBDA_INLINE { return by_channel<kChannelsLast>(p, r); };
-    const auto pixel = [=](const A* p) DA_LAMBDA_INLINE { return by_pixel<kChannelsLast>(p, r); };
-    return [d = d + r * cols, u = u + r * cols, scale = channel(t.scale), bias = channel(t.bias),
-            outer = channel(t.outer), slope = channel(t.slope), offset = channel(t.offset),
-            centre = channel(t.x.centre), x_scale = channel(t.x.scale), x_bias = channel(t.x.bias),
-            mask = pixel(t.mask), pixel_bias = pixel(t.pixel_bias),
-            pixel_outer = pixel(t.pixel_outer)](int64_t q, auto read) DA_LAMBDA_INLINE {
-      const vec<A> v = read(u) - centre(q);
-      vec<A> at_d = read(d);
-      if constexpr (kRectify) at_d = passed<A>(at_d, v * x_scale(q) + x_bias(q));
-      return at_d * (scale(q) * mask(q)) + (bias(q) * pixel_outer(q) + outer(q) * pixel_bias(q)) +
-             (v * slope(q) + offset(q));
-    };
-  });
+  map_by<kChannelsLast, T, 8, 3>(
+      du, rows, cols, stores,
+      {t.scale, t.bias, t.outer, t.slope, t.offset, t.x.centre, t.x.scale, t.x.bias},
+      {t.mask, t.pixel_bias, t.pixel_outer},
+      [=](int64_t i, auto read, const auto& channel, const auto& pixel) DA_LAMBDA_INLINE {
+        fetch(d + kFar + i), fetch(u + kFar + i);
+        const auto& [scale, bias, outer, slope, offset, centre, x_scale, x_bias] = channel;
+        const auto& [mask, pixel_bias, pixel_outer] = pixel;
+        const vec<A> v = read(u) - centre;
+        vec<A> at_d = read(d);
+        if constexpr (kRectify) at_d = passed<A>(at_d, v * x_scale + x_bias);
+        return at_d * (scale * mask) + (bias * pixel_outer + outer * pixel_bias) +
+               (v * slope + offset);
+      });
 }
 
 template <class T, class A = accumulate_t<T>>

@@ -1,4 +1,4 @@
-// What the CPU kernels are given to work with: threads and memory.
+// The CPU kernels' threads and memory.
 #pragma once
 
 #include <cstdlib>

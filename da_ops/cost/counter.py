@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import ECAModule, SEModule, SGEModule
-from ..models.blocks import residual_blocks
+from ..models.blocks import fused_modules
 from ..module import DAModule
 
 _POOLING = (nn.AdaptiveAvgPool2d, SEModule, SGEModule, ECAModule)
@@ -70,21 +70,21 @@ def count(model: nn.Module, x: Tensor) -> Cost:
         last[module] = _macs(module, inputs[0], output)
         every.append(last[module] + _pooled(module, inputs[0]))
 
-    # Counted by its modules, which a fused block would call if they had hooks, and say so.
-    blocks = [block for _, block in residual_blocks(model) if getattr(block, "fused", False)]
+    # Counted by their modules, which they would call if these had hooks, and say so.
+    owners = fused_modules(model)
     fused = [m for m in model.modules() if isinstance(m, DAModule) and m.unfused() is None]
     # Counted with their layer, which would call them if they had hooks.
     replaced = {convolution for layer in fused for convolution in layer.children()}
     counted = [m for m in model.modules() if isinstance(m, _COUNTED) and m not in replaced]
     handles = [module.register_forward_hook(note) for module in counted]
     try:
-        for block in blocks:
-            block.fused = False
+        for owner in owners:
+            owner.fused = False
         with FlopCounterMode(display=False) as flops:
             model(x)
     finally:
-        for block in blocks:
-            block.fused = True
+        for owner in owners:
+            owner.fused = True
         for handle in handles:
             handle.remove()
     leaves = [module for module in model.modules() if not list(module.children())]

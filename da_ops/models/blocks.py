@@ -1,4 +1,4 @@
-"""torchvision's residual blocks with attention, and which blocks of a network are residual."""
+"""torchvision's residual networks and blocks with what is fused, and where a network has them."""
 
 # Annotations are no strings here: FX copies those of `forward`, and TorchScript reads them.
 
@@ -67,10 +67,41 @@ class Bottleneck(_Block, tv.Bottleneck):
         return self._tail(self.conv3, out, self.bn3, x)
 
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+class ResNet(tv.ResNet):
+    """torchvision's; where it is ``fused``, its first norm and ReLU are one operator."""
+
+    fused = False
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self._stem(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.relu(self.bn1(self.conv1(x)))
+        else:  # see _Block
+            if self.fused:
+                return rectified(self.conv1, x, self.bn1, self.relu)
+            return self.relu(self.bn1(self.conv1(x)))
+
+
+_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     tv.BasicBlock: BasicBlock,
     tv.Bottleneck: Bottleneck,
 }
+_NETWORKS: dict[type[nn.Module], type[nn.Module]] = {tv.ResNet: ResNet}
+
+
+class Stem(NamedTuple):
+    """A network's first norm, and the activation after it."""
+
+    norm: Any
+    activation: Any
+
+
+def stem_of(network: Any) -> Stem:
+    return Stem(network.bn1, network.act1 if hasattr(network, "act1") else network.relu)
 
 
 class Tail(NamedTuple):
@@ -93,18 +124,32 @@ def tail_of(block: Any) -> Tail:
 
 def residual_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """torchvision's and timm's, and those that this package made of them, by name."""
-    ours = _ours()
+    ours = _blocks()
     known = {*ours, *ours.values()}
     # By exact type: a subclass may have a forward of its own.
     return ((name, module) for name, module in model.named_modules() if type(module) in known)
 
 
-def own(block: Any) -> None:
-    """Give the block this package's class, a subclass that differs in forward alone: keys, hooks
-    and references live on."""
-    block.__class__ = _ours().get(type(block), type(block))
-    if _torchvisions(block) and not hasattr(block, "attention"):
-        block.attention = None
+def residual_networks(model: nn.Module) -> Iterator[Any]:
+    """The same of whole networks, of which ``model`` may be one."""
+    ours = _networks()
+    known = {*ours, *ours.values()}
+    return (module for module in model.modules() if type(module) in known)
+
+
+def fused_modules(model: nn.Module) -> list[Any]:
+    """Blocks and networks that call operators in place of their modules."""
+    blocks = (block for _, block in residual_blocks(model))
+    return [m for m in (*blocks, *residual_networks(model)) if getattr(m, "fused", False)]
+
+
+def own(module: Any) -> None:
+    """Give the block or network this package's class, a subclass that differs in forward alone:
+    keys, hooks and references live on."""
+    ours = _blocks() | _networks()
+    module.__class__ = ours.get(type(module), type(module))
+    if _torchvisions(module) and not hasattr(module, "attention"):
+        module.attention = None
 
 
 def set_attention(block: Any, layer: nn.Module) -> None:
@@ -117,13 +162,23 @@ def set_attention(block: Any, layer: nn.Module) -> None:
 
 
 def _torchvisions(block: Any) -> bool:
-    return isinstance(block, tuple(_OURS))
+    return isinstance(block, tuple(_BLOCKS))
 
 
-def _ours() -> dict[type[nn.Module], type[nn.Module]]:
+def _blocks() -> dict[type[nn.Module], type[nn.Module]]:
     """By the class that this package's is made of."""
+    timms = _timms()
+    return _BLOCKS if timms is None else _BLOCKS | timms.BLOCKS
+
+
+def _networks() -> dict[type[nn.Module], type[nn.Module]]:
+    timms = _timms()
+    return _NETWORKS if timms is None else _NETWORKS | timms.NETWORKS
+
+
+def _timms() -> Any:
     if "timm.models.resnet" not in sys.modules:  # never imported, no block of it
-        return _OURS
+        return None
     from . import timm_blocks
 
-    return _OURS | timm_blocks.OURS
+    return timm_blocks

@@ -1,4 +1,4 @@
-"""The tails of residual blocks, and the norms and ReLUs before them, as one operator each."""
+"""The tails of residual blocks, and a network's other norms with a ReLU, as one operator each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from torch import nn
 
 from ..residual import functional
-from .blocks import Tail, own, residual_blocks, tail_of
+from .blocks import Tail, fused_modules, own, residual_blocks, residual_networks, stem_of, tail_of
 
 logger = logging.getLogger("da_ops")
 
@@ -19,9 +19,9 @@ def fuse(model: nn.Module) -> nn.Module:
     """Compute the tail of every residual block of ``model`` as one operator, in place.
 
     The last norm of a block, DA if it is there, the addition and the ReLU become a call of
-    :func:`da_ops.residual_attention`, and so do the norms and ReLUs before: the same result to
-    rounding, with fewer passes over memory. On a CPU, without gradients, it takes the place of what
-    the convolution made, if that has no hooks.
+    :func:`da_ops.residual_attention`, and so do the norms and ReLUs before, and the stem's of a
+    whole ResNet: the same result to rounding, with fewer passes over memory. On a CPU, without
+    gradients, it takes the place of what the convolution made, if that has no hooks.
     Modules, parameters, state-dict keys, hooks and references stay as they are. While one of these
     modules has hooks, and under FX, TorchScript, tracing and export, a block calls them one by one.
 
@@ -53,6 +53,11 @@ def fuse(model: nn.Module) -> nn.Module:
         else:
             own(block)
             block.fused = True
+    for network in residual_networks(model):
+        stem = stem_of(network)
+        if fused_modules(network) and functional.unfit(stem.norm, None, stem.activation) is None:
+            own(network)
+            network.fused = True
     for reason, names in left.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         logger.warning("da_ops: fuse: %s%s not fused: %s", names[0] or "the block", more, reason)

@@ -1,10 +1,11 @@
-"""timm's residual blocks with a tail that may be one operator. Imports timm."""
+"""timm's residual networks and blocks, with what is fused. Imports timm."""
 
 # Annotations are no strings here: FX copies those of `forward`, and TorchScript reads them.
 
 from typing import Any
 
 import torch
+from timm.models import checkpoint_seq
 from timm.models import resnet as timm
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -82,7 +83,30 @@ class Bottleneck(_Block, timm.Bottleneck):
         return self._tail(self.conv3, out, self.bn3, self.act3, x)
 
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {
+class ResNet(timm.ResNet):
+    """timm's; where it is ``fused``, its first norm and activation are one operator."""
+
+    fused = False
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self._stem(x))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(
+                [self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True
+            )
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.act1(self.bn1(self.conv1(x)))
+        else:  # see _Block
+            if self.fused and isinstance(x, Tensor):
+                return rectified(self.conv1, x, self.bn1, self.act1)
+            return self.act1(self.bn1(self.conv1(x)))
+
+
+BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     timm.BasicBlock: BasicBlock,
     timm.Bottleneck: Bottleneck,
 }
+NETWORKS: dict[type[nn.Module], type[nn.Module]] = {timm.ResNet: ResNet}

@@ -65,7 +65,8 @@ def tail(
     where its hooks, or what has become of it, ask for that. To ``overwrite`` lets the result take
     the place of ``u`` where there are no gradients."""
     parameters: Unnamed | None = None
-    if fusible_now(u, shortcut, norm):
+    own = _norm_tensors(norm)
+    if _fusible(u, shortcut, norm, own):
         parameters, reason = _fused_parameters(norm, attention, activation)
         if reason is None:
             order, gate, backend = _options(attention)
@@ -80,7 +81,7 @@ def tail(
         return torch.relu(x) if activation is None else activation(x)
     if attention is not None:
         check_arguments(u, parameters, order, gate)
-    weight, bias, running_mean, running_var = _norm_tensors(norm)
+    weight, bias, running_mean, running_var = own
     batch = _normalises_by_batch(norm, running_mean)
     statistics = (None, None) if batch else (running_mean, running_var)
     tracked = batch and norm.track_running_stats and running_mean is not None
@@ -116,11 +117,16 @@ def _options(attention: DAModule | None) -> tuple[str, str, str]:
 
 
 def _norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
-    own = norm._parameters, norm._buffers
-    return tuple(_tensor(norm, name, *own) for name in _NORM_TENSORS)
-
-
-_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+    """Weight, bias, running mean and variance; none of a norm that cannot be fused."""
+    if type(norm) is not nn.BatchNorm2d and not _is_frozen(norm):
+        return (None,) * 4
+    parameters, buffers = norm._parameters, norm._buffers
+    return (
+        _tensor(norm, "weight", parameters, buffers),
+        _tensor(norm, "bias", parameters, buffers),
+        _tensor(norm, "running_mean", parameters, buffers),
+        _tensor(norm, "running_var", parameters, buffers),
+    )
 
 
 def _tensor(module: nn.Module, name: str, parameters: Any, buffers: Any) -> Any:
@@ -206,8 +212,9 @@ def _fused_parameters(
 def _own_ways(module: nn.Module) -> str | None:
     """What makes a call of this module more than what its class says."""
     own = module.__dict__
-    if any(own[kind] for kind in _HOOKS):
-        return "hooks"
+    for kind in _HOOKS:
+        if own[kind]:
+            return "hooks"
     return "a forward of its own" if "forward" in own else None
 
 
@@ -239,6 +246,11 @@ def _normalises_by_batch(norm: nn.Module, running_mean: Any) -> bool:
 
 def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
     """Whether the tensors, and the way in which the call is made, let a kernel serve."""
+    return _fusible(u, shortcut, norm, _norm_tensors(norm))
+
+
+def _fusible(u: Any, shortcut: Any, norm: Any, own: tuple[Tensor | None, ...]) -> bool:
+    """:func:`fusible_now` with the norm's tensors."""
     if type(u) is not Tensor or not (shortcut is None or type(shortcut) is Tensor):
         return False
     if torch.jit.is_tracing() or transformed() or torch.compiler.is_exporting() or u.is_meta:
@@ -248,15 +260,16 @@ def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
     if u.dim() != 4 or u.layout is not torch.strided or not _alike(u, shortcut):
         return False
     # A batch of nothing, and one value a channel, are the norm's to refuse or to take.
-    if u.numel() <= u.shape[1] or u.dtype not in _DTYPES:
+    dtype, device, channels = u.dtype, u.device, u.shape[1:2]
+    if u.numel() <= channels[0] or dtype not in _DTYPES:
         return False
     # A frozen norm of float32 makes half precision float32.
-    mixed = u.dtype in _HALF and not _is_frozen(norm)
-    for t in _norm_tensors(norm) if hasattr(norm, "running_mean") else ():
+    also = torch.float32 if dtype in _HALF and not _is_frozen(norm) else dtype
+    for t in own:
         if t is not None and (
-            t.shape != u.shape[1:2]
-            or t.device != u.device
-            or (t.dtype is not u.dtype and not (mixed and t.dtype is torch.float32))
+            (t.dtype is not dtype and t.dtype is not also)
+            or t.shape != channels
+            or t.device != device
         ):
             return False
     return True
