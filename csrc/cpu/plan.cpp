@@ -96,8 +96,12 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   p.sums = rows(problem.cols() > limits.long_row);
   p.combines = rows(2 * problem.cols() * sum_bytes > limits.near_bytes);
   // What the cache cannot hold together with all else is not fetched to be overwritten.
-  const bool large = limits.cache_bytes > 0 && problem.bytes() > limits.cache_bytes / (2 * tensors);
-  p.stores = large ? Stores::streamed : Stores::cached;
+  const auto larger_than = [&](int64_t bytes) {
+    const bool larger = limits.cache_bytes > 0 && problem.bytes() > bytes;
+    return larger ? Stores::streamed : Stores::cached;
+  };
+  p.stores = larger_than(limits.cache_bytes / (2 * tensors));
+  p.tail_stores = larger_than(limits.cache_bytes);
   // Passes share a slab where channels are rows and their masks are made one by one. A small image
   // stays near anyway.
   p.joint = !problem.channels_last && problem.channel() && problem.gate != Gate::eca &&

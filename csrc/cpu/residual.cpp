@@ -248,12 +248,14 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
     const A *s = &kept.spatial_mask[n * kept.pixels], *dm = &kept.pixel_term[n * kept.pixels];
     const A *k = &kept.channel_mask[n * kept.channels], *dg = &kept.channel_term[n * kept.channels];
     A *scale = image.vector(0), *bias = image.vector(1), *outer = image.vector(2);
+    A* shift = image.vector(3);  // the first read's x, to the last bit
     for (int64_t i = 0; i < c; i++) {
       scale[i] = norm.scale[i] * k[i];
+      shift[i] = norm.bias[i] * k[i];
       bias[i] = norm.scale[i] * dg[i];
       outer[i] = outermost.channels ? scale[i] : norm.scale[i];
     }
-    const Affine<A> x{centre, norm.scale.data(), norm.bias.data()};
+    const Affine<A> x{centre, scale, shift};
     image.combine_residual((with_shortcut ? gradients.d_shortcut : call.dout) + n * size,
                            call.u + n * size, gradients.du + n * size,
                            {scale, bias, outer, slope.data(), offset.data(), x, s, dm,

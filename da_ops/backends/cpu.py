@@ -14,16 +14,17 @@ from .tuned import ENVIRONMENT, PLANS
 
 
 def _plan(call: Call) -> Plan:
-    return _plan_of(call, layer_walks(call.order))
+    return _plan_of(call, layer_walks(call.order), "stream")
 
 
 def _residual_plan(call: Call, mode: str) -> Plan:
     forward, _ = tail_walks(call.order, mode)
     _, backward = tail_walks(call.order, "training")  # u is read again with any norm
-    return _plan_of(call, Walks(forward, backward))
+    return _plan_of(call, Walks(forward, backward), "stream_tail")
 
 
-def _plan_of(call: Call, walks: Walks) -> Plan:
+def _plan_of(call: Call, walks: Walks, stream: str) -> Plan:
+    """``stream`` is what the planner calls the way in which results are stored."""
     directions, details = [], []
     for name, passes in walks._asdict().items():
         tensors = {one for walk in passes for step in walk for one in (*step.reads, *step.writes)}
@@ -32,10 +33,13 @@ def _plan_of(call: Call, walks: Walks) -> Plan:
         directions.append(direction(passes, cached=default["cached_tensors"]))
         details.append(_planned(call, tuned.launches, len(tensors)) if tuned else default)
     other = details[1]
+    untold = {"joint", "forward", "backward", "cached_tensors", "stream", "stream_tail"} - {stream}
     told = {
-        key: value if value == other[key] else f"{value} forward, {other[key]} backward"
+        key.removesuffix("_tail"): value
+        if value == other[key]
+        else f"{value} forward, {other[key]} backward"
         for key, value in details[0].items()
-        if key not in ("joint", "forward", "backward", "cached_tensors")
+        if key not in untold
     }
     forward, backward = directions
     return Plan(forward, backward, {**told, **PLANS.words("cpu", call)})
