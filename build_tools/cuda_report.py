@@ -63,7 +63,8 @@ ENUMERATORS = {
     "Adds": ("rows", "cols", "any"),
     "Fit": ("whole", "split"),
     "Made": ("masks_of_sums", "masks_again", "terms"),
-    "TailSums": ("moments", "deviations", "gradients"),
+    "TailSums": ("moments", "deviations", "gradients", "rectified"),
+    "TailScale": ("forward", "backward", "rectified"),
     "ChannelsAre": ("rows", "cols"),
 }
 ARGUMENT = "|".join([*WORDS, r"Li\d+E", r"LN\w+?E\d+E"])  # types, numbers, enumerators

@@ -27,6 +27,7 @@ def cuda_tail(
     order: str,
     gate: str,
     batch: bool,
+    shortcut: bool,
     sm: int,
     multiprocessors: int = 0,
     wish: str = "",

@@ -28,6 +28,7 @@ class Tail:
     """What there is to a residual tail beside its plan."""
 
     mode: str
+    shortcut: bool  # there is one
     unfused: str | None  # why its modules are called one by one, if they are
     plain: Plan  # the same in plain PyTorch
     bare: Plan  # that without attention
@@ -67,7 +68,9 @@ class Explanation:
         return json.dumps(self.to_dict(), indent=2)
 
     def _floor(self) -> dict[str, int]:
-        return floor(None if self.tail is None else self.tail.mode)
+        if self.tail is None:
+            return floor(None)
+        return floor(self.tail.mode, shortcut=self.tail.shortcut)
 
     def _direction(self, name: str) -> dict[str, Any] | None:
         units = self._floor().get(name)
@@ -87,6 +90,7 @@ class Explanation:
         beside = {"plain": self.tail.plain, "plain_without_attention": self.tail.bare}
         return {
             "mode": self.tail.mode,
+            "shortcut": self.tail.shortcut,
             "unfused": self.tail.unfused,
             **{
                 f"{name}_bytes": {
@@ -111,7 +115,7 @@ class Explanation:
             why = self.tail.unfused
             lines.append(
                 ("norm, " if d["gate"] is None else "norm, attention, ")
-                + "addition and ReLU "
+                + ("addition and ReLU " if self.tail.shortcut else "ReLU ")
                 + ("fused in one operator" if why is None else f"one by one, not fused: {why}")
             )
         for name in self._floor():
@@ -171,6 +175,7 @@ def explain(
     layer: DAModule | DAResidual | None = None,
     norm: nn.Module | None = None,
     tail: str | None = None,
+    shortcut: bool = True,
 ) -> Explanation:
     """Which backend serves ``x`` and why no better one, its passes over memory, and the floor.
 
@@ -191,6 +196,7 @@ def explain(
         tail: a tail in general: ``"training"``, in which the norm takes the batch's statistics;
             ``"frozen"``, its own ones; ``"evaluation"``, these and no gradients. Modules say so
             themselves, by ``training``.
+        shortcut: whether the tail has one to add.
 
     A backend asked for by name is explained wherever its plan can be made, also where it could not
     run. Nothing is computed. "Bytes moved" are bytes read from and written to memory: a pass over
@@ -212,6 +218,8 @@ def explain(
         order, gate, backend = layer.order, layer.gate, layer.backend
     elif norm is not None:
         order = "none"
+    if tail is None and not shortcut:
+        raise ValueError("da_attention: shortcut=False goes with a tail; name it or give a norm")
     bare = tail is not None and order == "none"
     check_options("channel" if bare else order, gate)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -238,18 +246,20 @@ def explain(
     told = call, device or x.device.type, chosen, unusable, passed
     why = None if tail is None else _unfused(x, norm, layer, chosen)
     if tail is not None and why is None:
-        plan = fused_plan(BACKENDS[chosen], call, tail)
+        plan = fused_plan(BACKENDS[chosen], call, tail, shortcut=shortcut)
     elif bare:
-        plan = modules_plan(None, str(tail))
+        plan = modules_plan(None, str(tail), shortcut=shortcut)
     else:
         plan = BACKENDS[chosen].plan(call)
         if backend == "auto" and device is None:
             plan = _with_the_faster(plan, chosen, call, x.device)
-        plan = plan if tail is None else modules_plan(plan, tail)
+        plan = plan if tail is None else modules_plan(plan, tail, shortcut=shortcut)
     if tail is None:
         return Explanation(*told, plan)
-    with_attention, without = (plain_plan(one, gate, tail) for one in (order, "none"))
-    return Explanation(*told, plan, Tail(tail, why, with_attention, without))
+    with_attention, without = (
+        plain_plan(one, gate, tail, shortcut=shortcut) for one in (order, "none")
+    )
+    return Explanation(*told, plan, Tail(tail, shortcut, why, with_attention, without))
 
 
 def _parts(

@@ -62,9 +62,9 @@ def compiled(kernel, target, arguments, options):
     }
 
 
-def launches(shape, layout, dtype, order, gate, residual):
-    """The kernels of one call forward and backward with their arguments; none is run. In training,
-    of the residual tail if it is what is asked for."""
+def launches(shape, layout, dtype, order, gate, shortcut):
+    """The kernels of one call forward and backward with their arguments; none is run. Of the layer;
+    or in training of the residual tail, if `shortcut` says whether there is one."""
     made = []
 
     def note(kernel, programs, *arguments, **options):
@@ -87,11 +87,12 @@ def launches(shape, layout, dtype, order, gate, residual):
     ]
     parameters_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     parameters = [None if p is None else p.to(parameters_dtype) for p in parameters]
-    if residual:
+    if shortcut is not None:
         norm = [torch.empty(shape[1], dtype=parameters_dtype, device="meta") for _ in range(2)]
         attention = (*parameters, order, gate)
-        _, *statistics, m, g = tail.residual_forward(x, x, *norm, None, None, 1e-5, *attention)
-        kept = (*norm, *statistics, True, 1e-5, *parameters, m, g, True, order, gate)
+        inputs = x, x if shortcut else None, *norm, None, None, 1e-5
+        _, *statistics, m, g = tail.residual_forward(*inputs, *attention)
+        kept = (*norm, *statistics, True, 1e-5, *parameters, m, g, shortcut, order, gate)
         tail.residual_backward(x, x, x, *kept)
     else:
         _, m, g = launch.forward(x, *parameters, order, gate)
@@ -101,13 +102,14 @@ def launches(shape, layout, dtype, order, gate, residual):
 
 def main():
     """One JSON object: for each case on standard input, its kernels by name. A case is a target,
-    x's shape, layout and dtype, the order, the gate, and whether it is the residual tail's."""
+    x's shape, layout and dtype, the order, the gate, and null for the layer, or whether the
+    residual tail has a shortcut."""
     assert not run.INTERPRETED
     answers = []
-    for target, shape, layout, dtype, order, gate, residual in json.load(sys.stdin):
+    for target, shape, layout, dtype, order, gate, shortcut in json.load(sys.stdin):
         kernels = []
         kinds = getattr(torch, layout), getattr(torch, dtype)
-        call = launches(shape, *kinds, order, gate, residual)
+        call = launches(shape, *kinds, order, gate, shortcut)
         for kernel, arguments, options in call:
             made = compiled(kernel, target, arguments, options)
             kernels.append({"kernel": kernel.__name__, **made})

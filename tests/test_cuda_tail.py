@@ -86,6 +86,59 @@ def test_accuracy(kernels, order, gate, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("order", "gate"), FEW_TAILS)
+def test_without_a_shortcut(kernels, order, gate, batch, layout):
+    """Of many tiles, too, and of elements instead of vectors."""
+    for dtype, parameter_dtype in DTYPE_PAIRS:
+        kind = {"dtype": dtype, "parameter_dtype": parameter_dtype, "layout": layout}
+        tails = [
+            make_tail(shape, order, gate, **kind, batch=batch, shortcut=False, affine=shape[1] != 5)
+            for shape in (*SHAPES, (2, 64, 14, 14))
+        ]
+        for limits in ("", "height=16,lanes=2,share=1"):
+            check(tails, results(kernels(), tails, limits=limits))
+        check(tails, results(kernels(), tails, aligned=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), FEW_TAILS)
+def test_every_pass_sees_the_same_sign(kernels, order, gate, layout):
+    """Where ReLU's argument is but rounding, both passes of backward let through what forward did:
+    a frozen norm's gradients are sums of du."""
+    tail = make_tail((3, 24, 9, 8), order, gate, layout=layout, batch=False, shortcut=False)
+    weight, bias, mean, var, eps = tail.norm
+    scale = weight * (var + eps).rsqrt()
+    nothing = (mean - bias / scale)[:, None, None].expand_as(tail.u[0])
+    off = torch.randint(-3, 4, tail.u.shape)
+    tail.u[:] = nothing * (1 + off * torch.finfo(torch.float32).eps)
+    for aligned in (True, False):
+        (got,) = results(kernels(), [tail], aligned=aligned)
+        passed, d = got["out"] > 0, got["d_u"].double()
+        assert 0.2 < passed.double().mean() < 0.8
+        torch.testing.assert_close(
+            d.sum((0, 2, 3)) / scale, got["d_norm_bias"].double(), rtol=1e-4, atol=1e-4
+        )
+        if order == "none":
+            assert torch.equal(passed, d != 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_result_that_rounds_to_zero_lets_the_gradient_pass(kernels, layout):
+    """Without a shortcut the sign is that of x before it is rounded to u's type."""
+    tail = make_tail((2, 8, 4, 4), "none", "sigmoid", dtype=torch.half, layout=layout, batch=False)
+    tail.shortcut = None
+    for one, value in zip(tail.norm[:4], (2.0**-14, 0.0, 0.0, 1.0)):
+        one.fill_(value)
+    tail.u.fill_(2.0**-14)
+    (got,) = results(kernels(), [tail])
+    assert (got["out"] == 0).all()
+    torch.testing.assert_close(
+        got["d_norm_bias"].double(), tail.dout.double().sum((0, 2, 3)), rtol=1e-2, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("order", "gate"), [("spatial_channel", "affine"), ("none", "sigmoid")])
 def test_a_mean_of_a_thousand_deviations(kernels, order, gate, layout):
     """Where every sum of raw numbers would lose what counts."""
@@ -154,9 +207,9 @@ def test_a_large_gate_kernel(kernels):
 def test_any_order_of_lanes_gives_the_same_bits(kernels, order):
     tails = [make_tail((2, 16, 7, 7), dtype=dtype) for dtype in DTYPES]
     tails += [
-        make_tail((3, 20, 7, 9), *kind, layout="channels_last", batch=batch)
+        make_tail((3, 20, 7, 9), *kind, layout="channels_last", batch=batch, shortcut=shortcut)
         for kind in FEW_TAILS
-        for batch in (True, False)
+        for batch, shortcut in ((True, True), (False, True), (True, False))
     ]
     limits = "height=16,share=1"
     once = results(kernels(), tails, limits=limits)
@@ -174,6 +227,7 @@ def test_a_nan_stays_in_its_image_where_the_norm_is_frozen(kernels, order, gate,
     for dtype, shape in ((torch.float16, (4, 16, 7, 7)), (torch.float32, (4, 6, 9, 8))):
         tail = make_tail(shape, order, gate, dtype=dtype, layout=layout, batch=False)
         (want,) = results(kernels(), [tail])
+        clean, clean_dout = tail.u.clone(), tail.dout.clone()
         tail.u[1, 2, 3, 4] = tail.dout[2, 2, 3, 4] = float("nan")
         tail.shortcut[2, 2, 3, 4] = 100.0  # ReLU lets the gradient pass
         (got,) = results(kernels(), [tail])
@@ -181,11 +235,36 @@ def test_a_nan_stays_in_its_image_where_the_norm_is_frozen(kernels, order, gate,
             for name in ("out", "d_u", "d_shortcut"):
                 assert torch.equal(got[name][image], want[name][image])
         assert got["out"][1, 2, 3, 4].isnan() and got["d_u"][2, 2, 3, 4].isnan()
+        bare = replace(tail, shortcut=None)
+        (want,) = results(kernels(), [replace(bare, u=clean, dout=clean_dout)])
+        (got,) = results(kernels(), [bare])
+        for image in (0, 3):
+            for name in ("out", "d_u"):
+                assert torch.equal(got[name][image], want[name][image])
+        assert got["out"][1, 2, 3, 4].isnan()
         training = replace(tail, norm=tail.norm._replace(mean=None, var=None))
         (got,) = results(kernels(), [training])
         assert got["out"][0, 2].isnan().all()  # statistics join the images, as they must
         if order in ("channel", "none") and gate != "eca":
             assert not got["out"][0, 3].isnan().any()
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_nan_of_the_gradient_stays_in_its_channel(kernels, layout, shortcut):
+    """Also where the next channel begins within the same vector."""
+    kind = {"dtype": torch.half, "layout": layout, "batch": False, "shortcut": shortcut}
+    tail = make_tail((2, 16, 7, 7), "none", "sigmoid", **kind)
+    ends = ([0, 1], [5, 5], [6, 0], [6, 0])
+    tail.norm.weight[5] = 1.0
+    tail.u[ends] = 100.0
+    (want,) = results(kernels(), [tail])
+    tail.dout[ends] = float("nan")
+    (got,) = results(kernels(), [tail])
+    others = torch.arange(16) != 5
+    for name in ("d_norm_weight", "d_norm_bias"):
+        assert got[name][5].isnan()
+        assert torch.equal(got[name][others], want[name][others])
 
 
 @pytest.mark.parametrize("kind", ["address", "thread"])
@@ -272,5 +351,7 @@ def test_offsets_beyond_32_bits(kernels, image, order, gate, layout):
     """The last image of a tensor whose others are zeros, that take no memory and are not run."""
     far = 2**32 // torch.Size(image).numel() + 1
     dtypes = {"dtype": torch.float16, "parameter_dtype": torch.float32}
-    tail = make_tail((1, *image), order, gate, **dtypes, layout=layout, batch=False)
-    check([tail], results(kernels(), [tail], far=far, limits=f"grid={2**30}"))
+    for shortcut in (True, False):
+        kind = {"layout": layout, "batch": False, "shortcut": shortcut}
+        tail = make_tail((1, *image), order, gate, **dtypes, **kind)
+        check([tail], results(kernels(), [tail], far=far, limits=f"grid={2**30}"))

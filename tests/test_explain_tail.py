@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -33,6 +34,10 @@ PORTABLE = {
 # On the CPU with each image in cache, which is the floor but for a frozen norm's backward.
 IN_CACHE = {"training": (4, 7), "frozen": (3, 7), "evaluation": (3, None)}
 FLOOR = {"training": (4, 7), "frozen": (3, 5), "evaluation": (3, None)}
+# The same without a shortcut: forward does not read it, backward does not read out or write its
+# gradient.
+IN_CACHE_WITHOUT = {"training": (3, 5), "frozen": (2, 5), "evaluation": (2, None)}
+FLOOR_WITHOUT = {"training": (3, 5), "frozen": (2, 3), "evaluation": (2, None)}
 WAYS = ("forward", "backward")
 
 
@@ -55,6 +60,41 @@ def test_portable_passes(order):
         assert plan.backward.moved == backward - (mode != "training")
         for direction in (plan.forward, plan.backward):
             assert direction.moved == sum(p.reads + p.writes for p in direction.passes)
+
+
+@pytest.mark.parametrize("order", PORTABLE)
+def test_portable_passes_without_a_shortcut(order):
+    call = Call(SHAPE, torch.float16, True, order, "sigmoid")
+    portable = replace(BACKENDS["cuda"], residual_plan=None)
+    for mode in MODES:
+        plan = fused_plan(portable, call, mode, shortcut=False)
+        forward, backward = PORTABLE[order]
+        assert plan.forward.moved == forward - 1 - (mode != "training")
+        assert plan.backward.moved == backward - 2
+        planned = BACKENDS["cuda"].residual_plan(replace(call, sm=90), mode, False)
+        for one, other in ((plan.forward, planned.forward), (plan.backward, planned.backward)):
+            passes = [(p.name, p.reads, p.writes) for p in other.passes if p.reads]
+            assert passes == [(p.name, p.reads, p.writes) for p in one.passes]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", PORTABLE)
+def test_an_image_in_cache_without_a_shortcut(fused_cpu, monkeypatch, order, mode):
+    u = torch.empty(SHAPE)
+    monkeypatch.setenv("DA_OPS_CPU_PLAN", f"cache={2**30}")
+    answer = da_ops.explain(u, order=order, tail=mode, shortcut=False)
+    assert moved(answer) == IN_CACHE_WITHOUT[mode]
+    told = answer.to_dict()
+    assert told["tail"]["shortcut"] is False
+    assert "addition" not in str(answer) and "ReLU fused in one operator" in str(answer)
+    for way, floor in zip(WAYS, FLOOR_WITHOUT[mode]):
+        assert (told[way] is None) == (floor is None)
+        assert floor is None or told[way]["floor_bytes"] == floor * u.nbytes
+    with_one = da_ops.explain(u, order=order, tail=mode).to_dict()["tail"]
+    for key in ("plain_bytes", "plain_without_attention_bytes"):
+        addition = with_one[key]["forward"] - told["tail"][key]["forward"]
+        assert addition == 3 * u.nbytes
+        assert with_one[key].get("backward") == told["tail"][key].get("backward")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -110,11 +150,15 @@ def test_in_plain_pytorch():
 
 def test_every_pass_reads_what_is_there():
     """The arguments, and what was written before; and the results are written once."""
-    for order in PORTABLE:
-        forward, backward = tail_walks(order, "training")
+    for order, shortcut in product(PORTABLE, (True, False)):
+        forward, backward = tail_walks(order, "training", shortcut=shortcut)
         for walks, there, results in (
-            (forward, {"u", "shortcut"}, ["out"]),
-            (backward, {"dout", "out", "u"}, ["d_shortcut", "du"]),
+            (forward, {"u", "shortcut"} if shortcut else {"u"}, ["out"]),
+            (
+                backward,
+                {"dout", "out", "u"} if shortcut else {"dout", "u"},
+                ["d_shortcut", "du"] if shortcut else ["du"],
+            ),
         ):
             written = []
             for step in (step for walk in walks for step in walk):
@@ -225,6 +269,7 @@ def test_the_mode_of_gradients_does_not_matter(fused_cpu):
     [
         ({"tail": "test"}, ValueError, "tail must be one of 'training', 'frozen', 'evaluation'"),
         ({"order": "none"}, ValueError, "order must be one of"),
+        ({"shortcut": False}, ValueError, "shortcut=False goes with a tail"),
         ({"tail": "training", "order": "all"}, ValueError, "order must be one of"),
         ({"norm": nn.BatchNorm2d(64), "tail": "frozen"}, ValueError, "got tail='frozen'; leave"),
         ({"norm": nn.BatchNorm2d(64), "layer": DAResidual(64)}, ValueError, "got a DAResidual"),
@@ -245,6 +290,9 @@ def test_command_line(capsys, order, mode):
     assert capsys.readouterr().out.strip() == str(answer)
     assert cli.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == answer.to_dict()
+    answer = da_ops.explain(torch.empty(SHAPE), order=order, tail=mode, shortcut=False)
+    assert cli.main([*arguments, "--no-shortcut"]) == 0
+    assert capsys.readouterr().out.strip() == str(answer)
 
 
 @pytest.mark.parametrize("mode", MODES)

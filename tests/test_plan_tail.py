@@ -23,6 +23,7 @@ MOVED = {
     "channel": (5, 7),
     "none": (4, 7),
 }
+KINDS = {"training": True, "frozen": False}
 
 
 def launches(
@@ -31,13 +32,14 @@ def launches(
     dtype="float16",
     order="spatial_channel",
     batch=True,
+    shortcut=True,
     sm=90,
     multiprocessors=0,
     wish="",
 ):
     channels_last = layout == "channels_last"
     return planners.cuda_tail(
-        shape, channels_last, dtype, order, "affine", batch, sm, multiprocessors, wish
+        shape, channels_last, dtype, order, "affine", batch, shortcut, sm, multiprocessors, wish
     )
 
 
@@ -57,6 +59,22 @@ def test_passes_are_those_of_the_byte_model(order, batch):
     first, *_, last = passes(p["backward"])
     assert (first["reads"], first["writes"]) == (3, 1)  # dout, out, u; the shortcut's gradient
     assert (last["reads"], last["writes"]) == (1 + batch, 1)
+
+
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("order", [*ORDERS, "none"])
+def test_passes_without_a_shortcut(order, batch):
+    """Three tensors fewer; u is read by the last pass of a frozen norm, too."""
+    p = launches((64, 256, 56, 56), order=order, batch=batch, shortcut=False)
+    forward, backward = (
+        sum(s["reads"] + s["writes"] for s in p[way]) for way in ("forward", "backward")
+    )
+    assert forward == MOVED[order][0] - 1 - (not batch) and backward == MOVED[order][1] - 2
+    first, *between, last = passes(p["backward"])
+    for step in (first, last):
+        assert step["reads"] == 2  # dout, u
+    assert (first["writes"], last["writes"]) == (0, 1)
+    assert all((step["reads"], step["writes"]) == (1, 0) for step in between)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
@@ -96,16 +114,17 @@ def test_passes_walk_in_turn_and_find_what_was_read_last(order):
 
 @pytest.mark.parametrize("share", [0.5, 1.5, 2.3, 3.5, 7])
 @pytest.mark.parametrize("order", [*ORDERS, "none"])
-@pytest.mark.parametrize("mode", ["training", "frozen"])
-def test_what_is_expected_in_l2_is_what_a_cache_has(mode, order, share):
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("mode", KINDS)
+def test_what_is_expected_in_l2_is_what_a_cache_has(mode, shortcut, order, share):
     """`share`: tensors that there is room for."""
     shape, lines = (16, 256, 32, 32), 200
     size = math.prod(shape) * 2
     p = planners.cuda_tail(
-        shape, False, "float16", order, "affine", mode == "training", 90, 0, "",
+        shape, False, "float16", order, "affine", KINDS[mode], shortcut, 90, 0, "",
         int(share * size / 0.7),
     )  # fmt: skip
-    for way, walks in tail_walks(order, mode)._asdict().items():
+    for way, walks in tail_walks(order, mode, shortcut=shortcut)._asdict().items():
         walked = [step for walk in walks for step in walk]
         steps = passes(p[way])
         for step, named in zip(steps, walked, strict=True):

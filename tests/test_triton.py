@@ -171,14 +171,14 @@ def cases_for(target):
     every = FULL or target == "sm_90"
     odd = [(64, 2048, 7, 7), (64, 1024, 14, 14), (8, 256, 75, 75)]
     cases = [
-        (target, shape, layout, "float16", "spatial_channel", "affine", False)
+        (target, shape, layout, "float16", "spatial_channel", "affine", None)
         for shape in odd
         for layout in layouts[: 2 if every else 1]
     ]
     others = (CASES if FULL else FEW_CASES[1:]) if every else []
     dtypes = ("float32", "float64", "bfloat16")
     cases += [
-        (target, (2, 64, 28, 28), layouts[i % 2], dtypes[i % 3], order, gate, False)
+        (target, (2, 64, 28, 28), layouts[i % 2], dtypes[i % 3], order, gate, None)
         for i, (order, gate) in enumerate(others)
     ]
     return cases

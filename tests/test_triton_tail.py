@@ -141,6 +141,10 @@ def test_compiles_for(target):
         for shape in odd
         for layout in layouts[: 2 if every else 1]
     ]
+    cases += [
+        (target, shape, layout, "float16", "none", "affine", False)
+        for shape, layout in zip(odd, layouts)
+    ]
     dtypes = ("float32", "float64", "bfloat16")
     others = [*FEW_CASES[1:], ("none", "sigmoid")] if every else []
     cases += [

@@ -15,9 +15,9 @@ namespace {
 
 // The launches, as this thread planned them before. Of DA_OPS_PLAN only the limits matter: the tail
 // always runs by passes.
-const TailPlan& planned(const Problem& p, bool batch, const Tensor& u, bool aligned) {
+const TailPlan& planned(const Problem& p, TailKind kind, const Tensor& u, bool aligned) {
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Dtype, Order, Gate, bool,
-                         bool, bool, int, std::string>;
+                         bool, bool, bool, int, std::string>;
   constexpr size_t kMost = 1024;
   thread_local std::map<Key, TailPlan> plans;
   const char* const asked = std::getenv("DA_OPS_PLAN");
@@ -30,7 +30,8 @@ const TailPlan& planned(const Problem& p, bool batch, const Tensor& u, bool alig
                 p.order,
                 p.gate,
                 p.channels_last,
-                batch,
+                kind.batch,
+                kind.shortcut,
                 aligned,
                 u.get_device_index(),
                 asked ? asked : ""};
@@ -40,7 +41,7 @@ const TailPlan& planned(const Problem& p, bool batch, const Tensor& u, bool alig
   const std::string& text = std::get<std::string>(key);
   STD_TORCH_CHECK(parse(text, wish), kWishes, text);
   if (plans.size() >= kMost) plans.clear();
-  return plans.emplace(key, tail_plan(p, batch, device_of(u), aligned, wish.limits)).first->second;
+  return plans.emplace(key, tail_plan(p, kind, device_of(u), aligned, wish.limits)).first->second;
 }
 
 // The norm's tensors. Copies that had to be made live as long as this.
@@ -77,7 +78,8 @@ ResidualOutputs residual_forward_cuda(const Problem& p, const Tensor& u, const P
   Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
   Tensor var = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
   Tensor channel_mean = allocate_channel_mean(p, u), pooled = allocate_pooled(p, u);
-  const TailPlan& plan = planned(p, batch, u, aligned({&u, shortcut ? &*shortcut : &u, &out}));
+  const TailPlan& plan =
+      planned(p, {batch, shortcut.has_value()}, u, aligned({&u, shortcut ? &*shortcut : &u, &out}));
   Tensor workspace = allocate(u, {plan.forward.workspace.elements}, accumulation_type(u));
   TailPointers at{};
   at.u = u.const_data_ptr(), at.shortcut = shortcut ? shortcut->const_data_ptr() : nullptr;
@@ -112,18 +114,21 @@ ResidualInputGradients residual_backward_cuda(
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   const Addresses parameters(p, u, given);
   NormTensors of_norm(p, u);
-  Tensor du = allocate_like(u), d_shortcut = allocate_like(u);
+  Tensor du = allocate_like(u);
+  Tensor d_shortcut = with_shortcut ? allocate_like(u) : allocate_gradient({}, u);
   Tensor d_weight = allocate_gradient(norm_weight, u), d_bias = allocate_gradient(norm_bias, u);
   const Parameters<Tensor> gradients =
       each([&](const Parameter& parameter) { return allocate_gradient(parameter, u); }, given);
-  const TailPlan& plan = planned(p, batch, u, aligned({&u, &dout, &out, &du, &d_shortcut}));
+  const bool all_aligned =
+      aligned({&u, &dout, &du}) && (!with_shortcut || aligned({&out, &d_shortcut}));
+  const TailPlan& plan = planned(p, {batch, with_shortcut}, u, all_aligned);
   Tensor workspace = allocate(u, {plan.backward.workspace.elements}, accumulation_type(u));
   const auto address = [](const Parameter& parameter, const Tensor& gradient) -> void* {
     return parameter ? gradient.mutable_data_ptr() : nullptr;
   };
   TailPointers at{};
-  at.u = u.const_data_ptr(), at.out = out.const_data_ptr(), at.dout = dout.const_data_ptr();
-  at.result = du.mutable_data_ptr(), at.d_shortcut = d_shortcut.mutable_data_ptr();
+  at.u = u.const_data_ptr(), at.dout = dout.const_data_ptr(), at.result = du.mutable_data_ptr();
+  if (with_shortcut) at.out = out.const_data_ptr(), at.d_shortcut = d_shortcut.mutable_data_ptr();
   at.channel_mean = const_cast<void*>(channel_mean.const_data_ptr());
   at.pooled = const_cast<void*>(pooled.const_data_ptr());
   at.weight = of_norm(norm_weight), at.bias = of_norm(norm_bias);
@@ -135,7 +140,7 @@ ResidualInputGradients residual_backward_cuda(
   at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(u);
   require(run_tail(p, plan, Way::backward, at));
   return {du,
-          with_shortcut ? d_shortcut : allocate_gradient({}, u),
+          d_shortcut,
           d_weight,
           d_bias,
           gradients.conv,

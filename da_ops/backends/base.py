@@ -94,9 +94,9 @@ class Backend:
     has them. ``residual_forward_`` writes ``out`` over ``u``, so that less memory is touched; None
     where that gains nothing. ``residual_training`` is ``residual_forward`` by the batch's
     statistics, which updates running ones; None where the backend leaves that to the caller.
-    ``residual_plan(call, mode)`` is their plan, the mode one of
-    ``tail.MODES``; None where they make the passes of ``tail.tail_walks``, and each moves all that
-    it reads and writes.
+    ``residual_plan(call, mode, shortcut)`` is their plan, the mode one of ``tail.MODES``, with a
+    shortcut or without; None where they make the passes of ``tail.tail_walks``, and each moves all
+    that it reads and writes.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
     run on the devices that are there; it is asked once there is a tensor on one. ``for_auto`` is
@@ -120,7 +120,7 @@ class Backend:
     residual_forward_: Callable[..., tuple[Tensor, Tensor]] | None = None
     residual_training: Callable[..., tuple[Tensor, ...]] | None = None
     residual_backward: Callable[..., tuple[Tensor, ...]] | None = None
-    residual_plan: Callable[[Call, str], Plan] | None = None
+    residual_plan: Callable[[Call, str, bool], Plan] | None = None
 
     def serves(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types

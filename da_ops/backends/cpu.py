@@ -17,9 +17,10 @@ def _plan(call: Call) -> Plan:
     return _plan_of(call, layer_walks(call.order), "stream")
 
 
-def _residual_plan(call: Call, mode: str) -> Plan:
-    forward, _ = tail_walks(call.order, mode)
-    _, backward = tail_walks(call.order, "training")  # u is read again with any norm
+def _residual_plan(call: Call, mode: str, shortcut: bool) -> Plan:
+    forward, _ = tail_walks(call.order, mode, shortcut=shortcut)
+    # u is read again with any norm
+    _, backward = tail_walks(call.order, "training", shortcut=shortcut)
     return _plan_of(call, Walks(forward, backward), "stream_tail")
 
 

@@ -63,9 +63,9 @@ def _plan(call: Call) -> Plan:
     return Plan(forward, backward, details)
 
 
-def _residual_plan(call: Call, mode: str) -> Plan:
+def _residual_plan(call: Call, mode: str, shortcut: bool) -> Plan:
     wish = os.environ.get(ENVIRONMENT["cuda"], "")
-    details = _planned(native.planner().cuda_tail, call, wish, mode == "training")
+    details = _planned(native.planner().cuda_tail, call, wish, mode == "training", shortcut)
     forward, backward = (_direction(details.pop(name)) for name in ("forward", "backward"))
     return Plan(forward, backward, details)
 

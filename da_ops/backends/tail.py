@@ -34,12 +34,13 @@ def layer_walks(order: str) -> Walks:
     return Walks(*((tuple(Step(*p[:3]) for p in passes),) for passes in SCHEDULES[order]))
 
 
-def tail_walks(order: str, mode: str) -> Walks:
+def tail_walks(order: str, mode: str, *, shortcut: bool = True) -> Walks:
     """Those of the residual tail, by the layer's schedule: statistics first where they are the
     batch's; sums of ``u`` in place of ``x``; the shortcut's gradient, written by the pass that
     reads ``dout`` and ``out``; what flows back through the spatial mask summed by channel as well,
     for the norm; ``out`` from ``u`` and the shortcut, ``du`` from that gradient, and from ``u``
-    where the statistics depend on it.
+    where the statistics depend on it. Without a shortcut nothing is written in between: ``u`` says
+    what the ReLU let pass, to both passes that read ``dout``.
 
     The order "none" is without attention.
     """
@@ -52,10 +53,16 @@ def tail_walks(order: str, mode: str) -> Walks:
         if SCHEDULES[order].masks.pixels and not any(p.sums.channels for p in backward[1:-1]):
             through.append("through the norm")
     of_u = [Step(name, ("u",), ()) for name in (*sums, *through)]
-    scale = Step("scale, add, rectify", ("u", "shortcut"), ("out",))
-    gradients = Step("ReLU and mask gradients", ("dout", "out", "u"), ("d_shortcut",))
     batch = mode == "training"
-    combine = Step("combine", ("d_shortcut", "u") if batch else ("d_shortcut",), ("du",))
+    relu = "ReLU and mask gradients"
+    if shortcut:
+        scale = Step("scale, add, rectify", ("u", "shortcut"), ("out",))
+        gradients = Step(relu, ("dout", "out", "u"), ("d_shortcut",))
+        combine = Step("combine", ("d_shortcut", "u") if batch else ("d_shortcut",), ("du",))
+    else:
+        scale = Step("scale, rectify", ("u",), ("out",))
+        gradients = Step(relu, ("dout", "u"), ())
+        combine = Step("combine", ("dout", "u"), ("du",))
     statistics = ((Step("statistics", ("u",), ()),),) if batch else ()
     return Walks(
         (*statistics, (*of_u[: len(sums)], scale)),
@@ -75,13 +82,13 @@ def least(walks: Iterable[Iterable[Step]]) -> int:
     return moved
 
 
-def floor(mode: str | None) -> dict[str, int]:
+def floor(mode: str | None, *, shortcut: bool = True) -> dict[str, int]:
     """The least that either direction can move, in units of x's size: of the layer where ``mode``
     is None, else of the tail, which needs sums over the batch in training alone."""
     if mode is None:
         walks = layer_walks("spatial_channel")
     else:
-        walks = tail_walks("spatial_channel", mode)
+        walks = tail_walks("spatial_channel", mode, shortcut=shortcut)
     found = {}
     for name, passes in walks._asdict().items():
         if mode != "training":
@@ -92,11 +99,11 @@ def floor(mode: str | None) -> dict[str, int]:
     return found
 
 
-def fused_plan(backend: Backend, call: Call, mode: str) -> Plan:
+def fused_plan(backend: Backend, call: Call, mode: str, *, shortcut: bool = True) -> Plan:
     """How ``backend`` runs a residual tail in one operator a direction."""
     if backend.residual_plan is not None:
-        return backend.residual_plan(call, mode)
-    walks = tail_walks(call.order, mode)
+        return backend.residual_plan(call, mode, shortcut)
+    walks = tail_walks(call.order, mode, shortcut=shortcut)
     forward, backward = (direction(passes, cached=0) for passes in walks)
     return Plan(forward, backward, {})
 
@@ -127,7 +134,7 @@ def direction(walks: Iterable[Iterable[Step]], cached: int) -> Direction:
     return Direction(tuple(passes), moved)
 
 
-def modules_plan(attention: Plan | None, mode: str) -> Plan:
+def modules_plan(attention: Plan | None, mode: str, *, shortcut: bool = True) -> Plan:
     """A tail whose modules PyTorch calls one by one, with this plan of the attention between its
     own batch norm, addition and ReLU. The norm reads once for the statistics or the gradients of
     its weights, and once more for its result."""
@@ -141,13 +148,15 @@ def modules_plan(attention: Plan | None, mode: str) -> Plan:
         return Direction((*first, *middle.passes, *last), own + middle.moved)
 
     relu, relu_back = Pass("ReLU", 1, 1), Pass("ReLU", 2, 1)
+    addition = (Pass("addition", 2, 1),) if shortcut else ()
     return Plan(
-        around(norm[:1], between.forward, (Pass("addition", 2, 1), relu)),
+        around(norm[:1], between.forward, (*addition, relu)),
         around((relu_back,), between.backward, norm[1:]),
         between.details,
     )
 
 
-def plain_plan(order: str, gate: str, mode: str) -> Plan:
+def plain_plan(order: str, gate: str, mode: str, *, shortcut: bool = True) -> Plan:
     """The tail in plain PyTorch, with gradients by autograd."""
-    return modules_plan(None if order == "none" else count_formula(order, gate), mode)
+    attention = None if order == "none" else count_formula(order, gate)
+    return modules_plan(attention, mode, shortcut=shortcut)

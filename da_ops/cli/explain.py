@@ -25,6 +25,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="of relu(attention(norm(u)) + shortcut), in which mode; without attention by "
         "--order none",
     )
+    command.add_argument(
+        "--no-shortcut", dest="shortcut", action="store_false", help="of a tail without one"
+    )
     command.add_argument("--backend", default="auto")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_explain)
@@ -57,6 +60,7 @@ def _explain(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=architecture,
         tail=args.tail,
+        shortcut=args.shortcut,
     )
     print(answer.to_json() if args.json else answer)
     return 0

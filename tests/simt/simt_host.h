@@ -196,6 +196,11 @@ inline float fma_either(bool first, float value, float factor0, float term0, flo
   return first ? value * factor0 + term0 : value * factor1 + term1;
 }
 
+inline float fma(float value, float factor, float term) { return std::fma(value, factor, term); }
+inline double fma(double value, double factor, double term) {
+  return std::fma(value, factor, term);
+}
+
 inline float exp(float x) { return std::exp(x); }
 inline double exp(double x) { return std::exp(x); }
 inline double sqrt(double x) { return std::sqrt(x); }

@@ -36,7 +36,9 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
   NormHeader of_norm;
   if (!get(&of_norm, sizeof of_norm)) std::exit(2);
   const bool batch = of_norm.batch, affine = of_norm.affine, wide = of_norm.wide;
-  const TailPlan plan = tail_plan(p, batch, device_of(header), header.aligned, wish.limits);
+  const bool with_shortcut = of_norm.shortcut;
+  const TailPlan plan =
+      tail_plan(p, {batch, with_shortcut}, device_of(header), header.aligned, wish.limits);
   const Given given(header, p, sizeof(T));
   const size_t norm_bytes = p.c * (wide ? sizeof(float) : sizeof(T));
   Buffer<unsigned char> weight(affine * norm_bytes), bias(weight.size()), d_weight(weight.size()),
@@ -59,7 +61,7 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
   Tensor<T> u(header, image), shortcut(header, image), dout(header, image), out(header, image),
       du(header, image), d_shortcut(header, image);
   u.read();
-  if (of_norm.shortcut) shortcut.read();
+  if (with_shortcut) shortcut.read();
   dout.read();
   const bool far = header.far > 0;
   Array<A> channel_mean(p.spatial() ? p.n * p.pixels() : 0, far);
@@ -72,7 +74,7 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
     require(da::cuda::detail::run_tail_steps<T>(p, plan, way, at));
     simt::host::synchronize();
   };
-  at.shortcut = of_norm.shortcut ? shortcut.data() : nullptr, at.result = out.data();
+  at.shortcut = with_shortcut ? shortcut.data() : nullptr, at.result = out.data();
   if (batch) {
     at.new_mean = new_mean.data(), at.new_var = new_var.data();
     at.running_mean = {running_mean.data(), wide}, at.running_var = {running_var.data(), wide};
@@ -84,13 +86,14 @@ void call(const Header& header, const Wish& wish, const Problem& p) {
     constexpr bool is_wide = !std::is_same_v<A, T>;
     at.mean = {new_mean.data(), is_wide}, at.var = {new_var.data(), is_wide};
   }
-  at.out = out.data(), at.dout = dout.data(), at.shortcut = nullptr;
-  at.result = du.data(), at.d_shortcut = d_shortcut.data();
+  at.dout = dout.data(), at.shortcut = nullptr, at.result = du.data();
+  // Without a shortcut the two are null, and whoever touches them comes to grief.
+  if (with_shortcut) at.out = out.data(), at.d_shortcut = d_shortcut.data();
   at.d_weight = affine ? d_weight.data() : nullptr, at.d_bias = affine ? d_bias.data() : nullptr;
   run(Way::backward);
 
   out.write(), du.write();
-  if (of_norm.shortcut) d_shortcut.write();
+  if (with_shortcut) d_shortcut.write();
   for (auto* values : {&d_weight, &d_bias}) put_out(values->data(), values->bytes());
   for (auto* values : {&new_mean, &new_var}) put_out(values->data(), values->bytes());
   for (auto* values : {&running_mean, &running_var}) put_out(values->data(), values->bytes());

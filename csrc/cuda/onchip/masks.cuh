@@ -156,9 +156,8 @@ SIMT_FN void gather(const Member<T>& m, int turn, float* all, float* out, float*
       return;
     }
     out[i] = entry;
-    if (!mail) return;
     SIMT_ROLLED
-    for (int to = 0; to < chip.blocks; to++)
+    for (int to = 0; mail && to < chip.blocks; to++)
       if (to != rank) m.mail()->post(out + i, to, entry);
   });
   if (mail) {

@@ -9,19 +9,19 @@ namespace da::cuda {
 namespace {
 
 template <class A>
-size_t pass_bytes(const Tiling& t, const TailStep& step, bool backward) {
+size_t pass_bytes(const Tiling& t, const TailStep& step) {
   return (step.kernel == TailKernel::sums ? TailMemory<A>::of_sums(nullptr, t, step.sums)
-                                          : TailMemory<A>::of_scale(nullptr, t, backward))
+                                          : TailMemory<A>::of_scale(nullptr, t, step.scale))
       .bytes;
 }
 
 // Collects the launches of one direction.
 class TailPlanner {
  public:
-  TailPlanner(const Problem& problem, bool batch, const TailPlan& plan, const Limits& limits,
+  TailPlanner(const Problem& problem, TailKind kind, const TailPlan& plan, const Limits& limits,
               Way way)
       : p_(problem),
-        batch_(batch),
+        kind_(kind),
         plan_(plan),
         limits_(limits),
         backward_(way == Way::backward),
@@ -67,11 +67,12 @@ class TailPlanner {
 
  private:
   void forward() {
-    if (batch_) sums("statistics", TailSums::moments, kU, kChannels);
+    if (kind_.batch) sums("statistics", TailSums::moments, kU, kChannels);
     norm();
     for (const Pass& pass : schedule_) {
       if (!pass.sums.any()) {
-        scale("scale, add, rectify", kU | kShortcut, kOut);
+        const char* const name = kind_.shortcut ? "scale, add, rectify" : "scale, rectify";
+        scale(name, TailScale::forward, kind_.shortcut ? kU | kShortcut : kU, kOut);
         continue;
       }
       sums(pass.name, TailSums::deviations, kU, pass.sums);
@@ -90,8 +91,12 @@ class TailPlanner {
       maps("masks", Made::masks_again, masks_);
     }
     weights_ = masks_;
-    sums("ReLU and mask gradients", TailSums::gradients, kDout | kOut | kU,
-         either(masks_, kChannels), kDShortcut);
+    const Axes all = either(masks_, kChannels);
+    const char* const first = "ReLU and mask gradients";
+    if (kind_.shortcut)
+      sums(first, TailSums::gradients, kDout | kOut | kU, all, kDShortcut);
+    else
+      sums(first, TailSums::rectified, kDout | kU, all);
     for (const Pass& pass : schedule_) {
       if (!pass.sums.any()) continue;
       if (pass.weights == Maps::terms) through_sums(pass.name, pass.sums);
@@ -99,7 +104,10 @@ class TailPlanner {
     }
     if (masks_.pixels && !through().channels) through_sums("through the norm", kChannels);
     small(TailKernel::norm_gradients, "gradients of the norm", ceil_div(p_.c, kNormChannels));
-    scale("combine", batch_ ? kDShortcut | kU : kDShortcut, kDu);
+    if (kind_.shortcut)
+      scale("combine", TailScale::backward, kind_.batch ? kDShortcut | kU : kDShortcut, kDu);
+    else
+      scale("combine", TailScale::rectified, kDout | kU, kDu);
     const int64_t jobs = finish_jobs(p_, masks_, limits_);
     if (jobs > 0) small(TailKernel::finish, "parameter gradients", jobs);
   }
@@ -121,15 +129,16 @@ class TailPlanner {
     sums(name, TailSums::deviations, kU, axes);
     steps_.back().maps = Maps::terms;
   }
-  void scale(const char* name, unsigned reads, unsigned writes) {
+  void scale(const char* name, TailScale scale, unsigned reads, unsigned writes) {
     TailStep step{};
-    step.kernel = TailKernel::scale, step.name = name, step.reads = reads, step.writes = writes;
+    step.kernel = TailKernel::scale, step.name = name, step.scale = scale;
+    step.reads = reads, step.writes = writes;
     pass(step);
   }
   void pass(TailStep step) {
     const Tiling& t = plan_.tiling;
-    step.shared_bytes = p_.dtype == Dtype::float64 ? pass_bytes<double>(t, step, backward_)
-                                                   : pass_bytes<float>(t, step, backward_);
+    step.shared_bytes =
+        p_.dtype == Dtype::float64 ? pass_bytes<double>(t, step) : pass_bytes<float>(t, step);
     add(step, p_.n * t.tiles());
   }
   void norm() { small(TailKernel::norm, "norm", ceil_div(p_.c, kNormChannels)); }
@@ -161,7 +170,7 @@ class TailPlanner {
   }
 
   const Problem& p_;
-  const bool batch_;
+  const TailKind kind_;
   const TailPlan& plan_;
   const Limits& limits_;
   const bool backward_;
@@ -173,7 +182,7 @@ class TailPlanner {
 
 }  // namespace
 
-TailPlan tail_plan(const Problem& problem, bool batch, const Device& device, bool aligned,
+TailPlan tail_plan(const Problem& problem, TailKind kind, const Device& device, bool aligned,
                    const Limits& limits) {
   // Blocks of a pass make no maps, and so the tiles that suit it are those of a pass without masks.
   Problem unmasked = problem;
@@ -183,8 +192,8 @@ TailPlan tail_plan(const Problem& problem, bool batch, const Device& device, boo
   plan.tiling.complete();
   plan.bands = bands(problem, plan.tiling);
   plan.early = device.early_launches;
-  plan.forward = TailPlanner(problem, batch, plan, limits, Way::forward).direction();
-  plan.backward = TailPlanner(problem, batch, plan, limits, Way::backward).direction();
+  plan.forward = TailPlanner(problem, kind, plan, limits, Way::forward).direction();
+  plan.backward = TailPlanner(problem, kind, plan, limits, Way::backward).direction();
   return plan;
 }
 

@@ -29,8 +29,12 @@ enum TailTensors : unsigned {
 enum class TailKernel { sums, norm, maps, scale, norm_gradients, finish };
 
 // What a pass adds up: by channel the deviations from a number near the mean, and their squares;
-// deviations from the mean, weighted; or the gradient at the ReLU's argument, which it also writes.
-enum class TailSums { moments, deviations, gradients };
+// deviations from the mean, weighted; or the gradient at the ReLU's argument, which it also writes,
+// or (rectified) without a shortcut makes of dout and u, as the last pass does again.
+enum class TailSums { moments, deviations, gradients, rectified };
+
+// What the last pass of a direction makes: out, or du.
+enum class TailScale { forward, backward, rectified };
 
 // One launch.
 struct TailStep {
@@ -38,6 +42,7 @@ struct TailStep {
   const char* name;
   unsigned reads, writes;  // sets of TailTensors
   TailSums sums;           // of a pass that adds up
+  TailScale scale;         // of a last pass
   Maps maps;               // whose weights its sums have: masks', or the terms'
   Axes weights;            // the axes whose masks were there when it, or what it is made of, added
   Axes axes;               // by which it adds up, or whose maps it makes
@@ -77,9 +82,14 @@ struct TailPlan {
   }
 };
 
-// `batch`: the norm's statistics are the batch's. `aligned`: every full-size tensor begins at a
-// multiple of 16 bytes.
-TailPlan tail_plan(const Problem& problem, bool batch, const Device& device, bool aligned,
+// What a tail is besides the problem.
+struct TailKind {
+  bool batch;     // the norm's statistics are the batch's
+  bool shortcut;  // there is one
+};
+
+// `aligned`: every full-size tensor begins at a multiple of 16 bytes.
+TailPlan tail_plan(const Problem& problem, TailKind kind, const Device& device, bool aligned,
                    const Limits& limits);
 
 // As of the layer's passes: the waves of a launch, and the bytes of what it reads that the launches
@@ -90,6 +100,8 @@ int64_t expected_in_l2(const Problem& problem, const Device& device, const TailD
                        const TailStep& step);
 
 // Vectors of each tensor that a thread of a pass has in flight: fewer where it reads three.
-constexpr int tail_depth(TailSums sums) { return sums == TailSums::gradients ? 2 : 4; }
+constexpr int tail_depth(TailSums sums) {
+  return sums == TailSums::moments || sums == TailSums::deviations ? 4 : 2;
+}
 
 }  // namespace da::cuda

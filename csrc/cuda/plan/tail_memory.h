@@ -10,7 +10,7 @@ namespace da::cuda {
 // Maps over a tile, which rows or columns of the matrix read.
 template <class A>
 struct TailMemory {
-  static constexpr int kChannelMaps = 6, kPixelMaps = 2;
+  static constexpr int kChannelMaps = 7, kPixelMaps = 2;
   A* channel[kChannelMaps];
   A* pixel[kPixelMaps];
   A* scratch;    // sums on their way to other threads
@@ -21,13 +21,18 @@ struct TailMemory {
                    int rounds)
       : TailMemory(simt::Carver(base), t, channel_maps, pixel_maps, rounds) {}
 
+  static constexpr int channel_maps(TailScale scale) {
+    return scale == TailScale::forward ? 3 : scale == TailScale::backward ? 6 : 7;
+  }
+  static constexpr int pixel_maps(TailScale scale) { return scale == TailScale::forward ? 1 : 2; }
+
   DA_HD static TailMemory of_sums(unsigned char* base, const Tiling& t, TailSums sums) {
     const bool deviations = sums == TailSums::deviations;
     const int row_sums = tail_depth(sums) * (deviations ? 1 : 2);  // of a thread's round
     return TailMemory(base, t, deviations ? 2 : 3, sums == TailSums::moments ? 0 : 1, 2 * row_sums);
   }
-  DA_HD static TailMemory of_scale(unsigned char* base, const Tiling& t, bool backward) {
-    return TailMemory(base, t, backward ? 6 : 3, backward ? 2 : 1, 0);
+  DA_HD static TailMemory of_scale(unsigned char* base, const Tiling& t, TailScale scale) {
+    return TailMemory(base, t, channel_maps(scale), pixel_maps(scale), 0);
   }
 
  private:

@@ -307,6 +307,10 @@ SIMT_FN float fma_either(bool first, float value, float factor0, float term0, fl
   return value;
 }
 
+// value * factor + term, rounded once.
+SIMT_FN float fma(float value, float factor, float term) { return ::fmaf(value, factor, term); }
+SIMT_FN double fma(double value, double factor, double term) { return ::fma(value, factor, term); }
+
 SIMT_FN float exp(float x) { return ::expf(x); }
 SIMT_FN double exp(double x) { return ::exp(x); }
 SIMT_FN double sqrt(double x) { return ::sqrt(x); }

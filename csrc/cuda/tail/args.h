@@ -26,8 +26,8 @@ struct TailArgs {
   // `x` is u; its maps are those of x = (u - centre) scale + bias, but for `pooled`, which is of
   // u - centre. Its new sums: where a launch puts what it adds up, null if not wanted.
   Args<A> call;
-  const void *shortcut, *out, *dout;  // the shortcut may be null
-  void* d;                            // the shortcut's gradient
+  const void *shortcut, *out, *dout;  // the shortcut, and backward's out, are null without one
+  void* d;                            // the shortcut's gradient, null without one
   void* result;                       // out, or du
   bool batch;                         // the norm's statistics are the batch's
   Maps maps;                          // whose weights a launch's sums have

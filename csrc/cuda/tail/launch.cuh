@@ -69,27 +69,37 @@ TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
 }
 
 template <class T, int E, ChannelsAre Are>
-auto tail_pass(const TailStep& step, Way way) {
-  if (step.kernel == TailKernel::scale)
-    return way == Way::forward ? tail_scale<T, E, false, Are> : tail_scale<T, E, true, Are>;
+auto tail_pass(const TailStep& step) {
+  if (step.kernel == TailKernel::scale) {
+    switch (step.scale) {
+      case TailScale::forward:
+        return tail_scale<T, E, TailScale::forward, Are>;
+      case TailScale::backward:
+        return tail_scale<T, E, TailScale::backward, Are>;
+      default:
+        return tail_scale<T, E, TailScale::rectified, Are>;
+    }
+  }
   switch (step.sums) {
     case TailSums::moments:
       return tail_sums<T, E, TailSums::moments, Are>;
     case TailSums::deviations:
       return tail_sums<T, E, TailSums::deviations, Are>;
-    default:
+    case TailSums::gradients:
       return tail_sums<T, E, TailSums::gradients, Are>;
+    default:
+      return tail_sums<T, E, TailSums::rectified, Are>;
   }
 }
 
 template <class T, int E>
-auto tail_pass(const TailStep& step, Way way, const Tiling& t) {
-  return t.channels_last ? tail_pass<T, E, ChannelsAre::cols>(step, way)
-                         : tail_pass<T, E, ChannelsAre::rows>(step, way);
+auto tail_pass(const TailStep& step, const Tiling& t) {
+  return t.channels_last ? tail_pass<T, E, ChannelsAre::cols>(step)
+                         : tail_pass<T, E, ChannelsAre::rows>(step);
 }
 
 template <class T>
-auto tail_kernel(const TailStep& step, Way way, const Tiling& t) {
+auto tail_kernel(const TailStep& step, const Tiling& t) {
   switch (step.kernel) {
     case TailKernel::norm:
       return tail_norm<T>;
@@ -100,8 +110,7 @@ auto tail_kernel(const TailStep& step, Way way, const Tiling& t) {
              : step.made == Made::masks_again ? tail_maps<T, Made::masks_again>
                                               : tail_maps<T, Made::terms>;
     default:
-      return t.vector == 1 ? tail_pass<T, 1>(step, way, t)
-                           : tail_pass<T, 16 / sizeof(T)>(step, way, t);
+      return t.vector == 1 ? tail_pass<T, 1>(step, t) : tail_pass<T, 16 / sizeof(T)>(step, t);
   }
 }
 
@@ -146,7 +155,7 @@ int run_tail_steps(const Problem& p, const TailPlan& plan, Way way, const TailPo
         gate.pooled = args.pooled_x;
         error = launch_finish<T>(launch, gate);
       } else {
-        error = simt::launch(launch, tail_kernel<T>(step, way, plan.tiling), args);
+        error = simt::launch(launch, tail_kernel<T>(step, plan.tiling), args);
       }
       if (error != 0) return error;
     }

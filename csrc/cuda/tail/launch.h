@@ -10,8 +10,8 @@ namespace da::cuda {
 // workspace.elements, are in the accumulation type.
 struct TailPointers {
   const void *u, *shortcut;              // shortcut: of forward, null where there is none
-  const void *dout, *out;                // of backward
-  void *result, *d_shortcut;             // out, or du and d_shortcut
+  const void *dout, *out;                // of backward; out: null without a shortcut
+  void *result, *d_shortcut;             // out, or du and d_shortcut, null without a shortcut
   void *channel_mean, *pooled;           // forward writes them, backward reads them
   OfNorm weight, bias;                   // of the norm
   OfNorm mean, var;                      // of the norm; null where forward takes the batch's

@@ -1,27 +1,30 @@
 // The residual tail's last passes, from maps by channel and by pixel:
 //   out = relu(((u - centre) factor + shift) mask + shortcut), or without shortcut
 //   du  = (d factor + inner) mask + term outer + (u - centre) slope + offset
-// with d the gradient at the ReLU's argument. The norm's scale is in factor, inner and outer;
-// `inner` or else `offset` has the channels' term, which the outer mask multiplies or not.
+// with d the gradient at the ReLU's argument: without a shortcut, made of dout again. The norm's
+// scale is in factor, inner and outer; `inner` or else `offset` has the channels' term, which the
+// outer mask multiplies or not.
 #pragma once
 
 #include "cuda/common/scaling.cuh"
 #include "cuda/plan/tail_memory.h"
 #include "cuda/portable/masks.cuh"
 #include "cuda/tail/args.h"
+#include "cuda/tail/relu.cuh"
 
 namespace da::cuda {
 
 // The maps over the tile, in shared memory: of channels in the order of the formulas' struct below.
-template <bool Backward, class A>
+template <TailScale Kind, class A>
 SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailMemory<A>& memory) {
+  constexpr bool backward = Kind != TailScale::forward;
   const Args<A>& call = args.call;
   const int64_t pixel = tile.image * call.pixels + tile.pixel();
   if (call.masks.pixels)
     copy(memory.pixel[0], tile.pixels(), call.spatial_mask + pixel);
   else
     fill(memory.pixel[0], tile.pixels(), A(1));
-  if (Backward) {
+  if (backward) {
     if (call.masks.pixels)
       copy(memory.pixel[1], tile.pixels(), call.d_channel_mean + pixel);
     else
@@ -32,7 +35,7 @@ SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailM
     const A scale = args.scale[c], k = call.masks.channels ? call.channel_mask[at] : A(1);
     memory.channel[0][i] = args.centre[c];
     memory.channel[1][i] = scale * k;
-    if (!Backward) {
+    if (!backward) {
       memory.channel[2][i] = args.shift[c] * k;
     } else {
       const A term = call.masks.channels ? scale * call.d_pooled[at] : A(0);
@@ -40,24 +43,27 @@ SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailM
       memory.channel[3][i] = call.outer.channels ? scale * k : scale;
       memory.channel[4][i] = args.du_slope[c];
       memory.channel[5][i] = args.du_offset[c] + (call.outer.pixels ? A(0) : term);
+      if (Kind == TailScale::rectified) memory.channel[6][i] = args.shift[c] * k;
     }
   }
 }
 
-// out, or (Backward) du, over a tile.
-template <class T, int E, bool Backward, ChannelsAre Are>
+// out or du, over a tile.
+template <class T, int E, TailScale Kind, ChannelsAre Are>
 SIMT_KERNEL(kThreads, kTailPerSm)
 tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
   constexpr bool in_rows = Are == ChannelsAre::rows;
-  constexpr int depth = Backward ? 2 : 4;
-  constexpr int channel_maps = Backward ? 6 : 3, pixel_maps = Backward ? 2 : 1;
+  constexpr bool backward = Kind != TailScale::forward, rectified = Kind == TailScale::rectified;
+  constexpr int depth = backward ? 2 : 4;
+  constexpr int channel_maps = TailMemory<A>::channel_maps(Kind);
+  constexpr int pixel_maps = TailMemory<A>::pixel_maps(Kind);
   constexpr int row_maps = in_rows ? channel_maps : pixel_maps;
   constexpr int col_maps = in_rows ? pixel_maps : channel_maps;
   const Args<A>& call = args.call;
   const Tiling& t = call.tiling;
-  const TailMemory<A> memory = TailMemory<A>::of_scale(simt::shared(), t, Backward);
+  const TailMemory<A> memory = TailMemory<A>::of_scale(simt::shared(), t, Kind);
 
   const Tile tile(t, call.first_tile + call.tile_step * simt::block());
   simt::let_next_launch_begin();
@@ -67,14 +73,16 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const int first_row = lane.active ? lane.super_row * t.period + lane.phase : 0;
   const int64_t start =
       (tile.image * t.rows + tile.row() + lane.super_row * t.period) * t.cols + lane.offset;
-  // du has no part of u where the norm is frozen.
-  const bool reads_u = !Backward || args.batch, reads_other = Backward || args.shortcut;
-  const void* const given = Backward ? args.d : args.shortcut;
+  // du has no part of u where the norm is frozen, but the sign that the ReLU was given.
+  const bool reads_u = Kind != TailScale::backward || args.batch;
+  const bool reads_other = backward || args.shortcut;
+  const void* const given = rectified ? args.dout : backward ? args.d : args.shortcut;
   const T* u = static_cast<const T*>(call.x) + start;
   const T* other = static_cast<const T*>(reads_other ? given : call.x) + start;
   T* to = static_cast<T*>(args.result) + start;
   // A vector that is not there stays as it was. d is what a launch before has written: it is asked
   // for when that has ended, and past no cache.
+  constexpr bool reads_d = Kind == TailScale::backward;
   typename V::Raw raw[depth], raw_other[depth];
   int left = lane.active ? tile.rows - first_row : 0;
   SIMT_UNROLL
@@ -90,14 +98,14 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     SIMT_UNROLL
     for (int i = 0; i < depth; i++) {
       if (reads_other && i * at_once < left)
-        raw_other[i] = Backward ? V::load(other) : V::load_last(other);
+        raw_other[i] = reads_d ? V::load(other) : V::load_last(other);
       other += stride;
     }
   };
   load_u();
   simt::wait_for_launch_before();
   load_other();
-  load_factors<Backward>(args, tile, memory);
+  load_factors<Kind>(args, tile, memory);
   simt::sync();
 
   const A* row_map[row_maps];
@@ -124,11 +132,12 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
           const auto channel = [&](int m) { return in_rows ? row[m] : col[m][j]; };
           const auto pixel = [&](int m) { return in_rows ? col[m][j] : row[m]; };
           const A deviation = v[j] - channel(0);
-          if constexpr (Backward) {
+          if constexpr (backward) {
+            if constexpr (rectified) d[j] = passed(d[j], scaled(deviation, channel(1), channel(6)));
             const A dx = (d[j] * channel(1) + channel(2)) * pixel(0) + pixel(1) * channel(3);
             v[j] = dx + (deviation * channel(4) + channel(5));
           } else {
-            const A sum = (deviation * channel(1) + channel(2)) * pixel(0) + d[j];
+            const A sum = scaled(deviation, channel(1), channel(2)) * pixel(0) + d[j];
             v[j] = sum < 0 ? A(0) : sum;  // a NaN stays one
           }
         }

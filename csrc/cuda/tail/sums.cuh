@@ -7,6 +7,7 @@
 #include "cuda/plan/tail_memory.h"
 #include "cuda/portable/masks.cuh"
 #include "cuda/tail/args.h"
+#include "cuda/tail/relu.cuh"
 
 namespace da::cuda {
 
@@ -65,10 +66,10 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
     for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
       const int64_t c = tile.channel() + i;
       memory.channel[0][i] = args.centre[c];
-      if (!call.new_pixel_sums) continue;
+      if (Kind != TailSums::rectified && !call.new_pixel_sums) continue;
       const A k = factor ? by_channel[tile.image * call.channels + c] : A(1);
       memory.channel[1][i] = args.scale[c] * k;
-      if (Kind == TailSums::gradients) memory.channel[2][i] = args.shift[c] * k;
+      if (Kind != TailSums::deviations) memory.channel[2][i] = args.shift[c] * k;
     }
     if (!call.new_channel_sums) return;
     const A* const by_pixel = terms ? call.d_channel_mean : call.spatial_mask;
@@ -91,6 +92,7 @@ constexpr int tail_sums_blocks() {
 //   deviations  by channel, of mask (u - centre); by pixel, of channel weight (u - centre)
 //   gradients   by channel, of mask d and of mask d (u - centre); by pixel, of d x channel mask;
 //               and d itself, dout where out is not 0
+//   rectified   the same sums, of dout where x is not below 0
 //
 // A thread keeps its columns' sums in registers over all rows. Its sums over a row's elements go to
 // shared memory, a round of rows at a time; then four threads add up the lanes of each row.
@@ -99,7 +101,8 @@ SIMT_KERNEL(kThreads, (tail_sums_blocks<T, Kind>()))
 tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
-  constexpr bool moments = Kind == TailSums::moments, gradients = Kind == TailSums::gradients;
+  constexpr bool moments = Kind == TailSums::moments, rectified = Kind == TailSums::rectified;
+  constexpr bool writes_d = Kind == TailSums::gradients, gradients = writes_d || rectified;
   constexpr bool in_rows = Are == ChannelsAre::rows;
   constexpr int depth = tail_depth(Kind);
   constexpr int by_channel = Kind == TailSums::deviations ? 1 : 2;
@@ -139,8 +142,8 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     for (int d = 0; d < depth; d++) {
       if (d * at_once < left) {
         raw[d] = V::load(u + asked);
-        if (gradients)
-          raw_out[d] = V::load_once(out + asked), raw_dout[d] = V::load_once(dout + asked);
+        if (writes_d) raw_out[d] = V::load_once(out + asked);
+        if (gradients) raw_dout[d] = V::load_once(dout + asked);
       }
       asked += stride;
     }
@@ -161,7 +164,7 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     if (adds_channels) load_columns<E>(moments ? nullptr : memory.pixel[0], lane, weight);
   } else {
     load_columns<E>(memory.channel[0], lane, centre);
-    if (adds_pixels) {
+    if (rectified || adds_pixels) {
       load_columns<E>(memory.channel[1], lane, scale);
       if (gradients) load_columns<E>(memory.channel[2], lane, shift);
     }
@@ -194,17 +197,28 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
         const int row = d * at_once;
         A v[E], g[E];
         V::unpack(V::keep(raw[d], mask), v);
-        if (gradients) {
-          A rectified[E];
-          V::unpack(V::keep(raw_out[d], mask), rectified);
+        if (writes_d) {
+          A of_relu[E];
+          V::unpack(V::keep(raw_out[d], mask), of_relu);
           V::unpack(raw_dout[d], g);
           SIMT_UNROLL
-          for (int j = 0; j < E; j++) g[j] = rectified[j] <= 0 ? A(0) : g[j];  // a NaN lets it pass
+          for (int j = 0; j < E; j++) g[j] = passed(g[j], of_relu[j]);
           V::store(static_cast<T*>(args.d) + used, g, lane.begin, lane.end);
         }
         const A of_row = in_rows ? row_centre[row] : A(0);
         SIMT_UNROLL
         for (int j = 0; j < E; j++) v[j] -= in_rows ? of_row : centre[j];
+        const bool scales = rectified || adds_pixels;
+        const A scale_of_row = in_rows && scales ? row_scale[row] : A(0);
+        const A shift_of_row = in_rows && gradients && scales ? row_shift[row] : A(0);
+        const auto x = [&](int j) {
+          return scaled(v[j], in_rows ? scale_of_row : scale[j], in_rows ? shift_of_row : shift[j]);
+        };
+        if (rectified) {
+          V::unpack(V::keep(raw_dout[d], mask), g);
+          SIMT_UNROLL
+          for (int j = 0; j < E; j++) g[j] = passed(g[j], x(j));
+        }
         if (adds_channels) {
           const A mask_of_row = in_rows || moments ? A(1) : row_mask[row];
           SIMT_UNROLL
@@ -218,14 +232,10 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
           }
         }
         if (adds_pixels) {
-          const A scale_of_row = in_rows ? row_scale[row] : A(0);
-          const A shift_of_row = in_rows && gradients ? row_shift[row] : A(0);
           SIMT_UNROLL
           for (int j = 0; j < E; j++) {
-            const A by = in_rows ? scale_of_row : scale[j],
-                    and_ = in_rows ? shift_of_row : shift[j];
             A& to = in_rows ? sum[0][j] : dot[0];
-            to += gradients ? g[j] * (v[j] * by + and_) : v[j] * by;
+            to += gradients ? g[j] * x(j) : v[j] * (in_rows ? scale_of_row : scale[j]);
           }
         }
       }

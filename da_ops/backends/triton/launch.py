@@ -18,7 +18,7 @@ from ..base import Gradients
 from ..schedule import NONE, SCHEDULES, Axes
 from . import interpreter, maps, passes, tune
 from .maps import AxisMaps, Blocks, Normed, Shares, Size
-from .passes import Affine, Ends, Rectified
+from .passes import Affine, Ends
 from .run import INTERPRETED, run
 from .tiles import DEVICE, INTERPRETER, matrix, power_of_two, split, sum_tiles
 
@@ -109,7 +109,7 @@ class Batch:
         dy: Tensor | None = None,
         *,
         backwards: bool,
-        relu: tuple[Tensor, Tensor] | None = None,
+        relu: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> ByAxis:
         """The shares of sums that one read of x gives, or of x and dy for their product t:
 
@@ -119,6 +119,7 @@ class Batch:
         ``wanted`` says which. ``backwards`` takes the last image first, the one that caches still
         hold of a large batch. With a norm, t is as passes.py says; then ``relu``, the result of a
         ReLU and where what of dy passes it is stored, may come in before, and channels are wanted.
+        Both are None of a ReLU of x.
         """
         m, n = self.matrix, self.images
         want_rows, want_cols = self.rows_and_columns(wanted)
@@ -143,7 +144,7 @@ class Batch:
                 passes.column_sums, n * s.splits * t.windows,
                 x, dy, row_scale, col_scale if want_rows else None,
                 col_shares.sums, row_shares.sums,
-                self.norm, relu and Rectified(*relu, (col_shares if by_pixel else row_shares).of_d),
+                self.norm, *(relu or (None, None)), (col_shares if by_pixel else row_shares).of_d,
                 n, m.rows, m.cols, t.windows, s.splits, s.each, **options,
             )  # fmt: skip
         else:

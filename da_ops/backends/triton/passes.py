@@ -41,17 +41,10 @@ class Affine(NamedTuple):
     bias: Tensor
 
 
-class Rectified(NamedTuple):
-    """What it takes to go back through a ReLU."""
-
-    out: Tensor  # its result
-    d: Tensor  # where dy is stored, zero where out is
-    sums: Tensor | None  # shares by channel of the sums of d alone
-
-
 class Ends(NamedTuple):
-    """What comes before and after the masks of a scaling: x is ``before(x)``, and its result is
-    multiplied by ``factor``, by channel, and gets ``after(more)`` added. Each may be absent.
+    """What comes before and after the masks of a scaling: x is ``before(x)``, or what of x passes a
+    ReLU of ``rectified(more)``; and the result is multiplied by ``factor``, by channel, and gets
+    ``after(more)`` added, or ``more`` where neither is there. Each may be absent.
 
     A tuple is compared to None by a field: Triton 3.6 cannot compare one with an absent field.
     """
@@ -60,6 +53,7 @@ class Ends(NamedTuple):
     factor: Tensor | None = None
     more: Tensor | None = None
     after: Affine | None = None
+    rectified: Affine | None = None
 
 
 @triton.jit
@@ -140,7 +134,7 @@ def row_sums(
 
 @triton.jit
 def column_sums(
-    x, dy, row_scale, col_scale, out, row_out, norm, relu,
+    x, dy, row_scale, col_scale, out, row_out, norm, relu_out, d_out, d_sums,
     images, rows, cols, windows, splits, tiles, CHANNELS: tl.constexpr,
     PERIOD: tl.constexpr, VECTOR: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BACKWARDS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
@@ -150,9 +144,10 @@ def column_sums(
         out[image, share, col]       = sum_row row_scale[row] t[row, col]
         row_out[image, window, row]  = sum_col t[row, col] col_scale[col]
 
-    with t = x or x * dy; with a norm, u - centre by channel, x by pixel, or either times dy. Past a
-    ReLU, dy is first made what passes it, which is stored, and summed by channel as u - centre is;
-    out may then be absent. An absent scale is ones.
+    with t = x or x * dy; with a norm, u - centre by channel, x by pixel, or either times dy. Where
+    d_sums is given, dy first becomes d, what of it passes a ReLU: one whose result is relu_out,
+    where d is stored in d_out, or else one of x, the norm's. d_sums are shares by channel of the
+    sums of d, weighted as those of u - centre; out may then be absent. An absent scale is ones.
 
     A program: one image, a window of WIDTH columns, a split of so many tiles of HEIGHT super-rows.
     A share is a split's rows of one phase.
@@ -177,7 +172,7 @@ def column_sums(
         if norm is not None and CHANNELS == "columns":
             centre, factor, bias = _affine(norm, col, inside, 1)
         sums = tl.full((HEIGHT, WIDTH), 0.0, ACC)
-        if relu is not None and CHANNELS == "columns":
+        if d_sums is not None and CHANNELS == "columns":
             sums_of_d = tl.full((HEIGHT, WIDTH), 0.0, ACC)
         for tile in range(tiles):
             block = split.to(INDEX) * tiles + tile
@@ -197,17 +192,21 @@ def column_sums(
                 own = valid[:, None] & inside[None, :]
                 t = tl.where(own, t - centre, 0.0)
                 of_row, of_col = t, t
+                normed = tl.fma(t, factor, bias)
                 if CHANNELS == "rows":
-                    of_col = t * factor + bias
+                    of_col = normed
                 else:
-                    of_row = t * factor + bias
-            if relu is not None:
+                    of_row = normed
+            if d_sums is not None:
                 at = begin + (super_row * stride)[:, None] + place[None, :]
                 d = tl.load(dy + at, mask=wanted, other=0.0)
-                d = tl.where(tl.load(relu.out + at, mask=wanted, other=0.0) <= 0, 0.0, d)
-                # The row that ends within a vector leaves that to the next one to store.
-                stored = valid[:, None] & (place < (first + cols) // VECTOR * VECTOR)[None, :]
-                tl.store(relu.d + at, d, mask=stored)
+                if relu_out is not None:
+                    d = tl.where(tl.load(relu_out + at, mask=wanted, other=0.0) <= 0, 0.0, d)
+                    # The row that ends within a vector leaves that to the next one to store.
+                    stored = valid[:, None] & (place < (first + cols) // VECTOR * VECTOR)[None, :]
+                    tl.store(d_out + at, d, mask=stored)
+                else:
+                    d = tl.where(normed <= 0, 0.0, d)
                 d = tl.where(own, d.to(ACC), 0.0)
                 of_row *= d
                 of_col *= d
@@ -215,7 +214,7 @@ def column_sums(
                     of_d = d
                     if col_scale is not None:
                         of_d = d * by_col
-                    to = relu.sums + (image * windows + window) * rows + row
+                    to = d_sums + (image * windows + window) * rows + row
                     tl.store(to, tl.sum(of_d, 1), mask=valid)
             if row_out is not None:
                 if col_scale is not None:
@@ -226,15 +225,15 @@ def column_sums(
                 by_row = tl.load(row_scale + image * rows + row, mask=valid, other=0.0)[:, None]
                 of_col *= by_row
             sums += of_col
-            if relu is not None and CHANNELS == "columns":
+            if d_sums is not None and CHANNELS == "columns":
                 if row_scale is not None:
                     d *= by_row
                 sums_of_d += d
         share = ((image * splits + split) * PERIOD + phase) * cols + col
         if out is not None:
             tl.store(out + share, tl.sum(sums, 0), mask=inside)
-        if relu is not None and CHANNELS == "columns":
-            tl.store(relu.sums + share, tl.sum(sums_of_d, 0), mask=inside)
+        if d_sums is not None and CHANNELS == "columns":
+            tl.store(d_sums + share, tl.sum(sums_of_d, 0), mask=inside)
 
 
 @triton.jit
@@ -265,7 +264,7 @@ def _applied(
     of, t, col, valid, super_row, super_rows, phase, crossed,
     CHANNELS: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
-    """(t - centre) scale + bias."""
+    """(t - centre) scale + bias, rounded as in the sums: a ReLU must see the same sign."""
     centre = _by_channel(
         of.centre, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
     )
@@ -273,7 +272,7 @@ def _applied(
         of.scale, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
     )
     bias = _by_channel(of.bias, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD)
-    return (t - centre) * scale + bias
+    return tl.fma(t - centre, scale, bias)
 
 
 @triton.jit
@@ -291,8 +290,8 @@ def scale(
               "rows"      (x col_scale + col_bias) row_scale + row_bias
               "neither"   x row_scale col_scale + row_bias + col_bias
 
-    Each of the four may be absent. Of the ends, where there are any, `before` comes first, the rest
-    last; then the ReLU, if there is one, in which a NaN stays.
+    Each of the four may be absent. Of the ends, where there are any, `before` and `rectified` come
+    first, the rest last; then the ReLU, if there is one, in which a NaN stays.
 
     A program: one tile, over the columns of whole super-rows. It has at most cols columns, so that
     it crosses the end of one row at the most.
@@ -322,6 +321,14 @@ def scale(
         t = _applied(
             ends.before, t, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
         )
+    if ends.more is not None:
+        more = load(ends.more, None, begin, super_row * stride, place, wanted, ACC)
+        if ends.rectified is not None:
+            given = _applied(
+                ends.rectified, more, col, valid, super_row, super_rows, phase, crossed,
+                CHANNELS, PERIOD,
+            )  # fmt: skip
+            t = tl.where(given <= 0, 0.0, t)
 
     row_at, col_at = image * rows, image * cols + col
     if OUTER == "rows":
@@ -347,13 +354,13 @@ def scale(
             ends.factor, col, valid, super_row, super_rows, phase, crossed, CHANNELS, PERIOD
         )
     if ends.more is not None:
-        more = load(ends.more, None, begin, super_row * stride, place, wanted, ACC)
         if ends.after is not None:
-            more = _applied(
+            t += _applied(
                 ends.after, more, col, valid, super_row, super_rows, phase, crossed,
                 CHANNELS, PERIOD,
             )  # fmt: skip
-        t += more
+        elif ends.rectified is None:
+            t += more
     if RELU:
         t = tl.where(t < 0, 0.0, t)
     to = y + begin + (super_row * stride)[:, None] + place[None, :]

@@ -207,10 +207,11 @@ def residual_backward(
     back = tail.gradient_maps(means, masks)
     terms = ByAxis(back.pixels.d_mean, back.channels.d_mean)
 
-    d_shortcut, du = torch.empty_like(u), torch.empty_like(u)
+    du, d_shortcut = torch.empty_like(u), torch.empty_like(u) if with_shortcut else None
+    relu = out if with_shortcut else None, d_shortcut
     wanted = Axes(tail.axes.pixels, True)
     turn = next(tail.turns)
-    first = tail.sums(u, wanted, masks, dout, backwards=turn, relu=(out, d_shortcut))
+    first = tail.sums(u, wanted, masks, dout, backwards=turn, relu=relu)
     through_means, shares = Shares(), [first, NO_SHARES]
     for i, step in enumerate(tail.steps["backward"]):
         if i and step.sums.pixels:
@@ -224,6 +225,9 @@ def residual_backward(
     d_norm, after = tail.norm_gradients(
         first.channels, through_means, masks, terms, pooled, batch=batch
     )
-    ends = Ends(factor=tail.norm.scale, more=u if batch else None, after=after)
-    tail.scale(d_shortcut, du, masks, terms, tail.outer, ends=ends, backwards=next(tail.turns))
-    return du, d_shortcut if with_shortcut else None, *d_norm, *tail.parameter_gradients(back)
+    # Without a shortcut, u says once more what passed the ReLU: masks leave the sign of x.
+    d, rectified = (dout, tail.norm) if d_shortcut is None else (d_shortcut, None)
+    more = u if batch or rectified else None
+    ends = Ends(factor=tail.norm.scale, more=more, after=after, rectified=rectified)
+    tail.scale(d, du, masks, terms, tail.outer, ends=ends, backwards=next(tail.turns))
+    return du, d_shortcut, *d_norm, *tail.parameter_gradients(back)
