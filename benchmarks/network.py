@@ -6,7 +6,7 @@ Networks with the same initial weights take turns, one training step (forward, l
 each per round, on the same random crops of photographs: without attention, and with the layer
 after the last batch norm of each residual branch, as eager PyTorch, as torch.compile of the layer
 alone, fused, and with fused tails as ``fuse`` makes them: of each block the whole tail, and each
-norm and ReLU before, as one operator. The network without attention takes part with fused tails,
+other norm with a ReLU, as one operator. The network without attention takes part with fused tails,
 too, and in the full run compiled as a whole. What a layer costs is its step less
 the step without attention, in the same round. Losses of variants that compute the same function
 must agree. Then all take turns in inference: evaluation, without gradients. On a GPU the steps use

@@ -20,7 +20,7 @@ TAIL_NOTE = (
     " with attention, and without"
 )
 NETWORK_NOTE = (
-    "Fused tails: `fuse(net)`, which makes one operator of each norm and ReLU in a block, too."
+    "Fused tails: `fuse(net)`, which makes one operator of each other norm with a ReLU, too."
 )
 
 

@@ -111,6 +111,22 @@ def test_hooks_see_what_they_would(which, kind):
     assert not unfused_blocks(fused)
 
 
+@pytest.mark.parametrize("which", ["conv1", "bn1", "activation"])
+@pytest.mark.parametrize("name", ["basic", "timm basic"])
+def test_hooks_on_the_stem_see_what_they_would(name, which):
+    found, x = [], images()
+    for network in pair(name):
+        kept = []
+        activation = "act1" if hasattr(network, "act1") else "relu"
+        module = network.get_submodule(which if which != "activation" else activation)
+        module.register_forward_hook(lambda *a, kept=kept: kept.append(a[-1].detach().clone()))
+        with torch.no_grad():  # a result of conv1 is then free to be written over
+            kept.append(network(x))
+        found.append(dict(enumerate(kept)))
+    assert len(found[0]) == 2
+    assert_same(found[1], found[0])
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 def test_hooks_on_a_module_that_does_nothing_are_called(kind):
     calls = []
@@ -265,6 +281,16 @@ def test_checkpointing_updates_statistics_as_often(name, reentrant):
         gradients = {k: p.grad for k, p in network.named_parameters() if p.grad is not None}
         found.append({**gradients, **dict(network.named_buffers())})
     assert found[1]["layer2.0.bn2.num_batches_tracked"] == 2
+    assert_same(found[1], found[0])
+
+
+def test_checkpointing_a_whole_network_of_timm():
+    found = []
+    for network in pair("timm basic"):
+        network.set_grad_checkpointing()
+        found.append(step(network.train(), images(seed=3)))
+    assert found[1]["layer2.0.bn2.num_batches_tracked"] == 2
+    assert found[1]["bn1.num_batches_tracked"] == 1
     assert_same(found[1], found[0])
 
 

@@ -9,13 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 import da_ops
 from da_ops.accuracy import PARAMETERS
 from da_ops.backends import BACKENDS as KNOWN
 from da_ops.residual import reference
-from da_ops.residual.function import fused
 
 from .cases import DTYPE_PAIRS, LAYOUTS, assert_close, assert_equal
 from .conftest import BACKENDS, interpreted
@@ -184,7 +182,9 @@ def tails(draw):
     )
 
 
-PLANS = st.sampled_from(["", "shared=0", "shared=0,slab_rows=8", "cache=1,slabs=3", "slab_rows=16"])
+PLANS = st.sampled_from(
+    ["", "shared=0", "shared=0,slab_rows=8", "cache=1,slabs=3", "slab_rows=16", "joint=0,slabs=3"]
+)
 
 
 @given(tails(), PLANS, st.integers(1, 3))
@@ -232,7 +232,8 @@ def test_threads_runs_and_streaming_do_not_show(fused_cpu, order, gate, shape, l
     tail = make_tail(shape, order, gate, layout=layout)
     want = tail.results(by_kernels)
     for threads in (1, 2, 3):
-        for limits in ("shared=0", "shared=0,cache=1"):
+        between = f"shared=0,joint=0,cache={tail.u.nbytes}"  # streams what is read again alone
+        for limits in ("shared=0", "shared=0,cache=1", between):
             with cpu_plan(limits, threads):
                 assert_equal(tail.results(by_kernels), want)
 
@@ -298,31 +299,6 @@ def test_gradcheck(fused_cpu, batch, shortcut):
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("shortcut", [True, False])
-@pytest.mark.parametrize(("order", "gate"), [("spatial_channel", "affine"), ("none", "sigmoid")])
-def test_opcheck(fused_cpu, order, gate, shortcut, batch, layout):
-    tail = make_tail((2, 3, 4, 5), order, gate, layout=layout, batch=batch, shortcut=shortcut)
-    parameters = [tail.parameters.get(name) for name in PARAMETERS]
-    forward = (tail.u, tail.shortcut, *tail.norm, *parameters, order, gate)
-    ops = torch.ops.da_ops
-    torch.library.opcheck(ops.residual_forward.default, forward)
-    torch.library.opcheck(ops.residual_forward_.default, (tail.u.clone(), *forward[1:]))
-    out, mean, var, *maps = ops.residual_forward(*forward)
-    if batch:
-        running = torch.randn(3), torch.rand(3), 0.1
-        training = (*forward[:4], *running, *forward[6:])
-        torch.library.opcheck(ops.residual_training.default, training)
-        assert torch.equal(ops.residual_training(*training)[0], out)
-    else:
-        mean, var = tail.norm.mean, tail.norm.var
-    weight, bias, *_, eps = tail.norm
-    norm = (weight, bias, mean, var, batch, eps)
-    backward = (tail.dout, out, tail.u, *norm, *parameters, *maps, shortcut, order, gate)
-    torch.library.opcheck(ops.residual_backward.default, backward)
-
-
 @over_backends
 def test_only_the_input_and_the_result_are_kept(backend, device):
     tail = make_tail((2, 16, 12, 12), device=device)
@@ -362,44 +338,3 @@ def test_every_instruction_set_is_accurate(fused_cpu, instruction_set):
         )
     ).hexdigest()
     assert bits.stdout.split()[0] != here, "the instruction set was not the one asked for"
-
-
-def test_the_operator_names_what_does_not_fit(fused_cpu):
-    tail = make_tail()
-    parameters = [tail.parameters.get(name) for name in PARAMETERS]
-    with pytest.raises(RuntimeError, match="shortcut must be like u"):
-        torch.ops.da_ops.residual_forward(
-            tail.u, tail.shortcut[:1], *tail.norm, *parameters, "spatial_channel", "affine"
-        )
-    with pytest.raises(RuntimeError, match="norm_mean and norm_var go together"):
-        torch.ops.da_ops.residual_forward(
-            tail.u,
-            tail.shortcut,
-            *tail.norm._replace(mean=torch.zeros(5)),
-            *parameters,
-            "spatial_channel",
-            "affine",
-        )
-    with pytest.raises(RuntimeError, match="running statistics must be one number a channel"):
-        torch.ops.da_ops.residual_training(
-            tail.u,
-            tail.shortcut,
-            *tail.norm[:2],
-            torch.zeros(10)[::2],
-            torch.ones(5),
-            0.1,
-            1e-5,
-            *parameters,
-            "spatial_channel",
-            "affine",
-        )
-    with pytest.raises(RuntimeError, match="wrong size"):
-        fused(
-            tail.u,
-            tail.shortcut,
-            *tail.norm._replace(weight=nn.Parameter(torch.ones(3))),
-            *parameters,
-            "spatial_channel",
-            "affine",
-            "cpu",
-        )

@@ -22,7 +22,7 @@ _DOCUMENTATION = """torchvision's ``{name}`` with attention at the end of every 
             front of; see :func:`da_ops.models.insert_transformer`.
         order, gate, backend: of the DA layer; see :class:`da_ops.DAModule`.
         fused: compute the last norm, DA, the addition and the ReLU of each block as one operator,
-            and each norm and ReLU before, to the same result but for rounding; see
+            and each other norm with a ReLU, to the same result but for rounding; see
             :func:`da_ops.models.fuse`. With DA or None.
             Off by default: what a network gave before, it gives bit for bit.
         weights: torchvision's weights (an enum, or its name such as ``"IMAGENET1K_V1"``), the path

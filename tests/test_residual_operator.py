@@ -1,0 +1,79 @@
+"""The residual tail's registered operators: what PyTorch asks of them, and their errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from da_ops.accuracy import PARAMETERS
+from da_ops.residual.function import fused
+
+from .cases import LAYOUTS
+from .tails import make_tail
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [True, False], ids=["batch", "frozen"])
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize(("order", "gate"), [("spatial_channel", "affine"), ("none", "sigmoid")])
+def test_opcheck(fused_cpu, order, gate, shortcut, batch, layout):
+    tail = make_tail((2, 3, 4, 5), order, gate, layout=layout, batch=batch, shortcut=shortcut)
+    parameters = [tail.parameters.get(name) for name in PARAMETERS]
+    forward = (tail.u, tail.shortcut, *tail.norm, *parameters, order, gate)
+    ops = torch.ops.da_ops
+    torch.library.opcheck(ops.residual_forward.default, forward)
+    torch.library.opcheck(ops.residual_forward_.default, (tail.u.clone(), *forward[1:]))
+    out, mean, var, *maps = ops.residual_forward(*forward)
+    if batch:
+        running = torch.randn(3), torch.rand(3), 0.1
+        training = (*forward[:4], *running, *forward[6:])
+        torch.library.opcheck(ops.residual_training.default, training)
+        assert torch.equal(ops.residual_training(*training)[0], out)
+    else:
+        mean, var = tail.norm.mean, tail.norm.var
+    weight, bias, *_, eps = tail.norm
+    norm = (weight, bias, mean, var, batch, eps)
+    backward = (tail.dout, out, tail.u, *norm, *parameters, *maps, shortcut, order, gate)
+    torch.library.opcheck(ops.residual_backward.default, backward)
+
+
+def test_the_operator_names_what_does_not_fit(fused_cpu):
+    tail = make_tail()
+    parameters = [tail.parameters.get(name) for name in PARAMETERS]
+    with pytest.raises(RuntimeError, match="shortcut must be like u"):
+        torch.ops.da_ops.residual_forward(
+            tail.u, tail.shortcut[:1], *tail.norm, *parameters, "spatial_channel", "affine"
+        )
+    with pytest.raises(RuntimeError, match="norm_mean and norm_var go together"):
+        torch.ops.da_ops.residual_forward(
+            tail.u,
+            tail.shortcut,
+            *tail.norm._replace(mean=torch.zeros(5)),
+            *parameters,
+            "spatial_channel",
+            "affine",
+        )
+    with pytest.raises(RuntimeError, match="running statistics must be one number a channel"):
+        torch.ops.da_ops.residual_training(
+            tail.u,
+            tail.shortcut,
+            *tail.norm[:2],
+            torch.zeros(10)[::2],
+            torch.ones(5),
+            0.1,
+            1e-5,
+            *parameters,
+            "spatial_channel",
+            "affine",
+        )
+    with pytest.raises(RuntimeError, match="wrong size"):
+        fused(
+            tail.u,
+            tail.shortcut,
+            *tail.norm._replace(weight=nn.Parameter(torch.ones(3))),
+            *parameters,
+            "spatial_channel",
+            "affine",
+            "cpu",
+        )
