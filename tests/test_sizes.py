@@ -71,10 +71,10 @@ def test_where_the_ways_part():
         assert chosen(text(cache=room - 2 * tensors), tensors=tensors)["stream"]
         assert not chosen(text(cache=room), tensors=tensors)["stream"]
         assert not chosen(text(cache=room // 2), dtype="float16", tensors=tensors)["stream"]
-    # A tail's results, which are read next, where they alone are more than the cache.
-    assert chosen(text(cache=4 * size - 1))["stream_tail"]
-    assert not chosen(text(cache=4 * size))["stream_tail"]
-    assert not any(chosen(text(cache=0))[name] for name in ("stream", "stream_tail"))  # unknown
+    # A tail's du, which is read next, where it alone is more than the cache.
+    assert chosen(text(cache=4 * size - 1))["stream_du"]
+    assert not chosen(text(cache=4 * size))["stream_du"]
+    assert not any(chosen(text(cache=0))[name] for name in ("stream", "stream_du"))  # unknown
     assert chosen(text(shared=size))["threads"] == 2
     assert chosen(text(shared=size + 1))["threads"] == 1
     assert chosen(text(long_row=63))["sum_together"]

@@ -162,7 +162,7 @@ class Image {
     const auto from_row = [&](const T* image) { return image ? image + at : nullptr; };
     kernels_.residual.rectify(u + at, from_row(shortcut), from_row(ahead), out + at, slab.n,
                               p_.cols(), p_.channels_last, from(x, r), of_pixels(spatial_mask, r),
-                              plan_.tail_stores);
+                              plan_.stores);
   }
 
   // The sums of a whole image; what depends on its size is set here.
@@ -196,7 +196,7 @@ class Image {
           d + at, u + at, du + at, n, p_.cols(), p_.channels_last,
           {c(t.scale), c(t.bias), c(t.outer), c(t.slope), c(t.offset), from(t.x, r), p(t.mask),
            p(t.pixel_bias), p(t.pixel_outer), t.rectify},
-          plan_.tail_stores);
+          plan_.du_stores);
     });
   }
 

@@ -48,7 +48,7 @@ ResidualOutputs forward_into(const Tensor& out, const Problem& p, const Tensor& 
     const T* data = static_cast<const T*>(u.const_data_ptr());
     T* const result = static_cast<T*>(out.mutable_data_ptr());
     Plan plan = plan_here(p, false, shortcut ? 3 : 2);
-    if (result == data) plan.tail_stores = Stores::cached;  // what is overwritten has been fetched
+    if (result == data) plan.stores = Stores::cached;  // what is overwritten has been fetched
     const bool batch = !given_norm.mean;
     Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
     Tensor var = allocate(u, {batch ? p.c : 0}, accumulation_type(u));

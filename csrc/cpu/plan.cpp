@@ -101,7 +101,7 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
     return larger ? Stores::streamed : Stores::cached;
   };
   p.stores = larger_than(limits.cache_bytes / (2 * tensors));
-  p.tail_stores = larger_than(limits.cache_bytes);
+  p.du_stores = larger_than(limits.cache_bytes);
   // Passes share a slab where channels are rows and their masks are made one by one. A small image
   // stays near anyway.
   p.joint = !problem.channels_last && problem.channel() && problem.gate != Gate::eca &&

@@ -50,7 +50,7 @@ struct Plan {
   Rows sums;             // how rows are added up where columns are, too
   Rows combines;         // how rows of dx are made
   Stores stores;         // of what the call writes
-  Stores tail_stores;    // of the residual tail's results, which a convolution reads next
+  Stores du_stores;      // of the residual tail's du, which a convolution reads next, twice
   bool joint;  // whether a pass goes over a slab as soon as a channel's mask is made there
 };
 

@@ -92,7 +92,8 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     // to read.
     const Schedule& passes = schedule(problem.order, false);
     const T* to_add = shortcut ? shortcut + n * size : nullptr;
-    const T* soon = size * int64_t(sizeof(T)) <= kNear ? to_add : nullptr;
+    const bool near = plan.joint || size * int64_t(sizeof(T)) <= kNear;
+    const T* soon = near ? to_add : nullptr;
     const bool sums = problem.order != Order::none;
     const T* next = sums && following >= 0 ? u + following * size : nullptr;
 

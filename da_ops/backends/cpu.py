@@ -14,18 +14,17 @@ from .tuned import ENVIRONMENT, PLANS
 
 
 def _plan(call: Call) -> Plan:
-    return _plan_of(call, layer_walks(call.order), "stream")
+    return _plan_of(call, layer_walks(call.order))
 
 
 def _residual_plan(call: Call, mode: str, shortcut: bool) -> Plan:
     forward, _ = tail_walks(call.order, mode, shortcut=shortcut)
     # u is read again with any norm
     _, backward = tail_walks(call.order, "training", shortcut=shortcut)
-    return _plan_of(call, Walks(forward, backward), "stream_tail")
+    return _plan_of(call, Walks(forward, backward), tail=True)
 
 
-def _plan_of(call: Call, walks: Walks, stream: str) -> Plan:
-    """``stream`` is what the planner calls the way in which results are stored."""
+def _plan_of(call: Call, walks: Walks, *, tail: bool = False) -> Plan:
     directions, details = [], []
     for name, passes in walks._asdict().items():
         tensors = {one for walk in passes for step in walk for one in (*step.reads, *step.writes)}
@@ -34,13 +33,12 @@ def _plan_of(call: Call, walks: Walks, stream: str) -> Plan:
         directions.append(direction(passes, cached=default["cached_tensors"]))
         details.append(_planned(call, tuned.launches, len(tensors)) if tuned else default)
     other = details[1]
-    untold = {"joint", "forward", "backward", "cached_tensors", "stream", "stream_tail"} - {stream}
+    if tail:  # its result has a way of its own
+        other["stream"] = other["stream_du"]
     told = {
-        key.removesuffix("_tail"): value
-        if value == other[key]
-        else f"{value} forward, {other[key]} backward"
+        key: value if value == other[key] else f"{value} forward, {other[key]} backward"
         for key, value in details[0].items()
-        if key not in untold
+        if key not in ("joint", "forward", "backward", "cached_tensors", "stream_du")
     }
     forward, backward = directions
     return Plan(forward, backward, {**told, **PLANS.words("cpu", call)})
