@@ -17,9 +17,8 @@ from .test_insert import NETWORKS, trained
 TOLERANCE = 1e-8  # in double precision, through a network
 
 
-def images(size=32, number=3, seed=None):
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return torch.randn(number, 3, size, size, dtype=torch.float64, generator=generator)
+def images(size=32, number=3):
+    return torch.randn(number, 3, size, size, dtype=torch.float64)
 
 
 def with_masks(network):

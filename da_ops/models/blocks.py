@@ -93,19 +93,9 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
 _NETWORKS: dict[type[nn.Module], type[nn.Module]] = {tv.ResNet: ResNet}
 
 
-class Stem(NamedTuple):
-    """A network's first norm, and the activation after it."""
-
-    norm: Any
-    activation: Any
-
-
-def stem_of(network: Any) -> Stem:
-    return Stem(network.bn1, network.act1 if hasattr(network, "act1") else network.relu)
-
-
 class Tail(NamedTuple):
-    """What a block does after its last convolution; ``drop_path`` is timm's."""
+    """What a block does after its last convolution, or a network after its first; ``drop_path`` is
+    timm's."""
 
     conv: nn.Conv2d
     norm: Any
@@ -120,6 +110,11 @@ def tail_of(block: Any) -> Tail:
     if _torchvisions(block):
         return Tail(conv, norm, getattr(block, "attention", None), None, block.relu)
     return Tail(conv, norm, block.se, block.drop_path, getattr(block, f"act{last}"))
+
+
+def stem_of(network: Any) -> Tail:
+    activation = network.act1 if hasattr(network, "act1") else network.relu
+    return Tail(network.conv1, network.bn1, None, None, activation)
 
 
 def residual_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:

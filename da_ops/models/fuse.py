@@ -54,8 +54,7 @@ def fuse(model: nn.Module) -> nn.Module:
             own(block)
             block.fused = True
     for network in residual_networks(model):
-        stem = stem_of(network)
-        if fused_modules(network) and functional.unfit(stem.norm, None, stem.activation) is None:
+        if fused_modules(network) and _unfit(stem_of(network)) is None:
             own(network)
             network.fused = True
     for reason, names in left.items():

@@ -100,7 +100,7 @@ class ResNet(timm.ResNet):
         if torch.jit.is_scripting():
             return self.act1(self.bn1(self.conv1(x)))
         else:  # see _Block
-            if self.fused and isinstance(x, Tensor):
+            if self.fused:
                 return rectified(self.conv1, x, self.bn1, self.act1)
             return self.act1(self.bn1(self.conv1(x)))
 
