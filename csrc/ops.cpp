@@ -25,21 +25,20 @@ STABLE_TORCH_LIBRARY(da_ops, m) {
   m.def("residual_forward(Tensor u, " DA_TAIL ") -> " DA_RESULTS);
   // The same with `out` in the place of u.
   m.def("residual_forward_(Tensor(a!) u, " DA_TAIL ") -> (Tensor mean, Tensor var)");
-  // The same by the batch's statistics, of which the running ones take a share of `momentum`.
+  // The same by the batch's statistics, of which the running ones take a share of `momentum`; one
+  // more batch is counted.
   m.def(
       "residual_training(Tensor u, Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, "
-      "Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps, " DA_PARAMETERS
-      ") -> " DA_RESULTS);
+      "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, float momentum, "
+      "float eps, " DA_PARAMETERS ") -> " DA_RESULTS);
 #undef DA_RESULTS
 #undef DA_TAIL
 #undef DA_PARAMETERS
+  // `out` is None without a shortcut. Gives du, d_shortcut where there is one, and a gradient of
+  // each of the norm's and the attention's parameters that are given.
   m.def(
-      "residual_backward(Tensor dout, Tensor out, Tensor u, Tensor? norm_weight, "
+      "residual_backward(Tensor dout, Tensor? out, Tensor u, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor mean, Tensor var, bool batch, float eps, Tensor? conv_weight, "
       "Tensor? dilated_weight, Tensor? merge_weight, Tensor? spatial_bias, Tensor? gate_weight, "
-      "Tensor? gate_bias, Tensor channel_mean, Tensor pooled, bool with_shortcut, str order, "
-      "str gate) "
-      "-> (Tensor du, Tensor d_shortcut, Tensor d_norm_weight, Tensor d_norm_bias, "
-      "Tensor d_conv_weight, Tensor d_dilated_weight, Tensor d_merge_weight, "
-      "Tensor d_spatial_bias, Tensor d_gate_weight, Tensor d_gate_bias)");
+      "Tensor? gate_bias, Tensor channel_mean, Tensor pooled, str order, str gate) -> Tensor[]");
 }

@@ -3,6 +3,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "arguments.h"
 
@@ -34,7 +35,7 @@ struct GivenNorm {
 // Running statistics, of which those of the batch take a share of `momentum`; null where there are
 // none.
 struct Running {
-  const Tensor *mean, *var;
+  const Tensor *mean, *var, *batches;
   double momentum;
 };
 
@@ -46,10 +47,17 @@ inline double unbiased(const Problem& p) {
 
 // out, mean, var, channel_mean, pooled.
 using ResidualOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-// du, d_shortcut (empty without a shortcut), the norm's weight's and bias's, then the parameters'
-// gradients.
-using ResidualInputGradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What the operator of backward gives: of these, in this order, the gradients that there are.
+inline std::vector<Tensor> present(const Parameter& du, const Parameter& d_shortcut,
+                                   const Parameter& d_weight, const Parameter& d_bias,
+                                   const Parameters<Parameter>& d) {
+  std::vector<Tensor> found;
+  for (const Parameter* gradient : {&du, &d_shortcut, &d_weight, &d_bias, &d.conv, &d.dilated,
+                                    &d.merge, &d.spatial_bias, &d.gate, &d.gate_bias})
+    if (*gradient) found.push_back(**gradient);
+  return found;
+}
 
 // The operators, by a backend's function of the checked call.
 using ResidualForward = ResidualOutputs(const Problem&, const Tensor& u, const Parameter& shortcut,
@@ -75,7 +83,7 @@ template <ResidualForward* kForward>
 ResidualOutputs residual_training_operator(
     const Tensor& u, const Parameter& shortcut, const Parameter& norm_weight,
     const Parameter& norm_bias, const Tensor& running_mean, const Tensor& running_var,
-    double momentum, double eps, const Parameter& conv_weight, const Parameter& dilated_weight,
+    const Parameter& batches, double momentum, double eps, const Parameter& conv_weight, const Parameter& dilated_weight,
     const Parameter& merge_weight, const Parameter& spatial_bias, const Parameter& gate_weight,
     const Parameter& gate_bias, const std::string& order, const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
@@ -85,9 +93,12 @@ ResidualOutputs residual_training_operator(
   for (const Tensor* t : {&running_mean, &running_var})
     STD_TORCH_CHECK(t->numel() == p.c && t->is_contiguous(),
                     "da_ops: running statistics must be one number a channel, contiguous");
+  STD_TORCH_CHECK(!batches || (batches->numel() == 1 && batches->scalar_type() == ScalarType::Long &&
+                               batches->is_cpu() == u.is_cpu()),
+                  "da_ops: batches must be one number of int64, on u's device");
   const Parameter none;
   return kForward(p, u, shortcut, {norm_weight, norm_bias, none, none, eps},
-                  {&running_mean, &running_var, momentum}, given);
+                  {&running_mean, &running_var, batches ? &*batches : nullptr, momentum}, given);
 }
 
 }  // namespace da

@@ -56,7 +56,7 @@ class DAFunction(torch.autograd.Function):
                 check_arguments(x, parameters, order, gate)
             y, channel_mean, pooled = served.forward(dense(x), parameters, order, gate)
         except Exception:
-            _name_what_is_wrong(x, parameters, order, gate)
+            name_what_is_wrong(x, parameters, order, gate)
             raise
         ctx.options = order, gate, served
         ctx.set_materialize_grads(False)
@@ -79,7 +79,7 @@ class DAFunction(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def _name_what_is_wrong(x: Any, parameters: Unnamed, order: Any, gate: Any) -> None:
+def name_what_is_wrong(x: Any, parameters: Unnamed, order: Any, gate: Any) -> None:
     """Raise in the words of check_arguments, if it is the arguments that a kernel refused: to look
     at them costs a small call a twentieth of its time, and so it comes last."""
     try:

@@ -92,8 +92,8 @@ def launches(shape, layout, dtype, order, gate, shortcut):
         attention = (*parameters, order, gate)
         inputs = x, x if shortcut else None, *norm, None, None, 1e-5
         _, *statistics, m, g = tail.residual_forward(*inputs, *attention)
-        kept = (*norm, *statistics, True, 1e-5, *parameters, m, g, shortcut, order, gate)
-        tail.residual_backward(x, x, x, *kept)
+        kept = (*norm, *statistics, True, 1e-5, *parameters, m, g, order, gate)
+        tail.residual_backward(x, x if shortcut else None, x, *kept)
     else:
         _, m, g = launch.forward(x, *parameters, order, gate)
         launch.backward(x, x, *parameters, m, g, order, gate)

@@ -39,6 +39,7 @@ def check(tails, answers):
             var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
             assert ((got.pop("mean") - mean).abs() <= 1e-6 * (mean.abs() + var.sqrt())).all()
             assert ((got.pop("var") - var).abs() <= 2e-6 * var).all()
+            assert got.pop("batches") == 42
             count = tail.u.numel() // tail.u.shape[1]
             for name, of_batch in (("mean", mean), ("var", var * (count / (count - 1)))):
                 kept = got.pop(f"running_{name}")

@@ -26,15 +26,17 @@ def test_opcheck(fused_cpu, order, gate, shortcut, batch, layout):
     torch.library.opcheck(ops.residual_forward_.default, (tail.u.clone(), *forward[1:]))
     out, mean, var, *maps = ops.residual_forward(*forward)
     if batch:
-        running = torch.randn(3), torch.rand(3), 0.1
+        running = torch.randn(3), torch.rand(3), torch.tensor(41), 0.1
         training = (*forward[:4], *running, *forward[6:])
         torch.library.opcheck(ops.residual_training.default, training)
         assert torch.equal(ops.residual_training(*training)[0], out)
+        assert running[2] == 42
     else:
         mean, var = tail.norm.mean, tail.norm.var
     weight, bias, *_, eps = tail.norm
     norm = (weight, bias, mean, var, batch, eps)
-    backward = (tail.dout, out, tail.u, *norm, *parameters, *maps, shortcut, order, gate)
+    rectified = out if shortcut else None
+    backward = (tail.dout, rectified, tail.u, *norm, *parameters, *maps, order, gate)
     torch.library.opcheck(ops.residual_backward.default, backward)
 
 
@@ -54,19 +56,22 @@ def test_the_operator_names_what_does_not_fit(fused_cpu):
             "spatial_channel",
             "affine",
         )
-    with pytest.raises(RuntimeError, match="running statistics must be one number a channel"):
-        torch.ops.da_ops.residual_training(
-            tail.u,
-            tail.shortcut,
-            *tail.norm[:2],
-            torch.zeros(10)[::2],
-            torch.ones(5),
-            0.1,
-            1e-5,
-            *parameters,
-            "spatial_channel",
-            "affine",
-        )
+    for mean, batches, message in (
+        (torch.zeros(10)[::2], None, "running statistics must be one number a channel"),
+        (torch.zeros(5), torch.tensor(0.0), "batches must be one number of int64"),
+    ):
+        running = mean, torch.ones(5), batches, 0.1
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.da_ops.residual_training(
+                tail.u,
+                tail.shortcut,
+                *tail.norm[:2],
+                *running,
+                1e-5,
+                *parameters,
+                "spatial_channel",
+                "affine",
+            )
     with pytest.raises(RuntimeError, match="wrong size"):
         fused(
             tail.u,

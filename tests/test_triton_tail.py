@@ -123,7 +123,7 @@ def test_opcheck(batch):
         mean, var = tail.norm.mean, tail.norm.var
     weight, bias, *_, eps = tail.norm
     norm = weight, bias, mean, var, batch, eps
-    backward = (tail.dout, out, tail.u, *norm, *attention, *maps, True, *options)
+    backward = (tail.dout, out, tail.u, *norm, *attention, *maps, *options)
     torch.library.opcheck(ops.triton_residual_backward.default, backward)
 
 

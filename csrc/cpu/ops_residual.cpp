@@ -60,6 +60,7 @@ ResidualOutputs forward_into(const Tensor& out, const Problem& p, const Tensor& 
       if (running.mean) {
         keep_running(*running.mean, means, 1, running.momentum);
         keep_running(*running.var, variances, unbiased(p), running.momentum);
+        if (running.batches) ++*static_cast<int64_t*>(running.batches->mutable_data_ptr());
       }
     }
     const Norm<A> norm =
@@ -97,46 +98,40 @@ std::tuple<Tensor, Tensor> residual_forward_in_place_cpu(
   return {std::get<1>(outputs), std::get<2>(outputs)};
 }
 
-ResidualInputGradients residual_backward_cpu(
-    const Tensor& dout, const Tensor& out, const Tensor& u, const Parameter& norm_weight,
+std::vector<Tensor> residual_backward_cpu(
+    const Tensor& dout, const Parameter& out, const Tensor& u, const Parameter& norm_weight,
     const Parameter& norm_bias, const Tensor& mean, const Tensor& var, bool batch, double eps,
     const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
     const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
-    const Tensor& channel_mean, const Tensor& pooled, bool with_shortcut, const std::string& order,
+    const Tensor& channel_mean, const Tensor& pooled, const std::string& order,
     const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
   const Problem p = describe_residual(u, given, order, gate);
   check_backward(p, dout, u, channel_mean, pooled);
-  check_like(p, out, u, "out");
+  if (out) check_like(p, *out, u, "out");
   return with_storage(u.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
     const auto data = [](const Tensor& of) { return static_cast<const T*>(of.const_data_ptr()); };
     const auto map = [](const Tensor& of) { return static_cast<const A*>(of.const_data_ptr()); };
+    const auto to = [](const Tensor& of) { return static_cast<T*>(of.mutable_data_ptr()); };
     const Converted<A> converted(p, given);
     const Norm<A> norm = norm_of<A>(p, norm_weight, norm_bias, mean, var, eps);
-    Tensor du = allocate_like(u);
-    Tensor d_shortcut = with_shortcut ? allocate_like(u) : allocate_gradient({}, u);
-    T* const to_shortcut = with_shortcut ? static_cast<T*>(d_shortcut.mutable_data_ptr()) : nullptr;
+    const Tensor du = allocate_like(u);
+    const Parameter d_shortcut = out ? Parameter(allocate_like(u)) : Parameter();
     std::vector<double> d_weight(p.c), d_bias(p.c);
     const GradientValues values(p);
-    residual_backward<T>(p, plan_here(p, true, with_shortcut ? 5 : 3), kPool, norm,
-                         converted.weights,
-                         {data(dout), data(out), data(u), map(channel_mean), map(pooled), batch},
-                         {static_cast<T*>(du.mutable_data_ptr()), to_shortcut, d_weight.data(),
-                          d_bias.data(), values.places});
-    const Parameters<Tensor> d = values.tensors(given, u);
-    return ResidualInputGradients{du,
-                                  d_shortcut,
-                                  gradient(norm_weight, u, d_weight.data()),
-                                  gradient(norm_bias, u, d_bias.data()),
-                                  d.conv,
-                                  d.dilated,
-                                  d.merge,
-                                  d.spatial_bias,
-                                  d.gate,
-                                  d.gate_bias};
+    residual_backward<T>(p, plan_here(p, true, out ? 5 : 3), kPool, norm, converted.weights,
+                         {data(dout), out ? data(*out) : nullptr, data(u), map(channel_mean),
+                          map(pooled), batch},
+                         {to(du), out ? to(*d_shortcut) : nullptr, d_weight.data(), d_bias.data(),
+                          values.places});
+    const auto of = [&](const Parameter& parameter, const double* d) {
+      return parameter ? Parameter(gradient(parameter, u, d)) : Parameter();
+    };
+    return present(du, d_shortcut, of(norm_weight, d_weight.data()), of(norm_bias, d_bias.data()),
+                   each(of, given, values.places));
   });
 }
 

@@ -183,7 +183,8 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
     for (int64_t i = 0; i < c; i++) scale[i] = norm.scale[i] * k[i], bias[i] = norm.bias[i] * k[i];
 
     Gradients<T> first{};
-    first.dout = call.dout + n * size, first.out = call.out + n * size, first.u = un;
+    first.dout = call.dout + n * size, first.u = un;
+    first.out = with_shortcut ? call.out + n * size : nullptr;
     first.d = with_shortcut ? gradients.d_shortcut + n * size : nullptr;
     first.x = {centre, scale, bias}, first.mask = s;
     first.sums = sums, first.products = products;

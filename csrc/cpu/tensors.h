@@ -67,9 +67,7 @@ A* read(const Parameter& parameter, int64_t n, A* out) {
 inline Tensor gradient(const Parameter& parameter, const Tensor& x, const double* values) {
   Tensor out = allocate_gradient(parameter, x);
   if (!parameter) return out;
-  with_elements(out, [&](auto* p) {
-    for (int64_t i = 0; i < out.numel(); i++) p[i] = values[i];
-  });
+  with_elements(out, [&, n = out.numel()](auto* p) { std::copy_n(values, n, p); });
   return out;
 }
 

@@ -91,6 +91,7 @@ ResidualOutputs residual_forward_cuda(const Problem& p, const Tensor& u, const P
   if (running.mean) {
     at.running_mean = of_norm.kept(*running.mean), at.running_var = of_norm.kept(*running.var);
     at.momentum = running.momentum;
+    if (running.batches) at.batches = static_cast<int64_t*>(running.batches->mutable_data_ptr());
   }
   at.batch = batch, at.eps = norm.eps;
   at.parameters = *parameters, at.wide = parameters.wide();
@@ -99,56 +100,49 @@ ResidualOutputs residual_forward_cuda(const Problem& p, const Tensor& u, const P
   return {out, mean, var, channel_mean, pooled};
 }
 
-ResidualInputGradients residual_backward_cuda(
-    const Tensor& dout, const Tensor& out, const Tensor& u, const Parameter& norm_weight,
+std::vector<Tensor> residual_backward_cuda(
+    const Tensor& dout, const Parameter& out, const Tensor& u, const Parameter& norm_weight,
     const Parameter& norm_bias, const Tensor& mean, const Tensor& var, bool batch, double eps,
     const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
     const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
-    const Tensor& channel_mean, const Tensor& pooled, bool with_shortcut, const std::string& order,
+    const Tensor& channel_mean, const Tensor& pooled, const std::string& order,
     const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
   const Problem p = describe_residual(u, given, order, gate);
   check_backward(p, dout, u, channel_mean, pooled);
-  check_like(p, out, u, "out");
+  if (out) check_like(p, *out, u, "out");
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   const Addresses parameters(p, u, given);
   NormTensors of_norm(p, u);
-  Tensor du = allocate_like(u);
-  Tensor d_shortcut = with_shortcut ? allocate_like(u) : allocate_gradient({}, u);
-  Tensor d_weight = allocate_gradient(norm_weight, u), d_bias = allocate_gradient(norm_bias, u);
-  const Parameters<Tensor> gradients =
-      each([&](const Parameter& parameter) { return allocate_gradient(parameter, u); }, given);
-  const bool all_aligned =
-      aligned({&u, &dout, &du}) && (!with_shortcut || aligned({&out, &d_shortcut}));
-  const TailPlan& plan = planned(p, {batch, with_shortcut}, u, all_aligned);
+  const Tensor du = allocate_like(u);
+  const Parameter d_shortcut = out ? Parameter(allocate_like(u)) : Parameter();
+  const auto like = [&](const Parameter& parameter) {
+    return parameter ? Parameter(allocate_gradient(parameter, u)) : Parameter();
+  };
+  const Parameter d_weight = like(norm_weight), d_bias = like(norm_bias);
+  const Parameters<Parameter> gradients = each(like, given);
+  const bool all_aligned = aligned({&u, &dout, &du}) && (!out || aligned({&*out, &*d_shortcut}));
+  const TailPlan& plan = planned(p, {batch, out.has_value()}, u, all_aligned);
   Tensor workspace = allocate(u, {plan.backward.workspace.elements}, accumulation_type(u));
-  const auto address = [](const Parameter& parameter, const Tensor& gradient) -> void* {
-    return parameter ? gradient.mutable_data_ptr() : nullptr;
+  const auto address = [](const Parameter& gradient) -> void* {
+    return gradient ? gradient->mutable_data_ptr() : nullptr;
   };
   TailPointers at{};
   at.u = u.const_data_ptr(), at.dout = dout.const_data_ptr(), at.result = du.mutable_data_ptr();
-  if (with_shortcut) at.out = out.const_data_ptr(), at.d_shortcut = d_shortcut.mutable_data_ptr();
+  if (out) at.out = out->const_data_ptr();
+  at.d_shortcut = address(d_shortcut);
   at.channel_mean = const_cast<void*>(channel_mean.const_data_ptr());
   at.pooled = const_cast<void*>(pooled.const_data_ptr());
   at.weight = of_norm(norm_weight), at.bias = of_norm(norm_bias);
   at.mean = of_norm(mean), at.var = of_norm(var);
   at.batch = batch, at.eps = eps;
-  at.d_weight = address(norm_weight, d_weight), at.d_bias = address(norm_bias, d_bias);
+  at.d_weight = address(d_weight), at.d_bias = address(d_bias);
   at.parameters = *parameters, at.wide = parameters.wide();
-  at.gradients = each(address, given, gradients);
+  at.gradients = each(address, gradients);
   at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(u);
   require(run_tail(p, plan, Way::backward, at));
-  return {du,
-          d_shortcut,
-          d_weight,
-          d_bias,
-          gradients.conv,
-          gradients.dilated,
-          gradients.merge,
-          gradients.spatial_bias,
-          gradients.gate,
-          gradients.gate_bias};
+  return present(du, d_shortcut, d_weight, d_bias, gradients);
 }
 
 }  // namespace

@@ -119,7 +119,7 @@ class Backend:
     residual_forward: Callable[..., tuple[Tensor, ...]] | None = None
     residual_forward_: Callable[..., tuple[Tensor, Tensor]] | None = None
     residual_training: Callable[..., tuple[Tensor, ...]] | None = None
-    residual_backward: Callable[..., tuple[Tensor, ...]] | None = None
+    residual_backward: Callable[..., list[Tensor]] | None = None
     residual_plan: Callable[[Call, str, bool], Plan] | None = None
 
     def serves(self, device_type: str) -> bool:

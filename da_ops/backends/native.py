@@ -107,7 +107,7 @@ def residual_training(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.da_ops.residual_training.default(*arguments)
 
 
-def residual_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def residual_backward(*arguments: Any) -> list[Tensor]:
     return torch.ops.da_ops.residual_backward.default(*arguments)
 
 
@@ -169,6 +169,7 @@ def fake_residual_training(
     norm_bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
+    batches: Tensor | None,
     momentum: float,
     *args: Any,
 ) -> tuple[Tensor, ...]:
@@ -177,7 +178,7 @@ def fake_residual_training(
 
 def fake_residual_backward(
     dout: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     u: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -186,13 +187,10 @@ def fake_residual_backward(
     batch: bool,
     eps: float,
     *args: Any,
-) -> tuple[Tensor, ...]:
-    parameters, with_shortcut = (norm_weight, norm_bias, *args[:6]), args[8]
-    return (
-        torch.empty_like(u),
-        torch.empty_like(u) if with_shortcut else u.new_empty(0),
-        *(u.new_empty(0) if p is None else empty_gradient(p) for p in parameters),
-    )
+) -> list[Tensor]:
+    du = [torch.empty_like(u) for _ in range(1 if out is None else 2)]
+    parameters = norm_weight, norm_bias, *args[:6]
+    return du + [empty_gradient(p) for p in parameters if p is not None]
 
 
 def _flops(
@@ -246,14 +244,14 @@ def flops_residual_forward(u: torch.Size, *args: Any, **kwargs: Any) -> int:
 
 
 def flops_residual_training(u: torch.Size, *args: Any, **kwargs: Any) -> int:
-    conv_weight, gate_weight, gate = args[7], args[11], args[14]
+    conv_weight, gate_weight, gate = args[8], args[12], args[15]
     return _flops(u, conv_weight, gate_weight, gate)
 
 
 def flops_residual_backward(
-    dout: torch.Size, out: torch.Size, u: torch.Size, *args: Any, **kwargs: Any
+    dout: torch.Size, out: torch.Size | None, u: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
-    conv_weight, gate_weight, gate = args[6], args[10], args[16]
+    conv_weight, gate_weight, gate = args[6], args[10], args[15]
     return 2 * _flops(u, conv_weight, gate_weight, gate)
 
 

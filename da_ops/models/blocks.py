@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
-from ..residual.functional import makes_anew, rectified, tail
+from ..residual.functional import rectified, tail
 
 
 class _Block:
@@ -33,8 +33,7 @@ class _Block:
     def _tail(self: Any, conv: nn.Module, out: Tensor, norm: nn.Module, x: Tensor) -> Tensor:
         u = conv(out)
         shortcut = x if self.downsample is None else self.downsample(x)
-        new = makes_anew(conv)
-        return tail(u, shortcut, norm, self.attention, self.relu, overwrite=new)
+        return tail(u, shortcut, norm, self.attention, self.relu, made_by=conv)
 
 
 class BasicBlock(_Block, tv.BasicBlock):

@@ -10,7 +10,7 @@ from timm.models import resnet as timm
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..residual.functional import makes_anew, rectified, tail
+from ..residual.functional import rectified, tail
 
 
 def _watched(module: nn.Module) -> bool:
@@ -48,7 +48,7 @@ class _Block:
     ) -> Tensor:
         u = conv(out)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return tail(u, shortcut, norm, self.se, act, overwrite=makes_anew(conv))
+        return tail(u, shortcut, norm, self.se, act, made_by=conv)
 
 
 class BasicBlock(_Block, timm.BasicBlock):

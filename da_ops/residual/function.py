@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,107 +11,174 @@ from torch import Tensor
 from ..backends.base import Backend
 from ..backends.choice import CHOICE
 from ..layout import dense, like
-from ..parameters import SCHEMA, Parameters
+from ..parameters import SCHEMA, Parameters, Unnamed
 from . import reference
 from .reference import Norm
 
 
-class ResidualFunction(torch.autograd.Function):
-    """``apply(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, eps, *parameters, order,
-    gate, backend, track=None) -> (out, mean, var)``, the residual tail with its hand-written
-    backward.
+class Running(NamedTuple):
+    """Running statistics of a norm in training, kept as ``nn.BatchNorm2d`` does."""
 
-    The shortcut may be None. ``mean`` and ``var`` (biased) are the batch's where ``norm_mean`` and
-    ``norm_var`` are None, and else empty. The six parameters are those of
-    :class:`da_ops.DAFunction`, all None with the order "none", which leaves attention out.
-    ``track``, what keeps the norm's running statistics, is called within forward: checkpointing
-    stops to compute again as soon as what is kept is there, and they come before that, as with
-    ``nn.BatchNorm2d``.
-    Between forward and backward it keeps ``u``, ``out``, the
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None  # how many there were, of int64
+    momentum: float | None  # None: the mean of all batches
+
+    def fits_kernels(self) -> bool:
+        """Whether an operator can update them."""
+        return (
+            self.momentum is not None and self.mean.is_contiguous() and self.var.is_contiguous()
+        )
+
+    def update(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Let a batch's mean and biased variance, of so many elements a channel, have their share;
+        they require no gradients."""
+        momentum: Tensor | float | None = self.momentum
+        if self.batches is not None:
+            self.batches.add_(1)
+            if momentum is None:  # as a tensor, so that nothing waits for a GPU
+                momentum = self.batches.to(mean.dtype).reciprocal()
+        kept = self.mean.dtype
+        if isinstance(momentum, Tensor):
+            momentum = momentum.to(kept)
+        momentum = 0.0 if momentum is None else momentum
+        self.mean.lerp_(mean.to(kept), momentum)
+        self.var.lerp_((var * (count / (count - 1))).to(kept), momentum)
+
+
+class Call(NamedTuple):
+    """What a call of the residual tail has beside the tensors that may require gradients."""
+
+    backend: Backend
+    order: str  # "none" leaves attention out
+    gate: str
+    eps: float
+    mean: Tensor | None = None  # the norm's own statistics; None where the batch's are taken
+    var: Tensor | None = None
+    running: Running | None = None  # those that the batch's have their share in
+    statistics: bool = False  # whether the batch's mean and biased variance are results, too
+
+
+class ResidualFunction(torch.autograd.Function):
+    """``apply(call, u, shortcut, norm_weight, norm_bias, *parameters) -> out``, the residual tail
+    with its hand-written backward; ``(out, mean, var)`` where ``call.statistics`` asks for those,
+    which are empty where the norm has its own.
+
+    The shortcut may be None. The six parameters are those of :class:`da_ops.DAFunction`; there are
+    none with the order "none". Running statistics are updated within forward: checkpointing stops
+    to compute again as soon as what is kept is there, and they come before that, as with
+    ``nn.BatchNorm2d``. Between forward and backward it keeps ``u``, with a shortcut ``out``, the
     parameters and small maps.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        call: Call,
         u: Tensor,
         shortcut: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
-        norm_mean: Tensor | None,
-        norm_var: Tensor | None,
-        eps: float,
-        *rest: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        norm = (norm_weight, norm_bias, norm_mean, norm_var)
+        *parameters: Tensor | None,
+    ) -> Any:
         u = dense(u)
-        served, results = _compute(u, shortcut, *norm, eps, *rest)
-        out, mean, var, channel_mean, pooled = results
-        parameters, (order, gate) = rest[:6], rest[6:8]
-        batch = norm_mean is None
-        ctx.options = order, gate, served, eps, batch, shortcut is not None
+        out, mean, var, *maps = compute(call, u, shortcut, norm_weight, norm_bias, *parameters)
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, var)
-        statistics = (mean, var) if batch else (norm_mean, norm_var)
+        statistics = (mean, var) if call.mean is None else (call.mean, call.var)
+        to_rectify = None if shortcut is None else out
         ctx.save_for_backward(
-            u, out, norm_weight, norm_bias, *statistics, *parameters, channel_mean, pooled
+            u, to_rectify, norm_weight, norm_bias, *statistics, *parameters, *maps
         )
+        if not call.statistics:
+            return out
+        ctx.mark_non_differentiable(mean, var)
         return out, mean, var
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 4  # the order, the gate, the backend, track
         if dout is None:
-            return (None,) * 13 + nothing
-        order, gate, served, eps, batch, with_shortcut = ctx.options
+            return (None,) * len(ctx.needs_input_grad)
         u, out, weight, bias, mean, var, *parameters, channel_mean, pooled = ctx.saved_tensors
+        call: Call = ctx.call
+        batch = call.mean is None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            norm = Norm(weight, bias, None if batch else mean, None if batch else var, eps)
-            named = None if order == "none" else Parameters(*parameters)
-            found = reference.backward(dout, out, u, norm, named, order, gate)
+            norm = Norm(weight, bias, *((None, None) if batch else (mean, var)), call.eps)
+            named = Parameters(*parameters) if parameters else None
+            du, d_shortcut, *others = reference.backward(
+                dout, out, u, norm, named, call.order, call.gate
+            )
+            given = (du, None if out is None else d_shortcut, *others)
+            found = iter([g for g in given if g is not None])
         else:
-            found = served.residual_backward(
-                like(dout, u), out, u, weight, bias, mean, var, batch, eps, *parameters,
-                channel_mean, pooled, with_shortcut, order, gate,
+            assert call.backend.residual_backward is not None
+            found = iter(
+                call.backend.residual_backward(
+                    like(dout, u), out, u, weight, bias, mean, var, batch, call.eps,
+                    *(parameters or _NONE), channel_mean, pooled, call.order, call.gate,
+                )
             )  # fmt: skip
-            given = (u, u, weight, bias, *parameters)
-            found = tuple(None if t is None else g for g, t in zip(found, given))
-        du, d_shortcut, d_weight, d_bias, *d_parameters = found
-        if not with_shortcut:
-            d_shortcut = None
-        return (du, d_shortcut, d_weight, d_bias, None, None, None, *d_parameters, *nothing)
+        return (
+            None,
+            next(found),
+            None if out is None else next(found),
+            *[None if t is None else next(found) for t in (weight, bias, *parameters)],
+        )
 
 
-def _compute(
-    u: Tensor, shortcut: Tensor | None, *rest: Any, overwrite: bool = False
-) -> tuple[Backend, tuple[Tensor, ...]]:
-    """The backend that serves :class:`ResidualFunction`'s arguments, ``u`` being dense, and its
-    results. To ``overwrite`` lets ``out`` take the place of ``u``, and then there are no maps."""
-    arguments, (backend, *tracks) = rest[:13], rest[13:]
-    track = tracks[0] if tracks else None
-    served = CHOICE.for_tails(backend, u.device.type)
-    assert served.residual_forward is not None  # residual_attention asked
+_NONE: Unnamed = (None,) * 6
+
+
+def compute(
+    call: Call,
+    u: Tensor,
+    shortcut: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *parameters: Tensor | None,
+    overwrite: bool = False,
+) -> Sequence[Tensor]:
+    """``out``, the batch's mean and biased variance (empty where the norm has its own), and what
+    else backward needs: the channel mean and the pooled ``u``. ``u`` is dense. To ``overwrite``
+    lets ``out`` take its place, and then there are only the first three."""
+    backend, running = call.backend, call.running
+    assert backend.residual_forward is not None  # Choice.for_tails
     shortcut = None if shortcut is None else like(shortcut, u)
-    results: tuple[Tensor, ...]
-    if overwrite and served.residual_forward_ is not None:
-        results = (u, *served.residual_forward_(u, shortcut, *arguments))
-    elif track and served.residual_training is not None and (running := track.in_kernel()):
-        weight, bias, _, _, *options = arguments
-        return served, served.residual_training(u, shortcut, weight, bias, *running, *options)
+    norm = norm_weight, norm_bias
+    attention = *(parameters or _NONE), call.order, call.gate
+    results: Sequence[Tensor]
+    if overwrite and backend.residual_forward_ is not None:
+        own = call.mean, call.var, call.eps
+        results = (u, *backend.residual_forward_(u, shortcut, *norm, *own, *attention))
+    elif running is not None and backend.residual_training is not None and running.fits_kernels():
+        return backend.residual_training(u, shortcut, *norm, *running, call.eps, *attention)
     else:
-        results = served.residual_forward(u, shortcut, *arguments)
-    if track:
-        track(*results[1:3])
-    return served, results
+        own = call.mean, call.var, call.eps
+        results = backend.residual_forward(u, shortcut, *norm, *own, *attention)
+    if running is not None:
+        running.update(results[1], results[2], u.numel() // u.shape[1])
+    return results
 
 
-def without_gradients(u: Tensor, *rest: Any, overwrite: bool) -> tuple[Tensor, ...]:
-    """The same results as ``ResidualFunction.apply``, in a call that autograd does not record:
-    where caches are cold, its own part takes a small call longer than the kernel."""
-    return _compute(dense(u), *rest, overwrite=overwrite)[1]
+def fused(
+    u: Tensor,
+    shortcut: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
+    eps: float,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fused(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, eps, *parameters, order,
+    gate, backend) -> (out, mean, var)``, the operator ``da_ops::residual``. The six parameters are
+    None with the order "none"."""
+    *parameters, order, gate, backend = rest
+    served = CHOICE.for_tails(backend, u.device.type)
+    call = Call(served, order, gate, eps, norm_mean, norm_var, statistics=True)
+    given = () if order == "none" else parameters
+    return ResidualFunction.apply(call, u, shortcut, norm_weight, norm_bias, *given)
 
-
-fused = ResidualFunction.apply
 
 # One node to Dynamo, as da_ops::attention is.
 _library = torch.library.Library("da_ops", "FRAGMENT")

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends.base import Backend
 from ..backends.choice import CHOICE
 from ..checks import check_arguments
-from ..function import transformed
+from ..function import name_what_is_wrong, transformed
+from ..layout import dense
 from ..module import DAModule
 from ..parameters import Unnamed
-from .function import fused, without_gradients
+from .function import Call, ResidualFunction, Running, compute
 
 logger = logging.getLogger("da_ops")
 
@@ -59,55 +61,64 @@ def tail(
     attention: DAModule | None,
     activation: nn.Module | None,
     *,
-    overwrite: bool = False,
+    made_by: nn.Module | None = None,
 ) -> Tensor:
     """:func:`residual_attention` in a block with an activation module of its own, which is called
-    where its hooks, or what has become of it, ask for that. To ``overwrite`` lets the result take
-    the place of ``u`` where there are no gradients."""
-    parameters: Unnamed | None = None
+    where its hooks, or what has become of it, ask for that. Without gradients the result may take
+    the place of a ``u`` that is ``made_by`` a convolution for this call alone."""
+    served: Backend | None = None
     own = _norm_tensors(norm)
     if _fusible(u, shortcut, norm, own):
         parameters, reason = _fused_parameters(norm, attention, activation)
-        if reason is None:
+        if parameters is not None:
             order, gate, backend = _options(attention)
-            reason = CHOICE.without_tails(backend, u.device.type)
+            served = CHOICE.for_tails(backend, u.device.type)
+            if served.residual_forward is None:
+                served, reason = None, CHOICE.without_tails(backend, u.device.type)
         if reason is not None:
-            parameters = None
             _tell(reason)
-    if parameters is None:
+    if served is None or parameters is None:
         x = norm(u)
         x = x if attention is None else attention(x)
         x = x if shortcut is None else x + shortcut
         return torch.relu(x) if activation is None else activation(x)
-    if attention is not None:
+    weight, bias, mean, var = own
+    running = None
+    if _normalises_by_batch(norm, mean):
+        if norm.track_running_stats and mean is not None and var is not None:
+            running = Running(mean, var, _tensor(norm, "num_batches_tracked"), norm.momentum)
+        mean = var = None
+    if attention is not None and (not served.checks or torch.compiler.is_compiling()):
         check_arguments(u, parameters, order, gate)
-    weight, bias, running_mean, running_var = own
-    batch = _normalises_by_batch(norm, running_mean)
-    statistics = (None, None) if batch else (running_mean, running_var)
-    tracked = batch and norm.track_running_stats and running_mean is not None
-    track = _Tracking(norm, u.numel() // u.shape[1]) if tracked else None
-    arguments = u, shortcut, weight, bias, *statistics, norm.eps, *parameters, order, gate, backend
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        six = parameters or (None,) * 6
+        out, mean, var = torch.ops.da_ops.residual.default(
+            u, shortcut, weight, bias, mean, var, norm.eps, *six, order, gate, backend
+        )
+        if running is not None:
+            running.update(mean, var, u.numel() // u.shape[1])
+        return out
+    call = Call(served, order, gate, norm.eps, mean, var, running)
+    try:
         if torch.is_grad_enabled():
-            return fused(*arguments, track)[0]
-        return without_gradients(*arguments, track, overwrite=overwrite)[0]
-    out, mean, var = torch.ops.da_ops.residual.default(*arguments)
-    if track is not None:
-        track(mean, var)
-    return out
+            return ResidualFunction.apply(call, u, shortcut, weight, bias, *parameters)
+        # Where caches are cold, autograd's own part takes a small call longer than the kernel.
+        new = made_by is not None and makes_anew(made_by)
+        return compute(call, dense(u), shortcut, weight, bias, *parameters, overwrite=new)[0]
+    except Exception:
+        if attention is not None:
+            name_what_is_wrong(u, parameters, order, gate)
+        raise
 
 
 def rectified(conv: nn.Module, x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
     """``activation(norm(conv(x)))``, norm and ReLU as one operator."""
-    return tail(conv(x), None, norm, None, activation, overwrite=makes_anew(conv))
+    return tail(conv(x), None, norm, None, activation, made_by=conv)
 
 
 def makes_anew(conv: nn.Module) -> bool:
     """Whether nobody but who called ``conv`` sees its result."""
     return type(conv) is nn.Conv2d and _own_ways(conv) is None
-
-
-_NONE: Unnamed = (None,) * 6
 
 
 def _options(attention: DAModule | None) -> tuple[str, str, str]:
@@ -120,55 +131,19 @@ def _norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
     """Weight, bias, running mean and variance; none of a norm that cannot be fused."""
     if type(norm) is not nn.BatchNorm2d and not _is_frozen(norm):
         return (None,) * 4
-    parameters, buffers = norm._parameters, norm._buffers
     return (
-        _tensor(norm, "weight", parameters, buffers),
-        _tensor(norm, "bias", parameters, buffers),
-        _tensor(norm, "running_mean", parameters, buffers),
-        _tensor(norm, "running_var", parameters, buffers),
+        _tensor(norm, "weight"),
+        _tensor(norm, "bias"),
+        _tensor(norm, "running_mean"),
+        _tensor(norm, "running_var"),
     )
 
 
-def _tensor(module: nn.Module, name: str, parameters: Any, buffers: Any) -> Any:
+def _tensor(module: Any, name: str) -> Any:
     """``module.name``, past nn.Module's own look-up, which takes ten times as long."""
-    if name in parameters:
-        return parameters[name]
-    return buffers[name] if name in buffers else getattr(module, name)  # it may be computed
-
-
-class _Tracking:
-    """Running statistics of a norm in training, kept as ``nn.BatchNorm2d`` does."""
-
-    def __init__(self, norm: Any, count: int) -> None:
-        own = norm._parameters, norm._buffers
-        self.count = count  # elements of a channel
-        self.mean: Tensor = _tensor(norm, "running_mean", *own)
-        self.var: Tensor = _tensor(norm, "running_var", *own)
-        self.batches: Tensor | None = _tensor(norm, "num_batches_tracked", *own)
-        self.momentum: float | None = norm.momentum
-
-    def in_kernel(self) -> tuple[Tensor, Tensor, float] | None:
-        """The running mean and variance for an operator to update, and the batch's share in them;
-        None where :meth:`__call__` is to do that."""
-        if self.momentum is None or not (self.mean.is_contiguous() and self.var.is_contiguous()):
-            return None
-        if self.batches is not None:
-            self.batches.add_(1)
-        return self.mean, self.var, self.momentum
-
-    def __call__(self, mean: Tensor, var: Tensor) -> None:
-        """Update them by the batch's mean and biased variance, which require no gradients."""
-        momentum: Tensor | float | None = self.momentum
-        if self.batches is not None:
-            self.batches.add_(1)
-            if momentum is None:  # a cumulative mean; as a tensor, so that nothing waits for a GPU
-                momentum = self.batches.to(mean.dtype).reciprocal()
-        kept = self.mean.dtype
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(kept)
-        momentum = 0.0 if momentum is None else momentum
-        self.mean.lerp_(mean.to(kept), momentum)
-        self.var.lerp_((var * (self.count / (self.count - 1))).to(kept), momentum)
+    if name in module._parameters:
+        return module._parameters[name]
+    return module._buffers[name] if name in module._buffers else getattr(module, name)
 
 
 def unfused(
@@ -196,8 +171,9 @@ def unfused_modules(
 
 def _fused_parameters(
     norm: nn.Module, attention: Any, activation: nn.Module | None
-) -> tuple[Unnamed | None, str | None]:
-    """The kernels' six parameters, or why :func:`unfused_modules` says that there are none."""
+) -> tuple[Unnamed | tuple[()] | None, str | None]:
+    """The attention's six parameters, of which there are none without it; None, and why, where
+    :func:`unfused_modules` has a reason."""
     if (reason := unfit(norm, attention, activation)) is not None:
         return None, reason
     for name, module in (("norm", norm), ("attention", attention), ("activation", activation)):
@@ -205,7 +181,7 @@ def _fused_parameters(
             return None, f"the {name} has {ways}"
     if _has_any_global_hook():
         return None, "there are hooks on all modules"
-    parameters = _NONE if attention is None else attention.fused_parameters()
+    parameters = () if attention is None else attention.fused_parameters()
     return parameters, attention.unfused() if parameters is None else None
 
 

@@ -77,7 +77,7 @@ def statistics(u: Tensor) -> tuple[Tensor, Tensor]:
 
 def backward(
     dout: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     u: Tensor,
     norm: Norm,
     parameters: Parameters | None,
@@ -85,11 +85,14 @@ def backward(
     gate: str = "affine",
 ) -> Gradients:
     """The gradients of :func:`forward`, written out in operations that can be differentiated.
+    Where there was no shortcut, ``out`` may be None, and is computed anew.
 
     Returns ``(du, d_shortcut, d_norm_weight, d_norm_bias)`` and one of each of the six parameters,
     each in the dtype of what it is the gradient of; None where that is None.
     """
     acc = reference.accumulation_dtype(u.dtype)
+    if out is None:
+        out = forward(u, None, norm, parameters, order, gate)
     weight, bias, mean, var, eps = norm.to(acc)
     with reference.autocast_off(u):
         wide = u.to(acc)

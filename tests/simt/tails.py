@@ -43,7 +43,7 @@ def results(
 ) -> list[dict[str, Tensor]]:
     """For each call `out` and every gradient, by name, as of ``Tail.results``; and of a norm in
     training the statistics, "mean" and "var", and a quarter of them, "running_mean" and
-    "running_var". The options are those of ``calls.results``."""
+    "running_var", and the number of "batches" after 41. The options are those of ``calls.results``."""
     requests = b"".join(_request(tail, multiprocessors, aligned, limits, far) for tail in tails)
     answers = Answers(executable, requests, **environment)
     everything = []
@@ -58,6 +58,7 @@ def results(
             got |= {"mean": answers.take(like), "var": answers.take(like)}
             kept = like.to(tail.u.dtype if tail.norm.weight is None else tail.norm.weight.dtype)
             got |= {"running_mean": answers.take(kept), "running_var": answers.take(kept)}
+            got["batches"] = answers.take(torch.empty(1, dtype=torch.int64))
         everything.append(got | answers.parameters(tail.parameters))
     answers.end()
     return everything

@@ -37,6 +37,7 @@ struct TailArgs {
   A *new_mean, *new_var;                 // the batch's
   KeptOfNorm running_mean, running_var;  // null where not kept
   double momentum;                       // the batch's share in them
+  int64_t* batches;                      // counts those that had one; null where not kept
   void *d_weight, *d_bias;               // in the type of the norm's; null where not wanted
   A *centre, *scale, *shift;             // by channel: x = (u - centre) scale + shift
   A* inverse;                            // one over the deviation

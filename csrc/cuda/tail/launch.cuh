@@ -58,7 +58,7 @@ TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
   args.weight = at.weight, args.bias = at.bias, args.mean = at.mean, args.var = at.var;
   args.new_mean = static_cast<A*>(at.new_mean), args.new_var = static_cast<A*>(at.new_var);
   args.running_mean = at.running_mean, args.running_var = at.running_var;
-  args.momentum = at.momentum;
+  args.momentum = at.momentum, args.batches = at.batches;
   args.d_weight = at.d_weight, args.d_bias = at.d_bias;
   A** const norm[kNormMaps] = {&args.centre,  &args.scale,    &args.shift,
                                &args.inverse, &args.du_slope, &args.du_offset};

@@ -18,6 +18,7 @@ struct TailPointers {
   void *new_mean, *new_var;              // of forward that does
   KeptOfNorm running_mean, running_var;  // of forward that does; null where not kept
   double momentum;                       // the batch's share in them
+  int64_t* batches;                      // counts those that had one; null where not kept
   bool batch;                            // the statistics are the batch's
   double eps;
   void *d_weight, *d_bias;  // of backward, in the type of the norm's; null where not wanted

@@ -92,6 +92,7 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     const double count = double(call.images) * call.pixels;
     keep_running<T>(args.running_mean, c, mean, args.momentum);
     keep_running<T>(args.running_var, c, variance * (count / (count - 1)), args.momentum);
+    if (c == 0 && args.batches) ++*args.batches;
   }
   const A inverse = static_cast<A>(1 / simt::sqrt(rounded + args.eps));
   args.centre[c] = static_cast<A>(mean);

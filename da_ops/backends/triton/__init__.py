@@ -116,26 +116,28 @@ def _residual_forward(u: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return like(out, u), *small[:2], *(kept.zero_() for kept in small[2:])
 
 
-def _residual_backward(dout: Tensor, out: Tensor, u: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _residual_backward(
+    dout: Tensor, out: Tensor | None, u: Tensor, *arguments: Any
+) -> list[Tensor]:
     *of_all, forgiving = arguments
-    gradients: Gradients | None = None
     if not (forgiving and CHOICE.gave_up("triton")):
         try:
-            gradients = _run("residual_backward", u, (dout, out, u, *of_all))
+            found = _run("residual_backward", u, (dout, out, u, *of_all))
+            return [g for g in found if g is not None]
         except TritonFailed as error:
             _refuse_or_tell(error, forgiving=forgiving)
-    if gradients is None:  # plain PyTorch does not look at the maps that forward may have left
-        weight, bias, mean, var, batch, eps = of_all[:6]
-        norm = residual.Norm(weight, bias, None if batch else mean, None if batch else var, eps)
-        attention = _attention(of_all[6:12], *of_all[15:])
-        du, d_shortcut, *rest = residual.backward(dout, out, u, norm, *attention)
-        found = (du, d_shortcut if of_all[14] else None, *rest)
-        given = (u, u, weight, bias, *of_all[6:12])
-        gradients = tuple(
-            None if g is None else like(g, u) if p is u else empty_gradient(p).copy_(g)
-            for g, p in zip(found, given)
-        )
-    return tuple(u.new_empty(0) if g is None else g for g in gradients)
+    # Plain PyTorch does not look at the maps that forward may have left.
+    weight, bias, mean, var, batch, eps = of_all[:6]
+    norm = residual.Norm(weight, bias, None if batch else mean, None if batch else var, eps)
+    attention = _attention(of_all[6:12], *of_all[14:])
+    du, d_shortcut, *rest = residual.backward(dout, out, u, norm, *attention)
+    found = (du, None if out is None else d_shortcut, *rest)
+    given = (u, u, weight, bias, *of_all[6:12])
+    return [
+        like(g, u) if p is u else empty_gradient(p).copy_(g)
+        for g, p in zip(found, given)
+        if g is not None
+    ]
 
 
 def _attention(
@@ -164,7 +166,7 @@ def _calls(*, forgiving: bool) -> dict[str, Any]:
     def residual_forward(*arguments: Any) -> tuple[Tensor, ...]:
         return torch.ops.da_ops.triton_residual_forward.default(*arguments, forgiving)
 
-    def residual_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    def residual_backward(*arguments: Any) -> list[Tensor]:
         return torch.ops.da_ops.triton_residual_backward.default(*arguments, forgiving)
 
     return {
@@ -196,13 +198,10 @@ def _register() -> None:
         "-> (Tensor out, Tensor mean, Tensor var, Tensor channel_mean, Tensor pooled)"
     )
     _library.define(
-        "triton_residual_backward(Tensor dout, Tensor out, Tensor u, Tensor? norm_weight, "
+        "triton_residual_backward(Tensor dout, Tensor? out, Tensor u, Tensor? norm_weight, "
         "Tensor? norm_bias, Tensor mean, Tensor var, bool batch, float eps, "
-        f"{SCHEMA}, Tensor channel_mean, Tensor pooled, bool with_shortcut, str order, "
-        "str gate, bool forgiving) "
-        "-> (Tensor du, Tensor d_shortcut, Tensor d_norm_weight, Tensor d_norm_bias, "
-        "Tensor d_conv_weight, Tensor d_dilated_weight, Tensor d_merge_weight, "
-        "Tensor d_spatial_bias, Tensor d_gate_weight, Tensor d_gate_bias)"
+        f"{SCHEMA}, Tensor channel_mean, Tensor pooled, str order, str gate, bool forgiving) "
+        "-> Tensor[]"
     )
     for name, function, fake, flops in (
         ("triton_forward", _forward, native.fake_forward, native.flops_forward),

@@ -182,7 +182,7 @@ def residual_forward(
 
 def residual_backward(
     dout: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     u: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -192,10 +192,11 @@ def residual_backward(
     eps: float,
     *arguments: Any,
 ) -> Gradients:
-    """``residual_backward(dout, out, u, the norm's weight, bias, mean and var, whether these are
-    the batch's, eps, the six parameters, channel_mean, pooled, whether there is a shortcut, order,
-    gate) -> (du, d_shortcut, and the parameters' gradients)``; None for what is absent."""
-    *given, channel_mean, raw, with_shortcut, order, gate = arguments
+    """``residual_backward(dout, out or None, u, the norm's weight, bias, mean and var, whether
+    these are the batch's, eps, the six parameters, channel_mean, pooled, order, gate) -> (du,
+    d_shortcut, and the parameters' gradients)``; None for what is absent. Without a shortcut
+    ``out`` is None."""
+    *given, channel_mean, raw, order, gate = arguments
     norm = Norm(norm_weight, norm_bias, mean, var, eps)
     tail = Tail(u, norm, Parameters(*given), order, gate)
     pooled = raw.contiguous() if tail.axes.channels else None
@@ -207,11 +208,10 @@ def residual_backward(
     back = tail.gradient_maps(means, masks)
     terms = ByAxis(back.pixels.d_mean, back.channels.d_mean)
 
-    du, d_shortcut = torch.empty_like(u), torch.empty_like(u) if with_shortcut else None
-    relu = out if with_shortcut else None, d_shortcut
+    du, d_shortcut = torch.empty_like(u), None if out is None else torch.empty_like(u)
     wanted = Axes(tail.axes.pixels, True)
     turn = next(tail.turns)
-    first = tail.sums(u, wanted, masks, dout, backwards=turn, relu=relu)
+    first = tail.sums(u, wanted, masks, dout, backwards=turn, relu=(out, d_shortcut))
     through_means, shares = Shares(), [first, NO_SHARES]
     for i, step in enumerate(tail.steps["backward"]):
         if i and step.sums.pixels:
