@@ -226,25 +226,29 @@ def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
 
 
 def _fusible(u: Any, shortcut: Any, norm: Any, own: tuple[Tensor | None, ...]) -> bool:
-    """:func:`fusible_now` with the norm's tensors."""
+    """:func:`fusible_now` with the norm's tensors. Every call comes here, from cold caches: what
+    is asked for least is asked only where it can be true."""
     if type(u) is not Tensor or not (shortcut is None or type(shortcut) is Tensor):
         return False
-    if torch.jit.is_tracing() or transformed() or torch.compiler.is_exporting() or u.is_meta:
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+            return False
+    elif torch._C._is_tracing():  # torch.jit.is_tracing()
         return False
-    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():  # it imports, and is slow
+    if transformed() or u.is_meta:
         return False
     if u.dim() != 4 or u.layout is not torch.strided or not _alike(u, shortcut):
         return False
     # A batch of nothing, and one value a channel, are the norm's to refuse or to take.
-    dtype, device, channels = u.dtype, u.device, u.shape[1:2]
-    if u.numel() <= channels[0] or dtype not in _DTYPES:
+    dtype, device, channels = u.dtype, u.device, u.shape[1]
+    if u.numel() <= channels or dtype not in _DTYPES:
         return False
     # A frozen norm of float32 makes half precision float32.
     also = torch.float32 if dtype in _HALF and not _is_frozen(norm) else dtype
     for t in own:
         if t is not None and (
             (t.dtype is not dtype and t.dtype is not also)
-            or t.shape != channels
+            or t.numel() != channels
             or t.device != device
         ):
             return False
