@@ -83,9 +83,10 @@ template <ResidualForward* kForward>
 ResidualOutputs residual_training_operator(
     const Tensor& u, const Parameter& shortcut, const Parameter& norm_weight,
     const Parameter& norm_bias, const Tensor& running_mean, const Tensor& running_var,
-    const Parameter& batches, double momentum, double eps, const Parameter& conv_weight, const Parameter& dilated_weight,
-    const Parameter& merge_weight, const Parameter& spatial_bias, const Parameter& gate_weight,
-    const Parameter& gate_bias, const std::string& order, const std::string& gate) {
+    const Parameter& batches, double momentum, double eps, const Parameter& conv_weight,
+    const Parameter& dilated_weight, const Parameter& merge_weight, const Parameter& spatial_bias,
+    const Parameter& gate_weight, const Parameter& gate_bias, const std::string& order,
+    const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
   const Problem p = describe_residual(u, given, order, gate);
@@ -93,9 +94,10 @@ ResidualOutputs residual_training_operator(
   for (const Tensor* t : {&running_mean, &running_var})
     STD_TORCH_CHECK(t->numel() == p.c && t->is_contiguous(),
                     "da_ops: running statistics must be one number a channel, contiguous");
-  STD_TORCH_CHECK(!batches || (batches->numel() == 1 && batches->scalar_type() == ScalarType::Long &&
-                               batches->is_cpu() == u.is_cpu()),
-                  "da_ops: batches must be one number of int64, on u's device");
+  STD_TORCH_CHECK(
+      !batches || (batches->numel() == 1 && batches->scalar_type() == ScalarType::Long &&
+                   batches->is_cpu() == u.is_cpu()),
+      "da_ops: batches must be one number of int64, on u's device");
   const Parameter none;
   return kForward(p, u, shortcut, {norm_weight, norm_bias, none, none, eps},
                   {&running_mean, &running_var, batches ? &*batches : nullptr, momentum}, given);

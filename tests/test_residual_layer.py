@@ -137,6 +137,13 @@ def test_running_statistics_that_do_not_lie_together(dtype):
     assert found[0][2] == 1 and not torch.equal(found[0][1], torch.ones(6).to(found[0][1].dtype))
 
 
+def test_batches_counted_by_a_number_of_another_dtype():
+    norm = norm_of()
+    norm.num_batches_tracked = torch.tensor(5, dtype=torch.int32)
+    assert_same(*tensors(), norm, layer_of())
+    assert norm.num_batches_tracked.dtype == torch.int32
+
+
 def test_a_norm_that_no_longer_tracks_keeps_its_statistics():
     norm = norm_of()
     norm.track_running_stats = False

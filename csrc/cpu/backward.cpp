@@ -1,29 +1,34 @@
 #include <vector>
 
+#include "batch.h"
 #include "operator.h"
 
 namespace da::cpu {
 namespace {
 
-// Sums the images' shares of the gate's gradients in double and in index order, rounded to A.
+// Sums the images' shares of the gate's gradients in double and in a fixed order, rounded to A.
 template <class A>
 void gate_gradients(const Problem& p, const A* dt, const A* pooled, double* d_weight,
                     double* d_bias) {
   if (p.gate_weights() == 0) return;
   std::vector<double> weight(p.gate_weights()), bias(p.gate_weights());
-  const int64_t step = p.gate == Gate::affine ? 1 : 0;  // one weight a channel, or one for all
   for (int64_t n = 0; n < p.n; n++, dt += p.c, pooled += p.c) {
     if (p.gate == Gate::eca) {
       for (int64_t k = 0; k < p.kernel_size; k++) {
         const int64_t shift = k - p.kernel_size / 2;
         const int64_t end = std::min(p.c, p.c - shift);
-        for (int64_t c = std::max<int64_t>(0, -shift); c < end; c++)
-          weight[k] += double(dt[c]) * pooled[c + shift];
+        const int64_t begin = std::max<int64_t>(0, -shift);
+        weight[k] += sum_of(end - begin, [&](int64_t i) {
+          return double(dt[begin + i]) * pooled[begin + i + shift];
+        });
       }
+    } else if (p.gate == Gate::scalar) {
+      weight[0] += sum_of(p.c, [&](int64_t c) { return double(dt[c]) * pooled[c]; });
+      bias[0] += sum_of(dt, p.c);
     } else {
       for (int64_t c = 0; c < p.c; c++) {
-        weight[c * step] += double(dt[c]) * pooled[c];
-        bias[c * step] += dt[c];
+        weight[c] += double(dt[c]) * pooled[c];
+        bias[c] += dt[c];
       }
     }
   }

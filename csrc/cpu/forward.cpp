@@ -1,3 +1,4 @@
+#include "batch.h"
 #include "operator.h"
 
 namespace da::cpu {

@@ -195,7 +195,7 @@ class Image {
       kernels_.residual.combine(
           d + at, u + at, du + at, n, p_.cols(), p_.channels_last,
           {c(t.scale), c(t.bias), c(t.outer), c(t.slope), c(t.offset), from(t.x, r), p(t.mask),
-           p(t.pixel_bias), p(t.pixel_outer), t.rectify},
+           p(t.pixel_bias), p(t.pixel_outer), t.rectify, t.masked},
           plan_.du_stores);
     });
   }
@@ -370,38 +370,5 @@ class Image {
   A *partial_, *plane_, *second_plane_, *band_sums_, *ones_;
   A *maps_[kMaps], *vectors_[kVectors];
 };
-
-enum class Walk { forwards, backwards };
-
-// f(image, n, next) for every image, where `next` is the one that the same thread takes after it,
-// or -1: each of the plan's whole images on one thread, the others one after another on all
-// threads. The images that were used last before are in the caches, and so a walk is to go
-// backwards that follows another one, or a convolution.
-template <class T, class F>
-void for_images(const Problem& problem, const Plan& plan, const Pool& pool,
-                const Weights<accumulate_t<T>>& weights, Walk walk, F f, int columns = 1) {
-  const auto take = [&](Image<T>& image, int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < end - begin; i++) {
-      const bool last = begin + i + 1 == end;
-      if (walk == Walk::forwards)
-        f(image, begin + i, last ? -1 : begin + i + 1);
-      else
-        f(image, end - 1 - i, last ? -1 : end - 2 - i);
-    }
-  };
-  const auto serial = [&](int64_t begin, int64_t end) {
-    Image<T> image(problem, plan, weights, nullptr, columns);
-    take(image, begin, end);
-  };
-  if (plan.threads == 1) return serial(0, problem.n);
-  const auto together = [&] {
-    if (plan.whole_images == problem.n) return;
-    Image<T> image(problem, plan, weights, &pool, columns);
-    take(image, plan.whole_images, problem.n);
-  };
-  if (walk == Walk::backwards) together();
-  pool.each(plan.whole_images, serial);
-  if (walk == Walk::forwards) together();
-}
 
 }  // namespace da::cpu

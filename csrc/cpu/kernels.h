@@ -84,6 +84,7 @@ struct ResidualTerms {
   Affine<A> x;
   const A *mask, *pixel_bias, *pixel_outer;  // by pixel
   bool rectify;                              // d is dout where the ReLU let it pass, and else 0
+  bool masked;                               // there is attention; else masks are 1 and terms 0
 };
 
 // The residual tail's primitives. Its rows are channels, or pixels where `channels_last`, and an

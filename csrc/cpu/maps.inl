@@ -2,10 +2,10 @@
 // kernels.h. Included by kernels.inl.
 
 // A few rows of `out`, which share what they read of the columns: row(q, read) is a row's vector at
-// column q, and read(in) loads a row of its arguments there. `out` may be one of these: the last
-// vector, which shares elements with the one before, is made first.
+// column q, and read(in) loads a row of its arguments there. Rows are `step` elements apart. `out`
+// may be one of these: the last vector, which shares elements with the one before, is made first.
 template <bool kStream, class T, class... Rows>
-DA_INLINE void map_block(T* out, int64_t cols, const Tail<T>& tail, Rows... row) {
+DA_INLINE void map_block(T* out, int64_t step, const Tail<T>& tail, Rows... row) {
   using V = vec<accumulate_t<T>>;
   constexpr int64_t lanes = Vector<accumulate_t<T>>::lanes;
   V last[sizeof...(row)] = {};
@@ -19,13 +19,13 @@ DA_INLINE void map_block(T* out, int64_t cols, const Tail<T>& tail, Rows... row)
     const V results[] = {row(q, read)...};
     int64_t at = 0;
     for (const V& result : results) {
-      T* p = out + at++ * cols + q;
+      T* p = out + at++ * step + q;
       kStream ? stream(p, result) : store(p, result);
     }
   }
   if (tail.n) {
     int64_t at = 0;
-    for (const V& result : last) tail.write(out + at++ * cols, result);
+    for (const V& result : last) tail.write(out + at++ * step, result);
   }
 }
 
@@ -37,19 +37,20 @@ DA_INLINE bool streams(const T* out, int64_t step, Stores stores) {
          reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T)) == 0;
 }
 
-// f(r) is row r's function of the column and of what is read there; together, four rows are taken
-// at a time.
+// f(r) is row r's function of the column and of what is read there. Rows are `step` elements apart;
+// together, four are taken at a time.
 template <class T, class F>
-DA_INLINE void map_rows(T* out, int64_t rows, int64_t cols, Stores stores, Rows how, F f) {
+DA_INLINE void map_rows(T* out, int64_t step, int64_t rows, int64_t cols, Stores stores, Rows how,
+                        F f) {
   const Tail<T> tail(cols);
   const auto all = [&](auto stream) DA_LAMBDA_INLINE {
     constexpr bool kStream = decltype(stream)::value;
     int64_t r = 0;
     for (; how == Rows::together && r + 4 <= rows; r += 4)
-      map_block<kStream>(out + r * cols, cols, tail, f(r), f(r + 1), f(r + 2), f(r + 3));
-    for (; r < rows; r++) map_block<kStream>(out + r * cols, cols, tail, f(r));
+      map_block<kStream>(out + r * step, step, tail, f(r), f(r + 1), f(r + 2), f(r + 3));
+    for (; r < rows; r++) map_block<kStream>(out + r * step, step, tail, f(r));
   };
-  if (streams(out, cols, stores)) {
+  if (streams(out, step, stores)) {
     all(std::true_type());
     finish_streams();
   } else {
@@ -115,30 +116,35 @@ DA_INLINE int64_t map_across(T* out, int64_t rows, int64_t cols, Stores stores,
   return r;
 }
 
-// out = f(i, read, row, col) as above, of all rows.
+// out = f(i, read, row, col) as above, of all rows, and of so many columns at once.
 template <class T, size_t kByRow, size_t kByCol, class F, class A = accumulate_t<T>>
 DA_INLINE void map_matrix(T* out, int64_t rows, int64_t cols, Stores stores, Rows how,
-                          const A* const (&by_row)[kByRow], const A* const (&by_col)[kByCol], F f) {
-  const int64_t begin = map_across<T>(out, rows, cols, stores, by_row, by_col, f);
-  map_rows(out + begin * cols, rows - begin, cols, stores, how, [&](int64_t i) DA_LAMBDA_INLINE {
-    const int64_t r = begin + i;
-    struct {
-      vec<A> values[kByRow];
-    } row;
-    for (size_t k = 0; k < kByRow; k++) row.values[k] = splat(by_row[k][r]);
-    return [&, row, from = r * cols](int64_t q, auto read) DA_LAMBDA_INLINE {
-      vec<A> col[kByCol];
-      for (size_t k = 0; k < kByCol; k++) col[k] = load(by_col[k] + q);
-      const auto read_here = [&](const T* p) DA_LAMBDA_INLINE { return read(p + from); };
-      return f(from + q, read_here, row.values, col);
+                          const A* const (&by_row)[kByRow], const A* const (&by_col)[kByCol],
+                          int64_t width, F f) {
+  const int64_t done = map_across<T>(out, rows, cols, stores, by_row, by_col, f);
+  for (int64_t c = 0; c < cols && done < rows; c += width) {
+    const auto of_row = [&](int64_t i) DA_LAMBDA_INLINE {
+      const int64_t r = done + i;
+      struct {
+        vec<A> values[kByRow];
+      } row;
+      for (size_t k = 0; k < kByRow; k++) row.values[k] = splat(by_row[k][r]);
+      return [&, row, c, from = r * cols + c](int64_t q, auto read) DA_LAMBDA_INLINE {
+        vec<A> col[kByCol];
+        for (size_t k = 0; k < kByCol; k++) col[k] = load(by_col[k] + c + q);
+        const auto read_here = [&](const T* p) DA_LAMBDA_INLINE { return read(p + from); };
+        return f(from + q, read_here, row.values, col);
+      };
     };
-  });
+    const int64_t some = c + width < cols ? width : cols - c;
+    map_rows(out + done * cols + c, cols, rows - done, some, stores, how, of_row);
+  }
 }
 
 template <class T, class A = accumulate_t<T>>
 void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale, const A* col_scale,
            Stores stores) {
-  map_matrix<T, 1, 1>(y, rows, cols, stores, Rows::singly, {row_scale}, {col_scale},
+  map_matrix<T, 1, 1>(y, rows, cols, stores, Rows::singly, {row_scale}, {col_scale}, cols,
                       [=](int64_t, auto read, const auto& row, const auto& col)
                           DA_LAMBDA_INLINE { return read(x) * col[0] * row[0]; });
 }
@@ -147,7 +153,7 @@ template <Outer kOuter, class T, class A = accumulate_t<T>>
 void combine_terms(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale,
                    const A* col_scale, const Terms<A>& terms, Stores stores, Rows how) {
   map_matrix<T, 2, 2>(dx, rows, cols, stores, how, {row_scale, terms.row_bias},
-                      {col_scale, terms.col_bias},
+                      {col_scale, terms.col_bias}, cols,
                       [=](int64_t, auto read, const auto& row, const auto& col) DA_LAMBDA_INLINE {
                         if constexpr (kOuter == Outer::none)
                           return read(dy) * (row[0] * col[0]) + (row[1] + col[1]);

@@ -5,6 +5,23 @@
 
 namespace da::cpu {
 
+// f(0) + ... + f(count - 1), as several sums side by side: no addition waits for the one before.
+template <class F>
+double sum_of(int64_t count, F f) {
+  constexpr int64_t kParts = 16;
+  double parts[kParts] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kParts <= count; i += kParts)
+    for (int64_t k = 0; k < kParts; k++) parts[k] += f(i + k);
+  for (; i < count; i++) sum += f(i);
+  for (double part : parts) sum += part;
+  return sum;
+}
+template <class A>
+double sum_of(const A* values, int64_t count) {
+  return sum_of(count, [=](int64_t i) { return double(values[i]); });
+}
+
 // y and, for the orders that have them, channel_mean [n, h, w] and pooled [n, c].
 template <class T>
 void forward(const Problem& problem, const Plan& plan, const Pool& pool,

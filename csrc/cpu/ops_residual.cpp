@@ -122,11 +122,10 @@ std::vector<Tensor> residual_backward_cpu(
     const Parameter d_shortcut = out ? Parameter(allocate_like(u)) : Parameter();
     std::vector<double> d_weight(p.c), d_bias(p.c);
     const GradientValues values(p);
-    residual_backward<T>(p, plan_here(p, true, out ? 5 : 3), kPool, norm, converted.weights,
-                         {data(dout), out ? data(*out) : nullptr, data(u), map(channel_mean),
-                          map(pooled), batch},
-                         {to(du), out ? to(*d_shortcut) : nullptr, d_weight.data(), d_bias.data(),
-                          values.places});
+    residual_backward<T>(
+        p, plan_here(p, true, out ? 5 : 3), kPool, norm, converted.weights,
+        {data(dout), out ? data(*out) : nullptr, data(u), map(channel_mean), map(pooled), batch},
+        {to(du), out ? to(*d_shortcut) : nullptr, d_weight.data(), d_bias.data(), values.places});
     const auto of = [&](const Parameter& parameter, const double* d) {
       return parameter ? Parameter(gradient(parameter, u, d)) : Parameter();
     };

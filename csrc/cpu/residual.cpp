@@ -1,7 +1,6 @@
 #include "residual.h"
 
-#include <numeric>
-
+#include "batch.h"
 #include "operator.h"
 
 namespace da::cpu {
@@ -54,17 +53,6 @@ namespace {
 
 // Bytes of an image beside which another one stays in the second-level cache of most machines.
 constexpr int64_t kNear = 512 * 1024;
-
-// The sum of an image's map or vector, several at a time.
-template <class A>
-double sum_of(const A* values, int64_t count) {
-  constexpr int64_t kParts = 16;
-  double parts[kParts] = {};
-  int64_t i = 0;
-  for (; i + kParts <= count; i += kParts)
-    for (int64_t k = 0; k < kParts; k++) parts[k] += values[i + k];
-  return std::accumulate(values + i, values + count, std::accumulate(parts, parts + kParts, 0.));
-}
 
 }  // namespace
 
@@ -258,10 +246,11 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
       outer[i] = outermost.channels ? scale[i] : norm.scale[i];
     }
     const Affine<A> x{centre, scale, shift};
-    image.combine_residual((with_shortcut ? gradients.d_shortcut : call.dout) + n * size,
-                           call.u + n * size, gradients.du + n * size,
-                           {scale, bias, outer, slope.data(), offset.data(), x, s, dm,
-                            outermost.pixels ? s : image.ones(), !with_shortcut});
+    image.combine_residual(
+        (with_shortcut ? gradients.d_shortcut : call.dout) + n * size, call.u + n * size,
+        gradients.du + n * size,
+        {scale, bias, outer, slope.data(), offset.data(), x, s, dm,
+         outermost.pixels ? s : image.ones(), !with_shortcut, problem.order != Order::none});
   };
   for_images<T>(problem, plan, pool, weights, Walk::backwards, second_read);
 

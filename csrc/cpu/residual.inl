@@ -148,10 +148,11 @@ DA_INLINE void map_by(T* out, int64_t rows, int64_t cols, Stores stores,
                       const A* const (&by_pixel)[kByPixel], F f) {
   if constexpr (kChannelsLast)
     map_matrix<T>(out, rows, cols, stores, Rows::singly, by_pixel, by_channel,
+                  channels_at_once<A>(cols, kByChannel),
                   [=](int64_t i, auto read, const auto& row, const auto& col)
                       DA_LAMBDA_INLINE { return f(i, read, col, row); });
   else
-    map_matrix<T>(out, rows, cols, stores, Rows::singly, by_channel, by_pixel, f);
+    map_matrix<T>(out, rows, cols, stores, Rows::singly, by_channel, by_pixel, cols, f);
 }
 
 // A NaN stays one.
@@ -177,11 +178,12 @@ void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t
 template <class T, class A = accumulate_t<T>>
 void rectify(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
              bool channels_last, const Affine<A>& x, const A* mask, Stores stores) {
-  const auto all = channels_last
-                       ? shortcut ? rectify_rows<true, true, T> : rectify_rows<true, false, T>
-                   : shortcut ? rectify_rows<false, true, T>
-                              : rectify_rows<false, false, T>;
-  all(u, shortcut, ahead ? ahead : next_rows(u, cols), out, rows, cols, x, mask, stores);
+  with_constants(
+      [&](auto last, auto with_shortcut) {
+        rectify_rows<decltype(last)::value, decltype(with_shortcut)::value, T>(
+            u, shortcut, ahead ? ahead : next_rows(u, cols), out, rows, cols, x, mask, stores);
+      },
+      channels_last, shortcut != nullptr);
 }
 
 // The part of dout that a ReLU lets pass, which gave `out` or was given that. A NaN lets it pass.
@@ -192,10 +194,11 @@ DA_INLINE vec<A> passed(vec<A> dout, vec<A> out) {
 
 // The first read of backward, of row r. It has sums of its own, and adds to those of the columns:
 // of d and of d (u - centre), weighted, there, where the channels are; of d x where the pixels are.
-// Four tensors side by side are streams enough: rows are taken one by one.
+// Four tensors side by side are streams enough: rows are taken one by one. The `row_sums` of the
+// columns before, which only channels have, are added to.
 template <bool kChannelsLast, bool kPixelSums, bool kShortcut, bool kStream, class T,
           class A = accumulate_t<T>>
-DA_INLINE void gradients_row(const Gradients<T> g, int64_t r, const Tail<T>& tail,
+DA_INLINE void gradients_row(const Gradients<T>& g, int64_t r, const Tail<T>& tail, bool first,
                              vec<A> (&tail_sums)[2]) {
   constexpr int64_t lanes = Vector<A>::lanes;
   constexpr bool kCols = kChannelsLast || kPixelSums, kRows = !kChannelsLast || kPixelSums;
@@ -249,42 +252,59 @@ DA_INLINE void gradients_row(const Gradients<T> g, int64_t r, const Tail<T>& tai
         tail.begin, [&](const T* in) DA_LAMBDA_INLINE { return tail.read(in); },
         [&](T* p, vec<A> v) DA_LAMBDA_INLINE { tail.write(p, v); },
         [&](vec<A> v) DA_LAMBDA_INLINE { return tail.keep_fresh(v); }, total, tail_sums);
-  for (int i = 0; kRows && i < kRowSums; i++) sum_lanes<1, A>(&total[i], rows[i] + r);
+  for (int i = 0; kRows && i < kRowSums; i++) {
+    const A before = kChannelsLast && !first ? rows[i][r] : A(0);
+    sum_lanes<1, A>(&total[i], rows[i] + r);
+    if constexpr (kChannelsLast) rows[i][r] += before;
+  }
+}
+
+// The call from column c on.
+template <bool kChannelsLast, class T>
+DA_INLINE Gradients<T> from_column(Gradients<T> g, int64_t c) {
+  g.dout += c, g.u += c;
+  if (g.d) g.out += c, g.d += c;
+  if (kChannelsLast)
+    g.x.centre += c, g.x.scale += c, g.x.bias += c, g.sums += c, g.products += c;
+  else
+    g.mask += c, g.pixel_sums += g.pixel_sums ? c : 0;
+  return g;
 }
 
 template <bool kChannelsLast, bool kPixelSums, bool kShortcut, bool kStream, class T,
           class A = accumulate_t<T>>
-void gradients_slab(const Gradients<T>& g) {
+void gradients_slab(const Gradients<T>& all) {
   constexpr int kColSums = !kChannelsLast && !kPixelSums ? 0 : kChannelsLast ? 2 : 1;
-  A* const cols[2] = {kChannelsLast ? g.sums : g.pixel_sums, g.products};
-  const Tail<T> tail(g.cols);
-  vec<A> tail_sums[2] = {};
-  for (int i = 0; i < kColSums; i++) clear(cols[i], g.cols);
-  for (int64_t r = 0; r < g.rows; r++)
-    gradients_row<kChannelsLast, kPixelSums, kShortcut, kStream>(g, r, tail, tail_sums);
+  constexpr int kByChannel = 5;  // centre, scale, bias and two sums
+  const int64_t width = kChannelsLast ? channels_at_once<A>(all.cols, kByChannel) : all.cols;
+  for (int64_t c = 0; c < all.cols; c += width) {
+    const int64_t cols = c + width < all.cols ? width : all.cols - c;
+    const Gradients<T> g = from_column<kChannelsLast>(all, c);
+    A* const sums[2] = {kChannelsLast ? g.sums : g.pixel_sums, g.products};
+    const Tail<T> tail(cols);
+    vec<A> tail_sums[2] = {};
+    for (int i = 0; i < kColSums; i++) clear(sums[i], cols);
+    for (int64_t r = 0; r < g.rows; r++)
+      gradients_row<kChannelsLast, kPixelSums, kShortcut, kStream>(g, r, tail, c == 0, tail_sums);
+    for (int i = 0; tail.n && i < kColSums; i++)
+      store(sums[i] + tail.begin, load(sums[i] + tail.begin) + tail_sums[i]);
+  }
   if (kStream) finish_streams();
-  for (int i = 0; tail.n && i < kColSums; i++)
-    store(cols[i] + tail.begin, load(cols[i] + tail.begin) + tail_sums[i]);
-}
-
-template <bool kChannelsLast, bool kPixelSums, class T>
-void gradients_of(const Gradients<T>& g) {
-  const bool streamed = g.d && streams(g.d, g.cols, g.stores);
-  const auto slab = streamed ? gradients_slab<kChannelsLast, kPixelSums, true, true, T>
-                    : g.d    ? gradients_slab<kChannelsLast, kPixelSums, true, false, T>
-                             : gradients_slab<kChannelsLast, kPixelSums, false, false, T>;
-  slab(g);
 }
 
 template <class T>
 void gradients(const Gradients<T>& g) {
-  if (g.channels_last)
-    g.pixel_sums ? gradients_of<true, true>(g) : gradients_of<true, false>(g);
-  else
-    g.pixel_sums ? gradients_of<false, true>(g) : gradients_of<false, false>(g);
+  const bool streamed = g.d && streams(g.d, g.cols, g.stores);
+  with_constants(
+      [&](auto last, auto pixel_sums, auto shortcut, auto stream) {
+        constexpr bool kShortcut = decltype(shortcut)::value, kStream = decltype(stream)::value;
+        if constexpr (kShortcut || !kStream)
+          gradients_slab<decltype(last)::value, decltype(pixel_sums)::value, kShortcut, kStream>(g);
+      },
+      g.channels_last, g.pixel_sums != nullptr, g.d != nullptr, streamed);
 }
 
-template <bool kChannelsLast, bool kRectify, class T, class A = accumulate_t<T>>
+template <bool kChannelsLast, bool kRectify, bool kMasked, class T, class A = accumulate_t<T>>
 void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t cols,
                            const ResidualTerms<A>& t, Stores stores) {
   map_by<kChannelsLast, T, 8, 3>(
@@ -298,6 +318,7 @@ void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t 
         const vec<A> v = read(u) - centre;
         vec<A> at_d = read(d);
         if constexpr (kRectify) at_d = passed<A>(at_d, v * x_scale + x_bias);
+        if constexpr (!kMasked) return at_d * scale + (v * slope + offset);
         return at_d * (scale * mask) + (bias * pixel_outer + outer * pixel_bias) +
                (v * slope + offset);
       });
@@ -306,9 +327,9 @@ void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t 
 template <class T, class A = accumulate_t<T>>
 void combine_residual(const T* d, const T* u, T* du, int64_t rows, int64_t cols, bool channels_last,
                       const ResidualTerms<A>& terms, Stores stores) {
-  const auto all = channels_last   ? terms.rectify ? combine_residual_rows<true, true, T>
-                                                   : combine_residual_rows<true, false, T>
-                   : terms.rectify ? combine_residual_rows<false, true, T>
-                                   : combine_residual_rows<false, false, T>;
-  all(d, u, du, rows, cols, terms, stores);
+  const auto of = [&](auto last, auto rectify, auto masked) {
+    combine_residual_rows<decltype(last)::value, decltype(rectify)::value, decltype(masked)::value,
+                          T>(d, u, du, rows, cols, terms, stores);
+  };
+  with_constants(of, channels_last, terms.rectify, terms.masked);
 }

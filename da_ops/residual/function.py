@@ -26,9 +26,10 @@ class Running(NamedTuple):
 
     def fits_kernels(self) -> bool:
         """Whether an operator can update them."""
-        return (
-            self.momentum is not None and self.mean.is_contiguous() and self.var.is_contiguous()
-        )
+        mean, var, batches, momentum = self
+        if momentum is None or not (mean.is_contiguous() and var.is_contiguous()):
+            return False
+        return batches is None or (batches.dtype is torch.int64 and batches.device == mean.device)
 
     def update(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Let a batch's mean and biased variance, of so many elements a channel, have their share;
@@ -103,7 +104,7 @@ class ResidualFunction(torch.autograd.Function):
         call: Call = ctx.call
         batch = call.mean is None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            norm = Norm(weight, bias, *((None, None) if batch else (mean, var)), call.eps)
+            norm = Norm(weight, bias, None if batch else mean, None if batch else var, call.eps)
             named = Parameters(*parameters) if parameters else None
             du, d_shortcut, *others = reference.backward(
                 dout, out, u, norm, named, call.order, call.gate

@@ -16,7 +16,6 @@ from ..checks import check_arguments
 from ..function import name_what_is_wrong, transformed
 from ..layout import dense
 from ..module import DAModule
-from ..parameters import Unnamed
 from .function import Call, ResidualFunction, Running, compute
 
 logger = logging.getLogger("da_ops")
@@ -57,7 +56,7 @@ def residual_attention(
 def tail(
     u: Tensor,
     shortcut: Tensor | None,
-    norm: nn.Module,
+    norm: Any,
     attention: DAModule | None,
     activation: nn.Module | None,
     *,
@@ -171,7 +170,7 @@ def unfused_modules(
 
 def _fused_parameters(
     norm: nn.Module, attention: Any, activation: nn.Module | None
-) -> tuple[Unnamed | tuple[()] | None, str | None]:
+) -> tuple[tuple[Any, ...] | None, str | None]:
     """The attention's six parameters, of which there are none without it; None, and why, where
     :func:`unfused_modules` has a reason."""
     if (reason := unfit(norm, attention, activation)) is not None:

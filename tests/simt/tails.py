@@ -43,7 +43,8 @@ def results(
 ) -> list[dict[str, Tensor]]:
     """For each call `out` and every gradient, by name, as of ``Tail.results``; and of a norm in
     training the statistics, "mean" and "var", and a quarter of them, "running_mean" and
-    "running_var", and the number of "batches" after 41. The options are those of ``calls.results``."""
+    "running_var", and the number of "batches" after 41. The options are those of
+    ``calls.results``."""
     requests = b"".join(_request(tail, multiprocessors, aligned, limits, far) for tail in tails)
     answers = Answers(executable, requests, **environment)
     everything = []
