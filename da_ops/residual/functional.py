@@ -29,12 +29,12 @@ def residual_attention(
 ) -> Tensor:
     """``relu(attention(norm(u)) + shortcut)``, the tail of a residual branch, as one operator.
 
-    In training a fused call reads ``u`` twice, once for the statistics, and keeps ``u`` and, with a
-    shortcut, its result for backward; nothing of their size comes between. What cannot be fused
-    calls the modules one by one: other norms and layers, hooks on one of them, subclasses of
-    tensors, tensors that are traced, transformed (``torch.func``) or exported, a backend without
-    such a kernel. Where that can be helped, a warning of the logger ``da_ops`` says so once, with
-    the reason; so does :func:`unfused`.
+    In training a fused call reads ``u`` twice, once for the statistics, and keeps ``u`` and its
+    result for backward; nothing of their size comes between. What cannot be fused calls the modules
+    one by one: other norms and layers, hooks on one of them, subclasses of tensors, tensors that
+    are traced, transformed (``torch.func``) or exported, a backend without such a kernel. Where
+    that can be helped, a warning of the logger ``da_ops`` says so once, with the reason; so does
+    :func:`unfused`.
 
     Args:
         u: ``[N, C, H, W]``, what the branch's last convolution gives.
