@@ -97,9 +97,9 @@ def test_waves_are_full_as_those_of_the_layer(layout, sm):
         p = launches((n, *stage), layout, dtype, sm=sm)
         steps = passes(p["forward"] + p["backward"])
         rounds, full = filled(steps, n * math.prod(stage) * BYTES[dtype])
-        assert rounds < 1 or full >= (0.9 if rounds >= MANY else 0.64), (n, stage, dtype)
+        assert rounds < 1 or full >= (0.9 if rounds >= MANY else 0.63), (n, stage, dtype)
         if sm == 90:
-            assert {step["waves"]["slots"] for step in steps} == {132 * 2}
+            assert {step["waves"]["slots"] for step in steps} == {132 * 2, 132 * 3}
 
 
 @pytest.mark.parametrize("order", [*ORDERS, "none"])

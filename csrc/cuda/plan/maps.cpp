@@ -6,6 +6,7 @@ namespace da::cuda {
 namespace {
 
 constexpr int kWarp = 32;
+constexpr int64_t kMost = 64 * kThreads;  // bytes of a band's values
 
 // Instructions, as nvcc 13.0 makes them: of each warp of a block that does nothing else; to find a
 // pixel of the window; to add a partial sum; of the stencil and the sigmoid at a pixel, or of the
@@ -32,14 +33,22 @@ int64_t of_channels(const Problem& p, int64_t channels, int64_t terms, bool agai
 
 }  // namespace
 
-Bands bands(const Problem& p, const Tiling& t) {
+Bands bands(const Problem& p, const Tiling& t, int pixels) {
   constexpr int64_t kMany = 16;  // tiles, whose sums several threads add up
   Bands b{};
   b.slices = t.pixel_tiles() >= kMany ? kWarps : 1;
   b.channels = kThreads / b.slices;
-  b.pixels = kThreads;
+  b.pixels = pixels;
   if (p.spatial()) b.halo = halo(b.pixels, p.w);
   return b;
+}
+
+int one_wave(const Problem& p, const Device& device) {
+  const int64_t slots = int64_t(device.multiprocessors) * kMapsPerSm;
+  const int64_t of_image = std::max<int64_t>(slots / std::max<int64_t>(p.n, 1), 1);
+  const int64_t pixels = round_up(ceil_div(p.pixels(), of_image), kWarp);
+  const int64_t most = kMost / (p.dtype == Dtype::float64 ? 8 : 4);
+  return static_cast<int>(std::clamp<int64_t>(pixels, kThreads, most));
 }
 
 Between between(const Problem& p, const Device& device, const Plan& plan, Axes needed, Made made,

@@ -53,7 +53,7 @@ struct Memory {
 // The arrays of the launch that makes maps.
 template <class A>
 struct MapsMemory {
-  A* sums;      // a thread's share of a sum
+  A* sums;      // a thread's share of a sum, or a band's values
   A* channels;  // values of a band of channels and those around it
   StencilMemory<A> around;
   size_t bytes;  // in all
@@ -63,7 +63,7 @@ struct MapsMemory {
 
  private:
   DA_HD MapsMemory(simt::Carver carve, const Bands& bands, int64_t kernel_size)
-      : sums(carve.take<A>(kThreads)),
+      : sums(carve.take<A>(bands.pixels < kThreads ? kThreads : bands.pixels)),
         channels(carve.take<A>(bands.channels + kernel_size)),
         around(carve, bands.halo),
         bytes(carve.bytes()) {}

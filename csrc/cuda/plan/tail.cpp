@@ -188,9 +188,9 @@ TailPlan tail_plan(const Problem& problem, TailKind kind, const Device& device, 
   Problem unmasked = problem;
   unmasked.order = Order::none;
   TailPlan plan{};
-  plan.tiling = tile(unmasked, device, aligned, limits, kTailPerSm);
+  plan.tiling = tile(unmasked, device, aligned, limits, {kFewPerSm, kManyPerSm});
   plan.tiling.complete();
-  plan.bands = bands(problem, plan.tiling);
+  plan.bands = bands(problem, plan.tiling, one_wave(problem, device));
   plan.early = device.early_launches;
   plan.forward = TailPlanner(problem, kind, plan, limits, Way::forward).direction();
   plan.backward = TailPlanner(problem, kind, plan, limits, Way::backward).direction();
@@ -198,7 +198,11 @@ TailPlan tail_plan(const Problem& problem, TailKind kind, const Device& device, 
 }
 
 Waves waves(const Problem& p, const Device& device, const TailPlan& plan, const TailStep& step) {
-  if (step.reads) return waves(plan.tiling, p.n, slots(p, device, step.shared_bytes, kTailPerSm));
+  if (step.reads) {
+    const int per_sm =
+        step.kernel == TailKernel::sums ? tail_per_sm(step.sums, p.element_size()) : kFewPerSm;
+    return waves(plan.tiling, p.n, slots(p, device, step.shared_bytes, per_sm));
+  }
   const int64_t slots =
       int64_t(device.multiprocessors) * (step.kernel == TailKernel::maps ? kMapsPerSm : 1);
   const int64_t waves = ceil_div(step.jobs, slots);

@@ -12,10 +12,6 @@
 
 namespace da::cuda {
 
-// Blocks of the tail's passes that a multiprocessor's registers hold: these keep more of each
-// channel than the layer's, and read more tensors at once.
-constexpr int kTailPerSm = 2;
-
 // Full-size tensors, as bits of a set.
 enum TailTensors : unsigned {
   kU = 1,
@@ -35,6 +31,14 @@ enum class TailSums { moments, deviations, gradients, rectified };
 
 // What the last pass of a direction makes: out, or du.
 enum class TailScale { forward, backward, rectified };
+
+// Blocks of a pass that a multiprocessor's registers hold: fewer of those that keep more of each
+// channel, and read more tensors at once.
+constexpr int kFewPerSm = 2, kManyPerSm = 3;
+constexpr int tail_per_sm(TailSums sums, int64_t element_size) {
+  const bool lean = sums == TailSums::moments || sums == TailSums::deviations;
+  return lean && element_size < 8 ? kManyPerSm : kFewPerSm;
+}
 
 // One launch.
 struct TailStep {
@@ -64,7 +68,7 @@ struct TailWorkspace : Workspace {
 // The norm's maps by channel: the mean, weight over deviation, the bias, one over the deviation; of
 // backward, what u and one are multiplied with in du, for the statistics are the batch's.
 constexpr int kNormMaps = 6;
-constexpr int kNormChannels = 8;  // of a block that makes them
+constexpr int kNormChannels = 4;  // of a block that makes them
 
 struct TailDirection {
   std::vector<TailStep> steps;

@@ -29,7 +29,8 @@ constexpr int64_t kRead = kThreads * 16;  // bytes that a block's threads read a
 // Whether there is less than a round of reads for each slot: then no tiles fill a wave.
 bool small(const Problem& p, int64_t slots) { return p.bytes() < slots * kDepth * kRead; }
 
-Quality quality(const Problem& p, const Device& device, const Tiling& t, int per_sm) {
+Quality quality(const Problem& p, const Device& device, const Tiling& t,
+                std::initializer_list<int> per_sm) {
   const Halo around = p.spatial() ? halo(p, t) : Halo{};
   // Half of the time goes by bytes, half by rounds of kDepth reads, also where a round's last ones
   // have no rows left, or some threads no columns.
@@ -38,17 +39,19 @@ Quality quality(const Problem& p, const Device& device, const Tiling& t, int per
                         (p.channel() ? double(t.tile_channels()) * t.pixel_tiles() : 0);
   const double adding = values / kThreads / kSumsARead * kRead;
   Quality q{1, 0};
-  for (bool backward : {false, true})
-    for (const Pass& pass : schedule(p.order, backward)) {
-      const int64_t n = slots(p, device, shared_bytes(p, t, around, kernel_of(pass)), per_sm);
-      const Waves w = waves(t, p.n, n);
-      const double shared = parts(p, device, w), most = double(n) / device.multiprocessors;
-      const double bytes = double(t.height) * t.width * p.element_size() * shared;
-      const double streaming = (bytes + reads * kRead * most) / 2;
-      const double all = streaming * (count(pass.reads) + count(pass.writes)) + adding * most;
-      q.time += w.waves * (kWaveTime + all / memory_rate(device.sm));
-      q.efficiency = std::min(q.efficiency, w.efficiency * most / shared);
-    }
+  const auto add = [&](const Pass& pass, int blocks) {
+    const int64_t n = slots(p, device, shared_bytes(p, t, around, kernel_of(pass)), blocks);
+    const Waves w = waves(t, p.n, n);
+    const double shared = parts(p, device, w), most = double(n) / device.multiprocessors;
+    const double bytes = double(t.height) * t.width * p.element_size() * shared;
+    const double streaming = (bytes + reads * kRead * most) / 2;
+    const double all = streaming * (count(pass.reads) + count(pass.writes)) + adding * most;
+    q.time += w.waves * (kWaveTime + all / memory_rate(device.sm));
+    q.efficiency = std::min(q.efficiency, w.efficiency * most / shared);
+  };
+  for (int blocks : per_sm)
+    for (bool backward : {false, true})
+      for (const Pass& pass : schedule(p.order, backward)) add(pass, blocks);
   return q;
 }
 
@@ -101,7 +104,7 @@ Waves waves(const Problem& p, const Device& device, const Plan& plan, const Dire
 // the smaller, the better they fill waves. Where there is less to do than in one whole wave, no
 // tiles fill it, and multiprocessors get equally many, for each is in use that has any.
 Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& limits,
-            int per_sm) {
+            std::initializer_list<int> per_sm) {
   Tiling t{};
   set_matrix(t, p);
   const int elements = 16 / p.element_size();

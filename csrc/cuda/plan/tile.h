@@ -1,6 +1,8 @@
 // How the portable passes cut images into tiles, a block each, and how these blocks fill a GPU.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda/plan/device.h"
 #include "cuda/plan/plan.h"
 
@@ -34,10 +36,10 @@ Waves waves(const Tiling& tiling, int64_t images, int64_t slots);
 Waves waves(const Problem& problem, const Device& device, const Plan& plan,
             const Direction& direction, const Step& step);
 
-// The tiles whose blocks should be done first, of which a multiprocessor's registers hold so many;
-// 0: as many as the layer's passes.
+// The tiles whose blocks should be done first. `per_sm`: how many blocks a multiprocessor's
+// registers hold, of each kind of pass; 0: as many as of the layer's.
 Tiling tile(const Problem& problem, const Device& device, bool aligned, const Limits& limits,
-            int per_sm = 0);
+            std::initializer_list<int> per_sm = {0});
 
 Halo halo(const Problem& problem, const Tiling& tiling);
 

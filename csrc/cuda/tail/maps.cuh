@@ -60,20 +60,29 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   double mean = 0, variance = 0;
   if (args.new_mean) {
     // Means are counted from the channel's datum. Deviations from the first of them are added up by
-    // blocks of tiles in A, and blocks in double.
+    // blocks of tiles in A, and blocks in double. A block's numbers are all on their way at once.
     const int64_t tiles = call.channel_sums.tiles, all = call.images * tiles;
     const int64_t pixels = call.tiling.tile_pixels(), last = call.pixels - (tiles - 1) * pixels;
     const bool any = there && call.images > 0;
     const A near = any ? call.channel_sums.data[c] : A(0);
     double sum = 0, squares = 0;
     constexpr int kBlock = 8;
+    int64_t left = tiles - 1 - slice % tiles;  // tiles of the image after this one
+    const int64_t on = kSlices % tiles;
     for (int64_t block = slice; there && block < all; block += kBlock * kSlices) {
-      A some = 0, some_squares = 0;
-      for (int i = 0; i < kBlock && block + i * kSlices < all; i++) {
+      A off[kBlock], of_tile[kBlock], some = 0, some_squares = 0;
+      SIMT_UNROLL
+      for (int i = 0; i < kBlock; i++) {
         const int64_t t = block + i * kSlices, at = t * call.channels + c;
-        const A count = A(t % tiles == tiles - 1 ? last : pixels);
-        const A off = call.channel_sums.data[at] - near;
-        some += count * off, some_squares += args.products.data[at] + count * off * off;
+        off[i] = t < all ? call.channel_sums.data[at] : near;
+        of_tile[i] = t < all ? args.products.data[at] : A(0);
+      }
+      SIMT_UNROLL
+      for (int i = 0; i < kBlock; i++) {
+        const A deviation = off[i] - near, count = A(left == 0 ? last : pixels);
+        some += count * deviation, some_squares += of_tile[i] + count * deviation * deviation;
+        left -= on;
+        if (left < 0) left += tiles;
       }
       sum += some, squares += some_squares;
     }
@@ -166,7 +175,8 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
           [&](int64_t i) { return (sums[i] + (others[i] + shift)) * sigmoid_slope(mask[i]); });
       through_stencil<T>(call, span, memory.around, dz, Keep::yes, made);
     }
-    const A mine = simt::thread() < span.count ? made[simt::thread()] : A(0);
+    A mine = 0;
+    for (int i = simt::thread(); i < span.count; i += kThreads) mine += made[i];
     const A sum = sum_of_block(mine, memory.channels);
     A* const sums = What == Made::terms ? args.term_sums : args.mask_sums;
     if (simt::thread() == 0) sums[image * pixel_bands + band] = sum;
@@ -233,16 +243,33 @@ tail_norm_gradients(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const int64_t c =
       (call.first_job + simt::block()) * kNormChannels + simt::thread() % kNormChannels;
   const int64_t bands = call.bands.of_pixels(call.pixels);
+  // The partial sums of an image, as many of each on their way at once.
+  constexpr int kTerms = 4;
+  const int64_t tiles = call.channel_sums.tiles;
   double sum = 0, product = 0;
   for (int64_t n = slice; c < call.channels && n < call.images; n += kSlices) {
     const int64_t at = n * call.channels + c;
-    const double k = call.masks.channels ? call.channel_mask[at] : A(1);
-    const double o = call.outer.channels ? k : 1;
-    sum += k * some_tiles(call.channel_sums, n, c, 0, 1);
-    product += k * some_tiles(args.products, n, c, 0, 1);
+    const A k = call.masks.channels ? call.channel_mask[at] : A(1);
+    const A o = call.outer.channels ? k : A(1);
+    A d = 0, d_u = 0, dm_u = 0;
+    SIMT_ROLLED
+    for (int64_t t = 0; t < tiles; t += kTerms) {
+      A some[3][kTerms];
+      SIMT_UNROLL
+      for (int i = 0; i < kTerms; i++) {
+        const bool there = t + i < tiles;
+        const int64_t of_tile = (n * tiles + t + i) * call.channels + c;
+        some[0][i] = there ? call.channel_sums.data[of_tile] : A(0);
+        some[1][i] = there ? args.products.data[of_tile] : A(0);
+        some[2][i] = there && call.masks.pixels ? args.term_products.data[of_tile] : A(0);
+      }
+      SIMT_UNROLL
+      for (int i = 0; i < kTerms; i++) d += some[0][i], d_u += some[1][i], dm_u += some[2][i];
+    }
+    sum += double(k) * d, product += double(k) * d_u;
     if (call.masks.pixels) {
-      sum += o * of_bands(args.term_sums, n, bands);
-      product += o * some_tiles(args.term_products, n, c, 0, 1);
+      sum += double(o) * of_bands(args.term_sums, n, bands);
+      product += double(o) * dm_u;
     }
     if (call.masks.channels) {
       const double dg = call.d_pooled[at];

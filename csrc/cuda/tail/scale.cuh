@@ -50,7 +50,7 @@ SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailM
 
 // out or du, over a tile.
 template <class T, int E, TailScale Kind, ChannelsAre Are>
-SIMT_KERNEL(kThreads, kTailPerSm)
+SIMT_KERNEL(kThreads, kFewPerSm)
 tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;

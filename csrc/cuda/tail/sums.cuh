@@ -84,7 +84,7 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
 template <class T, TailSums Kind>
 constexpr int tail_sums_blocks() {
   const bool rounds = std::is_same_v<T, simt::bfloat16> && simt::kArch == 75;
-  return kTailPerSm - (rounds && Kind == TailSums::gradients);
+  return tail_per_sm(Kind, sizeof(T)) - (rounds && Kind == TailSums::gradients);
 }
 
 // Sums over a tile:
