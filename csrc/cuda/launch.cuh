@@ -99,14 +99,18 @@ int launch_maps(const Step& step, const simt::Launch& launch, Args<accumulate_t<
   }
 }
 
+// The counters of a launch that finishes the parameters' gradients, which must then wait for them.
+template <class A>
+int clear_counters(simt::Launch& launch, const Args<A>& args) {
+  if (args.shares <= 1 || args.first_job > 0) return 0;
+  launch.early = false;
+  return simt::clear(args.counters, args.counter_count * sizeof(unsigned), launch.stream);
+}
+
 template <class T>
 int launch_finish(simt::Launch launch, const Args<accumulate_t<T>>& args) {
-  if (args.shares > 1 && args.first_job == 0) {
-    const size_t bytes = args.counter_count * sizeof(unsigned);
-    if (const int error = simt::clear(args.counters, bytes, launch.stream)) return error;
-    launch.early = false;
-  }
-  return simt::launch(launch, finish<T>, args);
+  const int error = clear_counters(launch, args);
+  return error ? error : simt::launch(launch, finish<T>, args);
 }
 
 template <class T>

@@ -174,19 +174,23 @@ SIMT_FN void finish_gate(const Args<accumulate_t<T>>& args, int64_t job, const L
     finish_part<T>(args, static_cast<int>(job), dt, sums);
 }
 
+// A job of either, where the gradients at the gate's logits have been kept.
+template <class T>
+SIMT_FN void finish_job(const Args<accumulate_t<T>>& args, int64_t job, double* sums) {
+  const auto logits = [&](int64_t n) { return args.d_logit + n * args.channels; };
+  if (is_spatial(args, job))
+    finish_spatial<T>(args, sums);
+  else
+    finish_gate<T>(args, job, logits, sums);
+}
+
 // The same in a launch of its own.
 template <class T>
 SIMT_KERNEL(kThreads, 1)
 finish(SIMT_PARAM Args<accumulate_t<T>> args) {
   simt::let_next_launch_begin();
   simt::wait_for_launch_before();
-  double* const sums = SmallMemory(simt::shared()).sums;
-  const int64_t job = args.first_job + simt::block();
-  const auto logits = [&](int64_t n) { return args.d_logit + n * args.channels; };
-  if (is_spatial(args, job))
-    finish_spatial<T>(args, sums);
-  else
-    finish_gate<T>(args, job, logits, sums);
+  finish_job<T>(args, args.first_job + simt::block(), SmallMemory(simt::shared()).sums);
 }
 
 }  // namespace da::cuda

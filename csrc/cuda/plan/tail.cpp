@@ -103,13 +103,12 @@ class TailPlanner {
       maps("terms of dx", Made::terms, pass.complete);
     }
     if (masks_.pixels && !through().channels) through_sums("through the norm", kChannels);
-    small(TailKernel::norm_gradients, "gradients of the norm", ceil_div(p_.c, kNormChannels));
+    small(TailKernel::gradients, "parameter gradients",
+          ceil_div(p_.c, kNormChannels) + finish_jobs(p_, masks_, limits_));
     if (kind_.shortcut)
       scale("combine", TailScale::backward, kind_.batch ? kDShortcut | kU : kDShortcut, kDu);
     else
       scale("combine", TailScale::rectified, kDout | kU, kDu);
-    const int64_t jobs = finish_jobs(p_, masks_, limits_);
-    if (jobs > 0) small(TailKernel::finish, "parameter gradients", jobs);
   }
 
   // The axes by which sums are made of x again, backward, weighted by a term of dx.

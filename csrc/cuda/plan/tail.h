@@ -22,7 +22,7 @@ enum TailTensors : unsigned {
   kDu = 32
 };
 
-enum class TailKernel { sums, norm, maps, scale, norm_gradients, finish };
+enum class TailKernel { sums, norm, maps, scale, gradients };
 
 // What a pass adds up: by channel the deviations from a number near the mean, and their squares;
 // deviations from the mean, weighted; or the gradient at the ReLU's argument, which it also writes,

@@ -48,6 +48,7 @@ struct TailArgs {
   A* new_products;           // with new_channel_sums
   A *mask_sums, *term_sums;  // of a mask's and a term's pixels, [image][band]
   A* pooled_x;               // [image][channel]
+  const A* pooled_u;         // what forward kept, of u - centre
 };
 
 }  // namespace da::cuda

@@ -65,6 +65,7 @@ TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
   for (int i = 0; i < kNormMaps; i++) *norm[i] = work + w.norm + i * p.c;
   args.mask_sums = work + w.mask_sums, args.term_sums = work + w.term_sums;
   args.pooled_x = work + w.pooled_x;
+  args.pooled_u = call.pooled;
   return args;
 }
 
@@ -103,8 +104,8 @@ auto tail_kernel(const TailStep& step, const Tiling& t) {
   switch (step.kernel) {
     case TailKernel::norm:
       return tail_norm<T>;
-    case TailKernel::norm_gradients:
-      return tail_norm_gradients<T>;
+    case TailKernel::gradients:
+      return tail_gradients<T>;
     case TailKernel::maps:
       return step.made == Made::masks_of_sums ? tail_maps<T, Made::masks_of_sums>
              : step.made == Made::masks_again ? tail_maps<T, Made::masks_again>
@@ -149,15 +150,13 @@ int run_tail_steps(const Problem& p, const TailPlan& plan, Way way, const TailPo
       launch.early = plan.early && !first;
       launch.backwards = step.backwards;
       first = false;
-      int error = 0;
-      if (step.kernel == TailKernel::finish) {
-        Args<A> gate = call;
-        gate.pooled = args.pooled_x;
-        error = launch_finish<T>(launch, gate);
-      } else {
-        error = simt::launch(launch, tail_kernel<T>(step, plan.tiling), args);
-      }
-      if (error != 0) return error;
+      // The gate's gradients are made of what it was given.
+      const bool gradients = step.kernel == TailKernel::gradients;
+      call.pooled = gradients ? args.pooled_x : static_cast<A*>(at.pooled);
+      if (gradients)
+        if (const int error = clear_counters(launch, call)) return error;
+      if (const int error = simt::launch(launch, tail_kernel<T>(step, plan.tiling), args))
+        return error;
     }
   }
   return 0;

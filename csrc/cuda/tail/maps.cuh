@@ -232,16 +232,11 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
 // the batch's. Of each image, with dx = d k s + o_p dg + o_c dm, o the outer mask or one: the sums
 // of dx and of dx (u - centre).
 template <class T>
-SIMT_KERNEL(kThreads, 1)
-tail_norm_gradients(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
+SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, double* shares) {
   using A = accumulate_t<T>;
-  simt::let_next_launch_begin();
-  simt::wait_for_launch_before();
-  double* shares = SmallMemory(simt::shared()).sums;
   const Args<A>& call = args.call;
   const int slice = simt::thread() / kNormChannels;
-  const int64_t c =
-      (call.first_job + simt::block()) * kNormChannels + simt::thread() % kNormChannels;
+  const int64_t c = job * kNormChannels + simt::thread() % kNormChannels;
   const int64_t bands = call.bands.of_pixels(call.pixels);
   // The partial sums of an image, as many of each on their way at once.
   constexpr int kTerms = 4;
@@ -274,7 +269,7 @@ tail_norm_gradients(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     if (call.masks.channels) {
       const double dg = call.d_pooled[at];
       sum += dg * (call.outer.pixels ? of_bands(args.mask_sums, n, bands) : A(call.pixels));
-      product += dg * call.pooled[at] * call.pixels;
+      product += dg * args.pooled_u[at] * call.pixels;
     }
   }
   add_slices(shares, sum, product);
@@ -286,6 +281,21 @@ tail_norm_gradients(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const double each = -args.scale[c] / (double(call.images) * call.pixels);
   args.du_slope[c] = args.batch ? static_cast<A>(each * weight * inverse) : A(0);
   args.du_offset[c] = args.batch ? static_cast<A>(each * sum) : A(0);
+}
+
+// The parameters' gradients: blocks take channels of the norm, or what the attention's are made of.
+template <class T>
+SIMT_KERNEL(kThreads, 1)
+tail_gradients(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
+  simt::let_next_launch_begin();
+  simt::wait_for_launch_before();
+  double* const sums = SmallMemory(simt::shared()).sums;
+  const int64_t job = args.call.first_job + simt::block();
+  const int64_t others = job - (args.call.channels + kNormChannels - 1) / kNormChannels;
+  if (others < 0)
+    norm_gradients<T>(args, job, sums);
+  else
+    finish_job<T>(args.call, others, sums);
 }
 
 }  // namespace da::cuda
