@@ -8,6 +8,7 @@ their sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,17 +17,23 @@ from benchmarks.measure import Sampler, Stopwatch
 Work = Callable[[], object]
 Record = Callable[[Sequence[Work]], list[Work]]
 MOST = 20  # calls of one input in a graph
+# Graphs whose recording failed. PyTorch's allocator may still ask them what they record.
+FAILED: list[torch.cuda.CUDAGraph] = []
 
 
-def record(works: Sequence[Work]) -> list[Work]:
-    """What replays each of these, which may use the tensors of those before it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def record(works: Sequence[Work], pool: Any = None) -> list[Work]:
+    """What replays each of these, which may use the tensors of those before it.
+
+    Recordings that are given the same memory `pool` share what they have freed, so that what one
+    wrote there lasts until another is replayed. After a failure a pool takes no further recording.
+    """
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):  # graphs need what a first call sets up
         for work in works:
             work()
-    torch.cuda.current_stream().wait_stream(stream)
-    pool = torch.cuda.graph_pool_handle()
+    before.wait_stream(stream)
+    pool = pool or torch.cuda.graph_pool_handle()
     replays: list[Work] = []
     for work in works:
         graph = torch.cuda.CUDAGraph()
@@ -34,7 +41,10 @@ def record(works: Sequence[Work]) -> list[Work]:
             with torch.cuda.graph(graph, pool=pool):
                 work()
         except Exception:
+            torch.cuda.set_stream(before)  # which a capture that failed does not restore
+            FAILED.append(graph)
             end_capture()
+            graph.reset()
             raise
         replays.append(graph.replay)
     return replays

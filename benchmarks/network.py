@@ -10,19 +10,26 @@ other norm with a ReLU, as one operator. The network without attention takes par
 too, and in the full run compiled as a whole. What a layer costs is its step less
 the step without attention, in the same round. Losses of variants that compute the same function
 must agree. Then all take turns in inference: evaluation, without gradients. On a GPU the steps use
-autocast, cuDNN's TF32 is off, and some networks are compiled as a whole, too. Results are written
-every few seconds: a run that is interrupted leaves the rounds before it. The allocator keeps what
-is freed for the next step, as jemalloc and tcmalloc do.
+autocast, cuDNN's TF32 is off, and some networks are compiled as a whole, too.
+
+Kernels are launched from Python one by one, and a fast GPU may wait for the next one. So on a GPU
+all but the networks that are compiled as a whole take turns once more, each as two CUDA graphs, of
+its whole training step and of its inference, that are replayed on batch after batch: copying the
+batch is not timed. What each costs is told by both launches. Where --seconds are too few, graphs
+are left out before what is launched one by one; with float16 there are none, for its loss scaling
+waits for the GPU.
+
+Results are written every few seconds: a run that is interrupted leaves the rounds before it. The
+allocator keeps what is freed for the next step, as jemalloc and tcmalloc do.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,9 +40,11 @@ from benchmarks import (
     cases,
     environment,
     fused,
+    layer,
     measure,
     op,
     photographs,
+    steps,
     tables,
     tally,
 )
@@ -43,7 +52,7 @@ from benchmarks.cases import LAYOUTS
 from benchmarks.checks import a_check, quiet
 from benchmarks.environment import BenchmarkError
 from benchmarks.networks import AMP, Batches, Trainer, activations, build, unfused
-from benchmarks.summary import FUSED, TAIL, WHOLE
+from benchmarks.summary import FUSED, TAIL, WHOLE, beside_plain, cost_ratios, is_ours
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"batch": 8, "size": 96, "layouts": "channels_last", "rounds": 12, "budget": 8.0},
@@ -91,8 +100,7 @@ def measure_layout(
     ]
     for variant, network in build(variants, options.network, classes).items():
         results[variant] = {"variant": variant, "status": "ok"}
-        left = options.end - time.perf_counter()
-        if left < first_steps(variant, options.device) + (1 + INFERENCE) * options.budget:
+        if options.end - time.perf_counter() < needed(variant, options, len(trainers)):
             results[variant] |= {"status": "left out", "reason": "--seconds are too few"}
             continue
         trainer = Trainer(network, data, layout, options.device, options.amp)
@@ -108,8 +116,7 @@ def measure_layout(
                 results[variant]["memory"] = trainer.memory()
                 trainer.infer(1)
         except Exception as error:  # whatever a compiler or backend may raise
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            results[variant] |= {"status": "failed", "reason": reason[:300]}
+            results[variant] |= {"status": "failed", "reason": layer.reason(error)}
             continue
         trainers[variant] = trainer
 
@@ -123,32 +130,46 @@ def measure_layout(
             "cost_ratios": cost_ratios(results),
         }
 
-    def in_turn(what: str, budget: float, **more: Any) -> dict[str, measure.Rounds]:
-        say(f"{layout}: {', '.join(trainers)} in turn, {what}")
-        samplers = {v: fused.sampled(v, getattr(t, what)) for v, t in trainers.items()}
+    def replayed(timed: dict[str, measure.Rounds]) -> dict[str, Any]:
+        for variant, found in beside_plain(timed).items():
+            results[variant]["graph"] = found
+        return part
+
+    def in_turn(
+        those: Mapping[str, Trainer | steps.Graphs], what: str, budget: float, **more: Any
+    ) -> dict[str, measure.Rounds]:
+        graph = ", CUDA graphs" if those is not trainers else ""
+        say(f"{layout}: {', '.join(those)} in turn, {what}{graph}")
+        samplers = {v: fused.sampled(v, getattr(one, what)) for v, one in those.items()}
         return measure.interleaved(samplers, rounds=options.rounds, least=3, budget=budget, **more)
 
-    part = record(in_turn("sample", options.budget, told=lambda timed: told(record(timed))))
-    for variant, found in beside_plain(in_turn("infer", INFERENCE * options.budget)).items():
+    begun, inferring = time.perf_counter(), INFERENCE * options.budget
+    timed = in_turn(trainers, "sample", options.budget, told=lambda timed: told(record(timed)))
+    part = record(timed)
+    for variant, found in beside_plain(in_turn(trainers, "infer", inferring)).items():
         results[variant]["inference"] = found
+    if "graph" in options.launches:
+        told(part)
+        now = time.perf_counter()
+        # Replayed, all rounds take as long again at most.
+        made, without = steps.recorded(trainers, options.end - now - (now - begun), say)
+        for variant, why_not in without.items():
+            results[variant]["graph"] = why_not
+        if made:
+            more = {"told": lambda timed: told(replayed(timed))}
+            replayed(in_turn(made, "sample", options.budget, **more))
+            for variant, found in beside_plain(in_turn(made, "infer", inferring)).items():
+                results[variant]["graph"]["inference"] = found
     return part
 
 
-def beside_plain(timed: dict[str, measure.Rounds]) -> dict[str, dict[str, Any]]:
-    """The seconds of each variant, how many more they are than those of the network without
-    attention in the same round, and how many times as fast it is."""
-    seconds = {variant: rounds[:, 0] for variant, rounds in timed.items()}
-    found: dict[str, dict[str, Any]] = {
-        v: {"seconds": measure.spread(s)} for v, s in seconds.items()
-    }
-    if "plain" in seconds:
-        plain = seconds.pop("plain")
-        for variant, own in seconds.items():
-            cost = measure.spread(own - plain)
-            found[variant]["cost"] = cost
-            found[variant]["cost_percent"] = 100 * cost["median"] / float(np.median(plain))
-            found[variant]["speedup"] = measure.spread(plain / own)
-    return found
+def needed(variant: str, options: argparse.Namespace, before: int) -> float:
+    """Seconds from a variant's first step until all have taken their turns, at most, with so many
+    variants before it. What is compiled leaves time for CUDA graphs; others come before these."""
+    first, turns = first_steps(variant, options.device), (1 + INFERENCE) * options.budget
+    if "graph" in options.launches and first > PLAINLY:
+        turns = 2 * turns + (before + 1) * steps.CAPTURE
+    return first + turns
 
 
 def first_steps(variant: str, device: str) -> float:
@@ -156,20 +177,6 @@ def first_steps(variant: str, device: str) -> float:
     if device == "cpu":
         return WHOLLY if variant.startswith(WHOLE) else 0.0
     return WHOLLY if variant.startswith(WHOLE) else LAYERS if op.compiles(variant) else PLAINLY
-
-
-def cost_ratios(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times more each rival costs than each fused variant, by the median costs."""
-    costs = {v: r["cost"]["median"] for v, r in results.items() if "cost" in r}
-    return [
-        {"fused": fused, "rival": rival, "ratio": costs[rival] / costs[fused]}
-        for fused, rival in itertools.product(costs, costs)
-        if fused.startswith(FUSED) and not is_ours(rival) and costs[fused] > 0
-    ]
-
-
-def is_ours(name: str) -> bool:
-    return name.startswith((FUSED, TAIL))
 
 
 def checks(
@@ -226,7 +233,7 @@ def tail_checks(
     name: str, ours: dict[str, Any], plain: dict[str, Any], layout: str, maps: int
 ) -> list[dict[str, Any]]:
     """With fused tails the network takes no longer than without attention, and little more memory;
-    unknown where it was not measured."""
+    unknown where it was not measured. Replayed as a CUDA graph it takes no longer, either."""
     expected = {
         f"{what}, {name} against plain, {layout}": "at least as fast as without attention"
         for what in ("training", "inference")
@@ -241,10 +248,16 @@ def tail_checks(
     more = ours["memory"]["peak"] - plain["memory"]["peak"]
     kept = [None if speed is None else speed >= 1 for speed in speeds] + [more <= maps]
     got = [*map(tables.times, speeds), f"{tables.mib(more)} MiB more"]
-    return [
+    found = [
         a_check(check, passed, wanted, word)
         for (check, wanted), passed, word in zip(expected.items(), kept, got, strict=True)
     ]
+    graph = ours.get("graph", {})
+    for (check, wanted), phase in zip(expected.items(), (graph, graph.get("inference", {}))):
+        if "speedup" in phase:
+            speed = phase["speedup"]["median"]
+            found.append(a_check(f"{check}, graph", speed >= 1, wanted, tables.times(speed)))
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -272,9 +285,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def complete(options: argparse.Namespace) -> None:
-    """What the preset has for this device, where it was not given."""
+    """What the preset has for this device, where it was not given, and the device's launches."""
     on_gpu = options.device == "cuda"
     options.amp = options.amp or ("bfloat16" if on_gpu else "none")
+    options.launches = cases.LAUNCHES if on_gpu else cases.LAUNCHES[:1]
     for name, value in (GPU_PRESETS if on_gpu else PRESETS)[options.preset].items():
         if getattr(options, name) is None:
             setattr(options, name, value)

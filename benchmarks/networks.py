@@ -116,6 +116,7 @@ class Trainer:
             (x.to(device).contiguous(memory_format=LAYOUTS[layout]), k.to(device))
             for x, k in batches
         ]
+        self.data = moved
         self.batches = itertools.cycle(moved)
         self.images = moved[0][0]  # of inference
         self.watch = measure.Stopwatch(device)
@@ -125,10 +126,17 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device, enabled=self.amp == torch.float16)
         self.losses: list[torch.Tensor] = []
 
+    def autocast(self, cache: bool = True) -> torch.autocast:
+        """`cache`: weights that were cast are kept until its end."""
+        on = self.amp is not None
+        return torch.autocast(self.device, self.amp, enabled=on, cache_enabled=cache)
+
+    def loss(self, x: torch.Tensor, labels: torch.Tensor, cache: bool = True) -> torch.Tensor:
+        with self.autocast(cache):
+            return nn.functional.cross_entropy(self.network(x), labels)
+
     def forward(self) -> torch.Tensor:
-        x, labels = next(self.batches)
-        with torch.autocast(self.device, self.amp, enabled=self.amp is not None):
-            loss = nn.functional.cross_entropy(self.network(x), labels)
+        loss = self.loss(*next(self.batches))
         self.losses.append(loss.detach())
         return loss
 
@@ -149,7 +157,7 @@ class Trainer:
     def infer(self, calls: int) -> Sequence[float]:
         self.network.eval()
         marks = [self.watch.mark()]
-        with torch.no_grad(), torch.autocast(self.device, self.amp, enabled=self.amp is not None):
+        with torch.no_grad(), self.autocast():
             for _ in range(calls):
                 self.network(self.images)
                 marks.append(self.watch.mark())

@@ -110,17 +110,25 @@ def mean_rows(results: Results) -> list[list[str]]:
 
 
 def network_line(results: Results) -> str:
-    """The cost of the layer in a network, in percent of a training step without it."""
+    """The cost of the layer in a network, in percent of a training step without it: launched from
+    Python, and replayed as a CUDA graph, where that was measured."""
+    layouts = " and ".join(part["layout"] for part in results["layouts"])
+    costs = network_costs(results, lambda r: r)
+    said = f"A training step of {results['network']['name']} with the layer, {layouts}: {costs}."
+    replayed = network_costs(results, lambda r: r.get("graph", {}))
+    return f"{said} As a CUDA graph: {replayed}." if replayed else said
+
+
+def network_costs(results: Results, launched: Callable[[Results], Results]) -> str:
+    """Of each variant with the layer, a percentage a layout."""
     found: dict[str, list[str]] = {}
     for part in results["layouts"]:
         for r in part["results"]:
-            if "cost_percent" in r and "plain" not in r["variant"]:
+            if "cost_percent" in launched(r) and "plain" not in r["variant"]:
                 found.setdefault(tables.name_of(r["variant"]), []).append(
-                    f"{r['cost_percent']:+.1f}%"
+                    f"{launched(r)['cost_percent']:+.1f}%"
                 )
-    layouts = " and ".join(part["layout"] for part in results["layouts"])
-    costs = ", ".join(f"{name} {' and '.join(cells)}" for name, cells in found.items())
-    return f"A training step of {results['network']['name']} with the layer, {layouts}: {costs}."
+    return ", ".join(f"{name} {' and '.join(cells)}" for name, cells in found.items())
 
 
 # The block of docs/benchmarks.md: everything.
@@ -175,8 +183,10 @@ def device_lines(together: dict[str, Results], chart: str) -> list[str]:
         if any(r["variant"].startswith(TAIL) for p in results["layouts"] for r in p["results"]):
             lines += ["", NETWORK_NOTE]
         lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
-        head, rows = tables.network_header(results), tables.network_rows(results)
-        lines += ["", tables.markdown_table(head, rows)]
+        for head, rows in tables.network_tables(results):
+            lines += ["", tables.markdown_table(head, rows)]
+        if without := tables.graph_lines(results):
+            lines += ["", *(f"- {line}" for line in without)]
     if "gpu" in together:
         rows = part_rows(together["gpu"])
         lines += ["", "`make gpu`:", "", tables.markdown_table(PART_HEADER, rows)]

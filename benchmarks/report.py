@@ -60,11 +60,9 @@ def text(results: Results) -> str:
         if left_out := results.get("left_out"):
             lines += ["", "Not measured, for want of time: " + ", ".join(left_out)]
     else:
-        lines += [
-            "",
-            tables.network_title(results),
-            tables.plain_table(tables.network_header(results), tables.network_rows(results)),
-        ]
+        made = (tables.plain_table(header, rows) for header, rows in tables.network_tables(results))
+        lines += ["", tables.network_title(results), "\n\n".join(made)]
+        lines += [f"  {line}" for line in tables.graph_lines(results)]
     lines += ["", tables.plain_table(CHECK_HEADER, tables.check_lines(results), left=4)]
     return "\n".join(lines)
 

@@ -142,3 +142,35 @@ def losses(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     who = {k: ratio[k] for k in ("fused", "layout", "rival", "part")}
                     lost.append({**case, **who, "basis": basis, "ratio": ratio[basis]["median"]})
     return lost
+
+
+# Of whole networks, whose variants are named as above, and "plain" is without attention.
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith((FUSED, TAIL))
+
+
+def beside_plain(timed: dict[str, NDArray[np.float64]]) -> dict[str, dict[str, Any]]:
+    """The seconds of each variant, how many more they are than those of the network without
+    attention in the same round, and how many times as fast it is."""
+    seconds = {variant: rounds[:, 0] for variant, rounds in timed.items()}
+    found: dict[str, dict[str, Any]] = {v: {"seconds": spread(s)} for v, s in seconds.items()}
+    if "plain" in seconds:
+        plain = seconds.pop("plain")
+        for variant, own in seconds.items():
+            cost = spread(own - plain)
+            found[variant]["cost"] = cost
+            found[variant]["cost_percent"] = 100 * cost["median"] / float(np.median(plain))
+            found[variant]["speedup"] = spread(plain / own)
+    return found
+
+
+def cost_ratios(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times more each rival costs than each fused variant, by the median costs."""
+    costs = {v: r["cost"]["median"] for v, r in results.items() if "cost" in r}
+    return [
+        {"fused": fused, "rival": rival, "ratio": costs[rival] / costs[fused]}
+        for fused, rival in itertools.product(costs, costs)
+        if fused.startswith(FUSED) and not is_ours(rival) and costs[fused] > 0
+    ]

@@ -294,9 +294,8 @@ NETWORK_HEADER = [
     "peak MiB",
     "held for backward, MiB",
 ]
-
-
 INFERENCE_HEADER = ["inference ms", "inference added %"]  # where that was measured, too
+GRAPH_HEADER = ["training step, CUDA graph", *NETWORK_HEADER[1:5], *INFERENCE_HEADER]
 
 
 def infers(results: Results) -> bool:
@@ -307,6 +306,21 @@ def network_header(results: Results) -> list[str]:
     return NETWORK_HEADER + (INFERENCE_HEADER if infers(results) else [])
 
 
+def step_cells(r: Results) -> list[str]:
+    """The time of a training step, and how much more it is than that without attention."""
+    cost = r.get("cost")
+    added = [ms(cost["median"]), f"{r['cost_percent']:.1f}"] if cost else ["-", "-"]
+    return [ms(r["seconds"]["median"]), *added]
+
+
+def inference_cells(r: Results) -> list[str]:
+    """The same of inference, without the milliseconds added."""
+    if not (inferred := r.get("inference")):
+        return ["-", "-"]
+    percent = inferred.get("cost_percent")
+    return [ms(inferred["seconds"]["median"]), "-" if percent is None else f"{percent:.1f}"]
+
+
 def network_rows(results: Results) -> list[list[str]]:
     found = []
     empty = ["-"] * (len(network_header(results)) - 2)
@@ -315,25 +329,37 @@ def network_rows(results: Results) -> list[list[str]]:
             if r["status"] != "ok":
                 found.append([f"{name_of(r['variant'])} {r['status']}", part["layout"], *empty])
                 continue
-            cost = r.get("cost")
-            found.append(
-                [
-                    name_of(r["variant"]),
-                    part["layout"],
-                    ms(r["seconds"]["median"]),
-                    ms(cost["median"]) if cost else "-",
-                    f"{r['cost_percent']:.1f}" if cost else "-",
-                    mib(r["memory"]["peak"]),
-                    mib(r["memory"]["held"]),
-                ]
-            )
-            if inferred := r.get("inference"):
-                percent = inferred.get("cost_percent")
-                more = "-" if percent is None else f"{percent:.1f}"
-                found[-1] += [ms(inferred["seconds"]["median"]), more]
-            elif infers(results):
-                found[-1] += ["-", "-"]
+            memory = [mib(r["memory"][kind]) for kind in ("peak", "held")]
+            found.append([name_of(r["variant"]), part["layout"], *step_cells(r), *memory])
+            found[-1] += inference_cells(r) if infers(results) else []
     return found
+
+
+def graph_rows(results: Results) -> list[list[str]]:
+    """The same of those that were replayed as CUDA graphs."""
+    return [
+        [name_of(r["variant"]), part["layout"], *step_cells(graph), *inference_cells(graph)]
+        for part in results["layouts"]
+        for r in part["results"]
+        if "seconds" in (graph := r.get("graph", {}))
+    ]
+
+
+def network_tables(results: Results) -> list[tuple[list[str], list[list[str]]]]:
+    """Headers and rows: steps that are launched from Python, then replays, where there are some."""
+    found = [(network_header(results), network_rows(results)), (GRAPH_HEADER, graph_rows(results))]
+    return found if found[1][1] else found[:1]
+
+
+def graph_lines(results: Results) -> list[str]:
+    """Why there are no CUDA graphs of some networks: a line for each reason."""
+    found: dict[str, list[str]] = {}
+    for part in results["layouts"]:
+        for r in part["results"]:
+            if "reason" in (graph := r.get("graph", {})):
+                why = f"{graph['status']}: {graph['reason']}"
+                found.setdefault(why, []).append(f"{name_of(r['variant'])} {part['layout']}")
+    return [f"CUDA graph of {', '.join(names)} {why}" for why, names in found.items()]
 
 
 def network_title(results: Results) -> str:
