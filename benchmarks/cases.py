@@ -110,9 +110,9 @@ def gpu_preset(name: str) -> list[Case]:
     batches = [(n, *shape[1:]) for n, shape in product(GPU_BATCHES, few)]
     return [
         *(Case(shape, "stage", "float16", compiled=full, **both) for shape in stages),
+        *(Case(s, "tail", "float16", compiled=full, launches=LAUNCHES) for s in few),
         Case(OVERHEAD, "overhead", layouts=("contiguous",), compiled=full),
         *(Case(shape, "stage", "float16", **both) for shape in (() if full else few)),
-        *(Case(s, "tail", "float16", compiled=full, launches=LAUNCHES) for s in few),
         *(Case(shape, "dtype", k, compiled=full, **both) for k, shape in product(kinds[1:], few)),
         *(Case(shape, "batch", "float16", compiled=full, **both) for shape in batches),
         *(Case(shape, "ssd", "float16", compiled=full, launches=LAUNCHES) for shape in SSD),

@@ -12,6 +12,7 @@ from da_ops.reference import ORDERS
 
 from .cases import LAYOUTS
 from .test_plan import ARCHITECTURES, BATCHES, BYTES, MANY, STAGES, TABLE, filled, simulated
+from .test_plan import launches as of_layer
 
 planners = pytest.importorskip("da_ops._plan")
 # Passes over the tensor, forward in training and backward.
@@ -85,7 +86,7 @@ def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
         for n in (1, 32, 256):
             p = launches((n, *stage), layout, dtype, sm=sm)
             assert p["vector_bytes"] == 16
-            assert len(p["forward"]) <= 7 and len(p["backward"]) <= 11
+            assert len(p["forward"]) <= 7 and len(p["backward"]) <= 10
             for step in p["forward"] + p["backward"]:
                 assert step["shared_bytes"] <= (64 if dtype == "float64" else 48) * 1024
 
@@ -93,13 +94,16 @@ def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_waves_are_full_as_those_of_the_layer(layout, sm):
+    """Of the passes with fewer slots; sums of u alone have three a multiprocessor."""
+    multiprocessors = of_layer((1, *TABLE[0]), sm=sm)["multiprocessors"]
     for stage, dtype, n in product(TABLE, ("float16", "float32"), BATCHES[::3]):
         p = launches((n, *stage), layout, dtype, sm=sm)
         steps = passes(p["forward"] + p["backward"])
-        rounds, full = filled(steps, n * math.prod(stage) * BYTES[dtype])
-        assert rounds < 1 or full >= (0.9 if rounds >= MANY else 0.63), (n, stage, dtype)
-        if sm == 90:
-            assert {step["waves"]["slots"] for step in steps} == {132 * 2, 132 * 3}
+        slots = [step["waves"]["slots"] // multiprocessors for step in steps]
+        assert max(slots) == 3 and (sm == 75 or min(slots) == 2)
+        few = [step for step, held in zip(steps, slots, strict=True) if held < 3]
+        rounds, full = filled(few, n * math.prod(stage) * BYTES[dtype])
+        assert rounds < 1 or full >= (0.9 if rounds >= MANY else 0.64), (n, stage, dtype)
 
 
 @pytest.mark.parametrize("order", [*ORDERS, "none"])

@@ -72,9 +72,9 @@ def parts(preset: str, scratch: Path) -> list[Part]:
         Part("onchip", 30, tests("cuda", 800, "tests", "DA_OPS_PLAN=onchip"), firm=30),
         Part("gpu", 30, tests("cuda", 400, gpu_tests)),
         Part("sanitize", 40, lambda _: [[*PYTHON, "benchmarks.gpu.sanitize"]]),
-        Part("op", 110, bench("op")),
-        Part("triton", 40, tests("triton", 60)),
-        Part("network", 70, bench("network")),
+        Part("op", 130, bench("op")),
+        Part("triton", 30, tests("triton", 60)),
+        Part("network", 60, bench("network")),
     ]
 
 

@@ -47,7 +47,8 @@ Quality quality(const Problem& p, const Device& device, const Tiling& t,
     const double streaming = (bytes + reads * kRead * most) / 2;
     const double all = streaming * (count(pass.reads) + count(pass.writes)) + adding * most;
     q.time += w.waves * (kWaveTime + all / memory_rate(device.sm));
-    q.efficiency = std::min(q.efficiency, w.efficiency * most / shared);
+    if (blocks == *per_sm.begin())
+      q.efficiency = std::min(q.efficiency, w.efficiency * most / shared);
   };
   for (int blocks : per_sm)
     for (bool backward : {false, true})

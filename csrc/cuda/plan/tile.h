@@ -37,7 +37,8 @@ Waves waves(const Problem& problem, const Device& device, const Plan& plan,
             const Direction& direction, const Step& step);
 
 // The tiles whose blocks should be done first. `per_sm`: how many blocks a multiprocessor's
-// registers hold, of each kind of pass; 0: as many as of the layer's.
+// registers hold, of each kind of pass, 0: as many as of the layer's. Waves are to be full of the
+// first kind.
 Tiling tile(const Problem& problem, const Device& device, bool aligned, const Limits& limits,
             std::initializer_list<int> per_sm = {0});
 
