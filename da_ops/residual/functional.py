@@ -91,7 +91,7 @@ def tail(
         check_arguments(u, parameters, order, gate)
     if torch.compiler.is_compiling():
         six = parameters or (None,) * 6
-        out, mean, var = torch.ops.da_ops.residual.default(
+        out, mean, var = torch.ops.da_ops.residual_attention.default(
             u, shortcut, weight, bias, mean, var, norm.eps, *six, order, gate, backend
         )
         if running is not None:
