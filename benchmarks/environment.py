@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "benchmarks" / "results"  # full runs, which README.md and docs show
 LOCAL = ROOT / "bench-results"  # quick runs, not under version control
 SCHEMA = 1
+CPUINFO = Path("/proc/cpuinfo")
 GPU_PARTS = (  # of `make gpu`
     "build", "cuda", "onchip", "gpu", "sanitize", "op", "triton", "network",
 )  # fmt: skip
@@ -55,14 +56,27 @@ class BenchmarkError(Exception):
     """What was expected, what came, what to do. Shown to the user without a traceback."""
 
 
+def cpu_says(field: str) -> str | None:
+    """A field of the first core in /proc/cpuinfo, such as "model name"; None where it is not."""
+    if not CPUINFO.exists():
+        return None
+    found = re.search(rf"^{field}[ \t]*:[ \t]*(.+)$", CPUINFO.read_text(), re.MULTILINE)
+    return found.group(1) if found else None
+
+
 def cpu_model() -> str:
     """The processor's name as it gives it, without trademark signs."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        name = found.group(1) if found else name
+    name = cpu_says("model name") or platform.processor() or platform.machine()
     return re.sub(r"\((R|TM|r|tm)\)| CPU|\s+@.*| +\d+-Core Processor", "", name).strip()
+
+
+def cpu_numbers() -> dict[str, int]:
+    """Family and model of a processor whose name has no number, as virtual machines have them:
+    {"cpu_family": 26, "cpu_model": 2}. Empty where the name has one, or nothing tells them."""
+    if re.search(r"\d", cpu_model()):
+        return {}
+    said = {"cpu_family": cpu_says("cpu family"), "cpu_model": cpu_says("model")}
+    return {name: int(value) for name, value in said.items() if value and value.isdecimal()}
 
 
 def cpu_caches() -> dict[str, int]:
@@ -101,7 +115,8 @@ def device_record(device: str) -> dict[str, Any]:
 
     record: dict[str, Any] = {
         "kind": device,
-        "name": cpu_model(),
+        "name": cpu_model(),  # without the numbers, for files of results are named after it
+        **cpu_numbers(),
         "cores": cpu_cores(),
         "threads": torch.get_num_threads(),
         "caches": cpu_caches(),

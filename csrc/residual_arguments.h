@@ -94,10 +94,13 @@ ResidualOutputs residual_training_operator(
   for (const Tensor* t : {&running_mean, &running_var})
     STD_TORCH_CHECK(t->numel() == p.c && t->is_contiguous(),
                     "da_ops: running statistics must be one number a channel, contiguous");
-  STD_TORCH_CHECK(
-      !batches || (batches->numel() == 1 && batches->scalar_type() == ScalarType::Long &&
-                   batches->is_cpu() == u.is_cpu()),
-      "da_ops: batches must be one number of int64, on u's device");
+  if (batches) {
+    STD_TORCH_CHECK(batches->numel() == 1 && batches->scalar_type() == ScalarType::Long,
+                    "da_ops: batches must be one number of int64");
+    STD_TORCH_CHECK(batches->is_cpu() == u.is_cpu() && batches->is_cuda() == u.is_cuda() &&
+                        batches->get_device_index() == u.get_device_index(),
+                    "da_ops: batches must be on u's device");
+  }
   const Parameter none;
   return kForward(p, u, shortcut, {norm_weight, norm_bias, none, none, eps},
                   {&running_mean, &running_var, batches ? &*batches : nullptr, momentum}, given);

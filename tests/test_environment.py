@@ -8,6 +8,20 @@ pytest.importorskip("psutil")
 
 from benchmarks import environment
 
+CPUINFO = """\
+processor\t: 0
+vendor_id\t: a vendor
+cpu family\t: {family}
+model\t\t: {model}
+model name\t: {name}
+stepping\t: 1
+
+processor\t: 1
+cpu family\t: 0
+model\t\t: 0
+model name\t: another
+"""
+
 
 def test_digest_follows_the_kernel_sources(tmp_path):
     names = ["csrc/ops.cpp", "csrc/cpu/forward.cpp", "csrc/cuda/portable/masks.cuh"]
@@ -38,3 +52,36 @@ def test_digest_follows_the_kernel_sources(tmp_path):
 
 def test_slugs():
     assert environment.slug("NVIDIA H200 (PCIe)") == "nvidia-h200-pcie"
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "name", "cleaned", "numbers"),
+    [
+        (26, 2, "AMD EPYC", "AMD EPYC", {"cpu_family": 26, "cpu_model": 2}),
+        (25, 1, "AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763", {}),
+        (6, 143, "Intel(R) Xeon(R) Processor @ 2.00GHz", "Intel Xeon Processor",
+         {"cpu_family": 6, "cpu_model": 143}),
+        (6, 106, "Intel(R) Xeon(R) 8370C CPU @ 2.80GHz", "Intel Xeon 8370C", {}),
+    ],
+)  # fmt: skip
+def test_a_name_without_a_number_has_family_and_model_beside_it(
+    tmp_path, monkeypatch, family, model, name, cleaned, numbers
+):
+    info = tmp_path / "cpuinfo"
+    info.write_text(CPUINFO.format(family=family, model=model, name=name))
+    monkeypatch.setattr(environment, "CPUINFO", info)
+    record = environment.device_record("cpu")
+    assert record["name"] == cleaned
+    assert {key: record[key] for key in ("cpu_family", "cpu_model") if key in record} == numbers
+
+
+@pytest.mark.parametrize("text", [None, "", "model\t\t: unknown\nHardware\t: a board\n"])
+def test_a_processor_that_tells_nothing_has_a_name(tmp_path, monkeypatch, text):
+    info = tmp_path / "cpuinfo"
+    if text is not None:
+        info.write_text(text)
+    monkeypatch.setattr(environment, "CPUINFO", info)
+    monkeypatch.setattr(environment.platform, "processor", lambda: "")
+    monkeypatch.setattr(environment.platform, "machine", lambda: "riscv")
+    assert environment.cpu_model() == "riscv"
+    assert environment.cpu_numbers() == {}

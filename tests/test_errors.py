@@ -279,6 +279,8 @@ class TestBackends:
         """Asked for by name, a backend that cannot serve is an error with its reason."""
         reason = "it has gone fishing"
         known = BACKENDS.get(name, BACKENDS["eager"])
+        if unserved(name, "cpu") is None:
+            way(make(), name)  # that it served is no reason to serve
         monkeypatch.setitem(BACKENDS, name, replace(known, reason=reason))
         assert da_ops.backends()[name] == reason
         assert_refused(lambda: way(make(), name), RuntimeError, repr(name), reason, "'auto'")
@@ -293,6 +295,7 @@ class TestBackends:
         """What turned out not to work is not chosen again, and that is said once."""
         monkeypatch.delenv("DA_OPS_BACKEND", raising=False)
         assert choice.select("auto", "cpu") == fused_cpu
+        make()(backend=fused_cpu)  # that it served is no reason to serve
         reason = "it has gone fishing"
         for _ in range(2):
             choice.give_up(fused_cpu, reason)

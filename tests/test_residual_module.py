@@ -85,3 +85,14 @@ def test_a_compiled_layer_under_checkpointing():
         found.append([out, *torch.autograd.grad(out, [u, shortcut], dout)])
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_graph_outlives_a_call_that_is_not_compiled(choice):
+    """What a choice remembers of calls by a backend's name does not make a graph anew."""
+    u, shortcut, _ = tensors()
+    layer = da_ops.DAResidual(6, dtype=torch.float64, backend="cpu").eval()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    want = compiled(u, shortcut)
+    torch.testing.assert_close(layer(u, shortcut), want)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(u, shortcut), want)

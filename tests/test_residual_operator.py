@@ -59,10 +59,13 @@ def test_the_operator_names_what_does_not_fit(fused_cpu):
     for mean, batches, message in (
         (torch.zeros(10)[::2], None, "running statistics must be one number a channel"),
         (torch.zeros(5), torch.tensor(0.0), "batches must be one number of int64"),
+        (torch.zeros(5), torch.tensor([0, 0]), "batches must be one number of int64"),
+        (torch.zeros(5), torch.tensor(0, device="meta"), "batches must be on u's device"),
     ):
         running = mean, torch.ones(5), batches, 0.1
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.da_ops.residual_training(
+            torch.ops.da_ops.residual_training.default.redispatch(
+                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),  # whatever else is given
                 tail.u,
                 tail.shortcut,
                 *tail.norm[:2],

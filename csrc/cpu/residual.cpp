@@ -64,6 +64,8 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
   using A = accumulate_t<T>;
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
   const A* centre = norm.mean.data();
+  // Whether the pooling is of what the spatial mask has multiplied.
+  const bool pools_masked = problem.channel() && outer(problem.order).pixels;
   const auto one_image = [&](Image<T>& image, int64_t n, int64_t following) {
     const T* un = u + n * size;
     A *m = channel_mean + n * pixels, *raw = pooled + n * c;
@@ -108,7 +110,7 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
       const A constant = sum_of(pass.sums.channels ? norm.bias.data() : bias, c);
       for (int64_t i = 0; i < pixels; i++) m[i] = (sums_by_pixel[i] + constant) / c;
       image.spatial_mask(m, spatial_mask);
-      pooled_weight = sum_of(spatial_mask, pixels) / pixels;
+      if (pools_masked) pooled_weight = sum_of(spatial_mask, pixels) / pixels;
     };
     image.walk(passes, columns, over, channels, spatial);
   };

@@ -93,7 +93,8 @@ class Backend:
     operators of these names; None where the backend has none, and "auto" takes the next one that
     has them. ``residual_forward_`` writes ``out`` over ``u``, so that less memory is touched; None
     where that gains nothing. ``residual_training`` is ``residual_forward`` by the batch's
-    statistics, which updates running ones; None where the backend leaves that to the caller.
+    statistics, which updates running ones and adds one to the norm's ``num_batches_tracked``, if it
+    has that; None where the backend leaves both to the caller.
     ``residual_plan(call, mode, shortcut)`` is their plan, the mode one of ``tail.MODES``, with a
     shortcut or without; None where they make the passes of ``tail.tail_walks``, and each moves all
     that it reads and writes.

@@ -23,6 +23,8 @@ class Choice:
         self.backends: dict[str, Backend] = {}  # the best first
         self._chosen: dict[str, str] = {}  # name by device type, for "auto"
         self._chosen_for_tails: dict[str, str] = {}  # the same, of residual tails
+        # The backend by the name asked for and the device type, where :meth:`select` allowed it.
+        self._allowed: dict[tuple[str, str], Backend] = {}
         self._warned: set[str] = set()  # reasons
         self._given_up: dict[str, str] = {}  # reason by name
 
@@ -30,6 +32,7 @@ class Choice:
         """Choose anew from here on, as after the import."""
         self._chosen.clear()
         self._chosen_for_tails.clear()
+        self._allowed.clear()
         self._warned.clear()
         self._given_up.clear()
         self.follow_plans()
@@ -88,7 +91,13 @@ class Choice:
     def implementation(self, asked: str, device_type: str) -> Backend:
         """The backend that :meth:`select` names, in its variant for "auto"."""
         if asked != "auto":
-            return self.backends[self.select(asked, device_type)]
+            if torch.compiler.is_compiling():  # a graph would depend on what is remembered
+                return self.backends[self.select(asked, device_type)]
+            backend = self.backends.get(asked)
+            if backend is None or self._allowed.get((asked, device_type)) is not backend:
+                backend = self.backends[self.select(asked, device_type)]
+                self._allowed[asked, device_type] = backend
+            return backend
         name = self._chosen.get(device_type) or self.select(asked, device_type)  # most calls' way
         backend = self.backends[name]
         return backend.for_auto or backend
@@ -196,6 +205,7 @@ class Choice:
         self._given_up[name] = reason
         self._chosen.clear()
         self._chosen_for_tails.clear()
+        self._allowed.clear()
         self.follow_plans()
         if reason not in self._warned:
             self._warned.add(reason)

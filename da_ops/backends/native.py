@@ -188,9 +188,9 @@ def fake_residual_backward(
     eps: float,
     *args: Any,
 ) -> list[Tensor]:
-    du = [torch.empty_like(u) for _ in range(1 if out is None else 2)]
+    like_u = [torch.empty_like(u) for _ in range(1 if out is None else 2)]  # du, d_shortcut
     parameters = norm_weight, norm_bias, *args[:6]
-    return du + [empty_gradient(p) for p in parameters if p is not None]
+    return like_u + [empty_gradient(p) for p in parameters if p is not None]
 
 
 def _flops(

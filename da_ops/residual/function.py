@@ -172,8 +172,8 @@ def fused(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fused(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, eps, *parameters, order,
-    gate, backend) -> (out, mean, var)``, the operator ``da_ops::residual``. The six parameters are
-    None with the order "none"."""
+    gate, backend) -> (out, mean, var)``, the operator ``da_ops::residual_attention``. The six
+    parameters are None with the order "none"."""
     *parameters, order, gate, backend = rest
     served = CHOICE.for_tails(backend, u.device.type)
     call = Call(served, order, gate, eps, norm_mean, norm_var, statistics=True)
@@ -181,11 +181,13 @@ def fused(
     return ResidualFunction.apply(call, u, shortcut, norm_weight, norm_bias, *given)
 
 
-# One node to Dynamo, as da_ops::attention is.
+# One node to Dynamo, as da_ops::attention is. A graph that torch.compile keeps on disk is found by
+# this node, not by the operators that it decomposes into: where their schemas change, so must its
+# name. It was da_ops::residual in 0.2.0.
 _library = torch.library.Library("da_ops", "FRAGMENT")
 _library.define(
-    "residual(Tensor u, Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, "
+    "residual_attention(Tensor u, Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, "
     f"Tensor? norm_mean, Tensor? norm_var, float eps, {SCHEMA}, str order, str gate, "
     "str backend) -> (Tensor out, Tensor mean, Tensor var)"
 )
-_library.impl("residual", fused, "CompositeImplicitAutograd")
+_library.impl("residual_attention", fused, "CompositeImplicitAutograd")

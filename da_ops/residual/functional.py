@@ -29,12 +29,12 @@ def residual_attention(
 ) -> Tensor:
     """``relu(attention(norm(u)) + shortcut)``, the tail of a residual branch, as one operator.
 
-    In training a fused call reads ``u`` twice, once for the statistics, and keeps ``u`` and its
-    result for backward; nothing of their size comes between. What cannot be fused calls the modules
-    one by one: other norms and layers, hooks on one of them, subclasses of tensors, tensors that
-    are traced, transformed (``torch.func``) or exported, a backend without such a kernel. Where
-    that can be helped, a warning of the logger ``da_ops`` says so once, with the reason; so does
-    :func:`unfused`.
+    For backward a fused call in training keeps ``u``, small maps and, with a shortcut, its result;
+    nothing of their size comes between. :func:`da_ops.explain` tells its passes. What cannot be
+    fused calls the modules one by one: other norms and layers, hooks on one of them, subclasses of
+    tensors, tensors that are traced, transformed (``torch.func``) or exported, a backend without
+    such a kernel. Where that can be helped, a warning of the logger ``da_ops`` says so once, with
+    the reason; so does :func:`unfused`.
 
     Args:
         u: ``[N, C, H, W]``, what the branch's last convolution gives.
@@ -91,7 +91,7 @@ def tail(
         check_arguments(u, parameters, order, gate)
     if torch.compiler.is_compiling():
         six = parameters or (None,) * 6
-        out, mean, var = torch.ops.da_ops.residual.default(
+        out, mean, var = torch.ops.da_ops.residual_attention.default(
             u, shortcut, weight, bias, mean, var, norm.eps, *six, order, gate, backend
         )
         if running is not None:
@@ -225,8 +225,12 @@ def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
 
 
 def _fusible(u: Any, shortcut: Any, norm: Any, own: tuple[Tensor | None, ...]) -> bool:
-    """:func:`fusible_now` with the norm's tensors. Every call comes here, from cold caches: what
-    is asked for least is asked only where it can be true."""
+    """:func:`fusible_now`, given the norm's tensors as :func:`_norm_tensors` has them.
+
+    Every call of the tail runs it, most of them from cold caches, and so it makes as few look-ups
+    as it can: whether a graph is exported is asked only while compiling, whether the call is traced
+    only otherwise.
+    """
     if type(u) is not Tensor or not (shortcut is None or type(shortcut) is Tensor):
         return False
     if torch.compiler.is_compiling():
