@@ -6,7 +6,6 @@ once, and so takes the time that the GPU needs.
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -91,7 +90,6 @@ def recorded(
     without: dict[str, dict[str, Any]] = {}
     chosen = {v: trainer for v, trainer in trainers.items() if not v.startswith(WHOLE)}
     enough = left >= CAPTURE * len(chosen)
-    gc.collect()  # autograd graphs in reference cycles, which belong to the stream that made them
     pool = None
     for variant, trainer in chosen.items():
         if why := refused(variant, trainer) or (None if enough else "--seconds are too few"):

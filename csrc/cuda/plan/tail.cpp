@@ -104,7 +104,7 @@ class TailPlanner {
     }
     if (masks_.pixels && !through().channels) through_sums("through the norm", kChannels);
     small(TailKernel::gradients, "parameter gradients",
-          ceil_div(p_.c, kNormChannels) + finish_jobs(p_, masks_, limits_));
+          ceil_div(p_.c, plan_.norm_channels) + finish_jobs(p_, masks_, limits_));
     if (kind_.shortcut)
       scale("combine", TailScale::backward, kind_.batch ? kDShortcut | kU : kDShortcut, kDu);
     else
@@ -140,7 +140,7 @@ class TailPlanner {
         p_.dtype == Dtype::float64 ? pass_bytes<double>(t, step) : pass_bytes<float>(t, step);
     add(step, p_.n * t.tiles());
   }
-  void norm() { small(TailKernel::norm, "norm", ceil_div(p_.c, kNormChannels)); }
+  void norm() { small(TailKernel::norm, "norm", ceil_div(p_.c, plan_.norm_channels)); }
   void small(TailKernel kernel, const char* name, int64_t jobs) {
     TailStep step{};
     step.kernel = kernel, step.name = name, step.shared_bytes = SmallMemory(nullptr).bytes;
@@ -190,6 +190,9 @@ TailPlan tail_plan(const Problem& problem, TailKind kind, const Device& device, 
   plan.tiling = tile(unmasked, device, aligned, limits, {kFewPerSm, kManyPerSm});
   plan.tiling.complete();
   plan.bands = bands(problem, plan.tiling, one_wave(problem, device));
+  // Fewer, where there are too few blocks else: each then has more threads that share its sums.
+  constexpr int kMany = 8, kFew = 4;
+  plan.norm_channels = ceil_div(problem.c, kMany) < device.multiprocessors ? kFew : kMany;
   plan.early = device.early_launches;
   plan.forward = TailPlanner(problem, kind, plan, limits, Way::forward).direction();
   plan.backward = TailPlanner(problem, kind, plan, limits, Way::backward).direction();

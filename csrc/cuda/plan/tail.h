@@ -68,7 +68,6 @@ struct TailWorkspace : Workspace {
 // The norm's maps by channel: the mean, weight over deviation, the bias, one over the deviation; of
 // backward, what u and one are multiplied with in du, for the statistics are the batch's.
 constexpr int kNormMaps = 6;
-constexpr int kNormChannels = 4;  // of a block that makes them
 
 struct TailDirection {
   std::vector<TailStep> steps;
@@ -78,7 +77,8 @@ struct TailDirection {
 struct TailPlan {
   Tiling tiling;
   Bands bands;
-  bool early;  // as Plan's
+  int norm_channels;  // of a block that works on the norm's: a power of 2, at most a warp
+  bool early;         // as Plan's
   TailDirection forward, backward;
 
   const TailDirection& operator[](Way way) const {

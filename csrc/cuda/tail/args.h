@@ -29,6 +29,7 @@ struct TailArgs {
   const void *shortcut, *out, *dout;  // the shortcut, and backward's out, are null without one
   void* d;                            // the shortcut's gradient, null without one
   void* result;                       // out, or du
+  int norm_channels;                  // of a block that works on the norm's
   bool batch;                         // the norm's statistics are the batch's
   Maps maps;                          // whose weights a launch's sums have
 

@@ -54,6 +54,7 @@ TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
 
   args.shortcut = at.shortcut, args.out = at.out, args.dout = at.dout;
   args.d = at.d_shortcut, args.result = at.result;
+  args.norm_channels = plan.norm_channels;
   args.batch = at.batch, args.eps = at.eps;
   args.weight = at.weight, args.bias = at.bias, args.mean = at.mean, args.var = at.var;
   args.new_mean = static_cast<A*>(at.new_mean), args.new_var = static_cast<A*>(at.new_var);

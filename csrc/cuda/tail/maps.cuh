@@ -19,17 +19,37 @@ SIMT_FN A sum_of_block(A value, A* warps) {
   return sum;
 }
 
-// A batch of channels' two sums, of which each of a block's slices has a share: in slice 0.
-constexpr int kSlices = kThreads / kNormChannels;
-SIMT_FN void add_slices(double* shares, double& one, double& other) {
-  shares[simt::thread()] = one, shares[kThreads + simt::thread()] = other;
-  simt::sync();
-  if (simt::thread() >= kNormChannels) return;
-  for (int s = 1; s < kSlices; s++) {
-    one += shares[s * kNormChannels + simt::thread()];
-    other += shares[kThreads + s * kNormChannels + simt::thread()];
+// A thread of a block that works on the norm's channels: it has one of them, and takes a share of
+// what that channel's sums are made of.
+struct NormLane {
+  int channels, slices, slice;
+  int64_t c;
+
+  template <class A>
+  SIMT_FN NormLane(const TailArgs<A>& args, int64_t job)
+      : channels(args.norm_channels),
+        slices(kThreads / channels),
+        slice(simt::thread() / channels),
+        c(job * channels + simt::thread() % channels) {}
+
+  // The sums over all slices, in slice 0.
+  SIMT_FN void add(double* shares, double& one, double& other) const {
+    SIMT_ROLLED
+    for (int step = simt::kWarp / 2; step >= channels; step /= 2) {
+      one += simt::shuffle_xor(one, step);
+      other += simt::shuffle_xor(other, step);
+    }
+    const int warp = simt::thread() / simt::kWarp, lane = simt::thread() % simt::kWarp;
+    double* const others = shares + kWarps * channels;
+    if (lane < channels)
+      shares[warp * channels + lane] = one, others[warp * channels + lane] = other;
+    simt::sync();
+    if (slice != 0) return;
+    one = other = 0;
+    for (int w = 0; w < kWarps; w++)
+      one += shares[w * channels + lane], other += others[w * channels + lane];
   }
-}
+};
 
 template <class T>
 SIMT_FN accumulate_t<T> of_norm(const OfNorm& values, int64_t c) {
@@ -53,9 +73,8 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   simt::wait_for_launch_before();
   double* shares = SmallMemory(simt::shared()).sums;
   const Args<A>& call = args.call;
-  const int slice = simt::thread() / kNormChannels;
-  const int64_t c =
-      (call.first_job + simt::block()) * kNormChannels + simt::thread() % kNormChannels;
+  const NormLane lane(args, call.first_job + simt::block());
+  const int64_t c = lane.c;
   const bool there = c < call.channels;
   double mean = 0, variance = 0;
   if (args.new_mean) {
@@ -67,13 +86,13 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     const A near = any ? call.channel_sums.data[c] : A(0);
     double sum = 0, squares = 0;
     constexpr int kBlock = 8;
-    int64_t left = tiles - 1 - slice % tiles;  // tiles of the image after this one
-    const int64_t on = kSlices % tiles;
-    for (int64_t block = slice; there && block < all; block += kBlock * kSlices) {
+    int64_t left = tiles - 1 - lane.slice % tiles;  // tiles of the image after this one
+    const int64_t on = lane.slices % tiles;
+    for (int64_t block = lane.slice; there && block < all; block += kBlock * lane.slices) {
       A off[kBlock], of_tile[kBlock], some = 0, some_squares = 0;
       SIMT_UNROLL
       for (int i = 0; i < kBlock; i++) {
-        const int64_t t = block + i * kSlices, at = t * call.channels + c;
+        const int64_t t = block + i * lane.slices, at = t * call.channels + c;
         off[i] = t < all ? call.channel_sums.data[at] : near;
         of_tile[i] = t < all ? args.products.data[at] : A(0);
       }
@@ -86,7 +105,7 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       }
       sum += some, squares += some_squares;
     }
-    add_slices(shares, sum, squares);
+    lane.add(shares, sum, squares);
     const double count = double(call.images) * call.pixels;
     mean = (any ? double(datum<T>(call, c)) : 0) + near + sum / count;
     variance = (squares - sum * (sum / count)) / count;
@@ -94,7 +113,7 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   } else if (there) {
     mean = of_norm<T>(args.mean, c), variance = of_norm<T>(args.var, c);
   }
-  if (slice != 0 || !there) return;
+  if (lane.slice != 0 || !there) return;
   const A rounded = static_cast<A>(variance);  // as backward will find it
   if (args.new_mean) {
     args.new_mean[c] = static_cast<A>(mean), args.new_var[c] = rounded;
@@ -235,14 +254,14 @@ template <class T>
 SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, double* shares) {
   using A = accumulate_t<T>;
   const Args<A>& call = args.call;
-  const int slice = simt::thread() / kNormChannels;
-  const int64_t c = job * kNormChannels + simt::thread() % kNormChannels;
+  const NormLane lane(args, job);
+  const int64_t c = lane.c;
   const int64_t bands = call.bands.of_pixels(call.pixels);
   // The partial sums of an image, as many of each on their way at once.
   constexpr int kTerms = 4;
   const int64_t tiles = call.channel_sums.tiles;
   double sum = 0, product = 0;
-  for (int64_t n = slice; c < call.channels && n < call.images; n += kSlices) {
+  for (int64_t n = lane.slice; c < call.channels && n < call.images; n += lane.slices) {
     const int64_t at = n * call.channels + c;
     const A k = call.masks.channels ? call.channel_mask[at] : A(1);
     const A o = call.outer.channels ? k : A(1);
@@ -272,8 +291,8 @@ SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, 
       product += dg * args.pooled_u[at] * call.pixels;
     }
   }
-  add_slices(shares, sum, product);
-  if (slice != 0 || c >= call.channels) return;
+  lane.add(shares, sum, product);
+  if (lane.slice != 0 || c >= call.channels) return;
   const double inverse = args.inverse[c], weight = product * inverse;
   put<T>(args.d_weight, c, weight, args.weight.wide);
   put<T>(args.d_bias, c, sum, args.bias.wide);
@@ -291,7 +310,7 @@ tail_gradients(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   simt::wait_for_launch_before();
   double* const sums = SmallMemory(simt::shared()).sums;
   const int64_t job = args.call.first_job + simt::block();
-  const int64_t others = job - (args.call.channels + kNormChannels - 1) / kNormChannels;
+  const int64_t others = job - (args.call.channels + args.norm_channels - 1) / args.norm_channels;
   if (others < 0)
     norm_gradients<T>(args, job, sums);
   else
