@@ -188,8 +188,8 @@ def test_many_tiles(kernels, shape, layout, multiprocessors):
 
 
 def test_more_tiles_than_threads_that_add_a_channels(kernels):
-    """Each thread reads eight tiles' sums at once, of every 64th tile: here in three turns."""
-    tails = [make_tail((1030, 2, 1, 2)), make_tail((1030, 3, 2, 1), "channel", layout="channels_last")]
+    """Each thread reads eight tiles' sums at once, of every 64th tile: here in two turns."""
+    tails = [make_tail((520, 2, 1, 2)), make_tail((520, 3, 2, 1), "channel", layout="channels_last")]
     check(tails, results(kernels(), tails))
 
 
