@@ -47,6 +47,11 @@ def quiet(percent: float, limit: float) -> dict[str, Any]:
     )
 
 
+def few(texts: list[str], most: int = 2) -> str:
+    """The first of them, and how many more there are."""
+    return "; ".join([*texts[:most], *([f"{len(texts) - most} more"] if texts[most:] else [])])
+
+
 def summarise(records: list[dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
     """Means, losses and checks of a whole run; the speed-ups aimed at are those of a CPU."""
     average = means(records)
@@ -63,7 +68,7 @@ def summarise(records: list[dict[str, Any]], device: str = "cpu") -> dict[str, A
             "correct",
             not wrong,
             "y and every gradient of the fused layer agree with float64",
-            "; ".join(wrong) or f"all of {len(results)} contenders, {len(failed)} failed",
+            few(wrong) or f"all of {len(results)} contenders, {len(failed)} failed",
             must=True,
         )
     ]

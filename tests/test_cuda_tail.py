@@ -189,7 +189,7 @@ def test_many_tiles(kernels, shape, layout, multiprocessors):
 
 def test_more_tiles_than_threads_that_add_a_channels(kernels):
     """Each thread reads eight tiles' sums at once, of every 64th tile: here in two turns."""
-    tails = [make_tail((520, 2, 1, 2)), make_tail((520, 3, 2, 1), "channel", layout="channels_last")]
+    tails = [make_tail((520, 2, 1, 2), layout=layout) for layout in LAYOUTS]
     check(tails, results(kernels(), tails))
 
 

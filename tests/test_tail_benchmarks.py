@@ -114,6 +114,8 @@ def test_what_is_not_one_operator_does_not_take_part(fused_cpu, monkeypatch):
     correct = checks.summarise([record])["checks"][0]
     assert not correct["passed"] and correct["must"]
     assert "expected one operator" in correct["got"]
+    many = checks.summarise([record] * 20)["checks"][0]["got"]
+    assert many.count("expected one operator") == 2 and many.endswith("; 78 more")
 
 
 def test_nothing_that_is_rectified_is_near_zero():
