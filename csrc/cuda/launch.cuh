@@ -99,7 +99,7 @@ int launch_maps(const Step& step, const simt::Launch& launch, Args<accumulate_t<
   }
 }
 
-// The counters of a launch that finishes the parameters' gradients, which must then wait for them.
+// Clears the counters of a launch that finishes the parameters' gradients, which then waits for it.
 template <class A>
 int clear_counters(simt::Launch& launch, const Args<A>& args) {
   if (args.shares <= 1 || args.first_job > 0) return 0;

@@ -7,7 +7,7 @@
 
 namespace da::cuda {
 
-// With bands of so many pixels.
+// How the axes are cut up, with bands of so many pixels.
 Bands bands(const Problem& problem, const Tiling& tiling, int pixels = kThreads);
 // Pixels of a band such that one wave of blocks is enough, if a block's memory holds so many: the
 // fewer bands, the fewer rows that lie around them.

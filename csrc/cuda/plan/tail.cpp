@@ -190,7 +190,7 @@ TailPlan tail_plan(const Problem& problem, TailKind kind, const Device& device, 
   plan.tiling = tile(unmasked, device, aligned, limits, {kFewPerSm, kManyPerSm});
   plan.tiling.complete();
   plan.bands = bands(problem, plan.tiling, one_wave(problem, device));
-  // Fewer, where there are too few blocks else: each then has more threads that share its sums.
+  // Where there would be fewer blocks than multiprocessors, more threads share a channel's sums.
   constexpr int kMany = 8, kFew = 4;
   plan.norm_channels = ceil_div(problem.c, kMany) < device.multiprocessors ? kFew : kMany;
   plan.early = device.early_launches;

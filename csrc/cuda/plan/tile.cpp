@@ -14,7 +14,8 @@ Kernel kernel_of(const Pass& pass) { return pass.sums.any() ? Kernel::sums : Ker
 
 // The measures by which one tiling is better than another.
 struct Quality {
-  double efficiency;  // of the pass whose waves are the least full; or multiprocessors, if small
+  double efficiency;  // of the first kind's pass whose waves are the least full; or
+                      // multiprocessors, if small
   double time;        // of all passes, in microseconds
 };
 
