@@ -28,8 +28,8 @@ def record(works: Sequence[Work], pool: Any = None) -> list[Work]:
     Recordings that are given the same memory `pool` share what they have freed, so that what one
     wrote there lasts until another is replayed. After a failure a pool takes no further recording.
     """
-    # Autograd's graphs in reference cycles, as torch.compile may leave them, belong to the stream
-    # that made them: a recording that differentiates by the same leaves would have to wait for it.
+    # Autograd's graphs in reference cycles belong to the stream that made them: a recording that
+    # differentiates by the same leaves would have to wait for it.
     gc.collect()
     before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(before)

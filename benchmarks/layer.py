@@ -250,7 +250,7 @@ def in_turns(
             inference[key] = fused.sampled(key[0], in_mode(layer, False, forward))
             training[key] = fused.sampled(key[0], in_mode(layer, True, both_ways))
         except Exception as error:  # what cannot be recorded in a graph
-            failed[key] = f"CUDA graph: {reason(error)}"
+            failed[key] = f"CUDA graph: {reason_of_recording(error)}"
     first = measure.interleaved(inference, **timing)
     both = measure.interleaved(training, **timing)
     times = {
@@ -284,6 +284,13 @@ def many(inputs: Inputs) -> Inputs:
 def reason(error: Exception) -> str:
     """The first line of what a compiler, a backend or CUDA says."""
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+
+
+def reason_of_recording(error: Exception) -> str:
+    """The same of a CUDA graph's recording, the end of which fails as well where what is recorded
+    does, and by itself says nothing."""
+    first = error.__context__
+    return "; then ".join(reason(e) for e in (first, error) if isinstance(e, Exception))
 
 
 def layer_memory(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, int]:

@@ -104,10 +104,7 @@ def recorded(
             with fused.under(variant):  # the plan is chosen here
                 found[variant] = Graphs(trainer, partial(graphs.record, pool=pool), cache)
         except Exception as error:  # what cannot be recorded
-            why = layer.reason(error)
-            if isinstance(first := error.__context__, Exception):  # its capture's end fails, too
-                why = f"{layer.reason(first)}; then {why}"
-            without[variant] = {"status": "failed", "reason": why}
+            without[variant] = {"status": "failed", "reason": layer.reason_of_recording(error)}
             pool = None  # the failed recording's is taken
     return found, without
 

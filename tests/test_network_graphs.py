@@ -18,7 +18,18 @@ pytest.importorskip("tqdm")
 pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
-from benchmarks import cases, graphs, network, networks, pages, report, rivals, steps, summary
+from benchmarks import (
+    cases,
+    graphs,
+    layer,
+    network,
+    networks,
+    pages,
+    report,
+    rivals,
+    steps,
+    summary,
+)
 
 OURS = "da_ops:cpu"
 COSTS = ("cost", "cost_percent", "speedup")
@@ -293,3 +304,18 @@ def test_costs_are_beside_plain():
     assert found["x"]["cost_percent"] == 100
     assert found["x"]["speedup"]["median"] == 0.5
     assert set(found["plain"]) == {"seconds"}
+
+
+def test_a_recording_that_fails_tells_what_failed_first():
+    class Recording:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            raise RuntimeError("failed due to a previous error")
+
+    with pytest.raises(RuntimeError) as raised, Recording():
+        raise ValueError("not while recording\nat line 1")
+    told = layer.reason_of_recording(raised.value)
+    assert told == "not while recording; then failed due to a previous error"
+    assert layer.reason_of_recording(ValueError("alone")) == "alone"
