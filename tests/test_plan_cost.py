@@ -15,8 +15,8 @@ from .test_plan import ARCHITECTURES, BYTES, ROUND, TABLE
 from .test_plan_on_chip import chosen, plan
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "nvidia-h200.json"
-# The sources whose measurements these are: with them, the estimate's constants were fitted.
-FITTED = "3055a4c909b92ceee00ac4e77678ad7bff7c7fd4f02defe1f23ad0c41f8059a5"
+# The sources whose measurements these are, and to which the estimate is held.
+HELD_TO = "a018ee19f25570cbb1d56ab175c0a173c64bde5304221a162b88d8bf4bac6321"
 WAYS = ("forward", "backward")
 
 
@@ -103,6 +103,8 @@ def measured():
         for result in case["results"]:
             if result["rival"] not in ("da_ops:cuda", "da_ops:cuda:onchip"):
                 continue
+            if result["status"] != "ok":  # what could not be recorded has no time
+                continue
             one, last = result["rival"].endswith("onchip"), result["layout"] == "channels_last"
             wish = "onchip" if one else "portable"
             for way in WAYS:
@@ -120,7 +122,7 @@ def ranks(values):
 def test_estimates_come_near_what_an_h200_took():
     """Passes within 15%, one launch within 30%, and which of both is faster where it is by a
     quarter; other sources' measurements in the same order at least."""
-    fitted = json.loads(RESULTS.read_text())["op"]["digest"] == FITTED
+    held = json.loads(RESULTS.read_text())["op"]["digest"] == HELD_TO
     found: dict[bool, dict[tuple, tuple[float, float]]] = {False: {}, True: {}}
     for one, case, estimate, took in measured():
         found[one][case] = estimate, took
@@ -128,7 +130,7 @@ def test_estimates_come_near_what_an_h200_took():
     for values in found.values():
         estimates, times = zip(*values.values(), strict=True)
         assert torch.corrcoef(torch.stack([ranks(estimates), ranks(times)]))[0, 1] > 0.9
-    if not fitted:
+    if not held:
         return
     for one, least, most in (False, 0.85, 1.15), (True, 0.77, 1.3):
         for case, (estimate, took) in found[one].items():
