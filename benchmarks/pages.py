@@ -120,7 +120,7 @@ def network_line(results: Results) -> str:
 
 
 def network_costs(results: Results, launched: Callable[[Results], Results]) -> str:
-    """Of each variant with the layer, a percentage a layout."""
+    """The percentages of each variant with the layer, one for each layout."""
     found: dict[str, list[str]] = {}
     for part in results["layouts"]:
         for r in part["results"]:

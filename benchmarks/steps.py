@@ -97,8 +97,7 @@ def recorded(
             continue
         say(f"recording, {variant}")
         pool = pool or torch.cuda.graph_pool_handle()
-        # What torch.compile made runs under the autocast that it was made for. Without the cache it
-        # would be made anew.
+        # torch.compile makes its code for one setting of autocast, and anew where that changes.
         cache = "compile" in variant
         try:
             with fused.under(variant):  # the plan is chosen here

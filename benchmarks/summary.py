@@ -144,7 +144,7 @@ def losses(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lost
 
 
-# Of whole networks, whose variants are named as above, and "plain" is without attention.
+# Whole networks: their variants are named as above, and "plain" is the one without attention.
 
 
 def is_ours(name: str) -> bool:

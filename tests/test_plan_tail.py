@@ -94,7 +94,7 @@ def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_waves_are_full_as_those_of_the_layer(layout, sm):
-    """Of the passes with fewer slots; sums of u alone have three a multiprocessor."""
+    """Those of the passes with fewer slots are; sums of u alone have three a multiprocessor."""
     multiprocessors = of_layer((1, *TABLE[0]), sm=sm)["multiprocessors"]
     for stage, dtype, n in product(TABLE, ("float16", "float32"), BATCHES[::3]):
         p = launches((n, *stage), layout, dtype, sm=sm)
@@ -104,6 +104,18 @@ def test_waves_are_full_as_those_of_the_layer(layout, sm):
         few = [step for step, held in zip(steps, slots, strict=True) if held < 3]
         rounds, full = filled(few, n * math.prod(stage) * BYTES[dtype])
         assert rounds < 1 or full >= (0.9 if rounds >= MANY else 0.64), (n, stage, dtype)
+
+
+@pytest.mark.parametrize("n", [1, 64, 128, 256])
+def test_maps_by_pixel_take_one_wave_and_a_few_channels_fill_a_gpu_too(n):
+    for way in ("forward", "backward"):
+        for step in launches((n, 256, 56, 56), order="spatial")[way]:
+            if step["name"] in ("masks", "terms of dx"):
+                assert step["waves"]["waves"] == 1
+            if step["name"] in ("norm", "parameter gradients"):
+                assert step["waves"]["blocks"] == 256 // 4 + (step["name"] != "norm")
+    (norm,) = (s for s in launches((n, 2048, 7, 7))["forward"] if s["name"] == "norm")
+    assert norm["waves"]["blocks"] == 2048 // 8
 
 
 @pytest.mark.parametrize("order", [*ORDERS, "none"])
