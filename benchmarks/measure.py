@@ -107,9 +107,9 @@ def interleaved(
     """Time all contenders round by round: `rounds` of them, fewer (but `least`) after `budget` s.
     `told` is given those until now, every few seconds.
 
-    The longest inner loop is 10,000 calls. Garbage is collected before, not while, timing. A sample
-    of one call that takes less than `warm_up` seconds follows a call that is not timed: those
-    before it were others', which left their own tensors in the caches.
+    The longest inner loop is 10,000 calls. Garbage is collected before, not while, timing. Samples
+    of calls that take less than `warm_up` seconds follow a call that is not timed: those before it
+    were others', which left their own tensors in the caches.
     """
     calls, warmed = {}, set()
     for name, sample in contenders.items():
@@ -117,7 +117,7 @@ def interleaved(
         calls[name] = min(10_000, math.ceil(sample_seconds / max(single, 1e-9)))
         if calls[name] > 1:
             sample(calls[name])
-        elif single < warm_up:
+        if single < warm_up:
             warmed.add(name)
     order = random.Random(seed)
     names = list(contenders)

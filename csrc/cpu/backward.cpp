@@ -86,13 +86,15 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
     const auto over = [&](const Pass& pass, const auto& slab, Axes) {
       A* const by_column = slab.columns ? slab.columns[image.column(pass)] : nullptr;
       if (!pass.sums.any())
-        image.combine(slab, dyn, dx + n * size, by_channel, by_pixel, dg, dm, outer(problem.order));
+        image.combine(slab, dyn, next, dx + n * size, by_channel, by_pixel, dg, dm,
+                      outer(problem.order));
       else if (pass.weights == Maps::masks)
         image.reduce(slab, by_column, xn, dyn, by_channel, by_pixel,
-                     pass.sums.pixels ? ds : nullptr, pass.sums.channels ? dc : nullptr);
+                     pass.sums.pixels ? ds : nullptr, pass.sums.channels ? dc : nullptr,
+                     image.next_rows(xn));
       else  // x is in the caches
         image.reduce(slab, by_column, xn, nullptr, dg, dm, pass.sums.pixels ? more_ds : nullptr,
-                     pass.sums.channels ? more_dc : nullptr, next);
+                     pass.sums.channels ? more_dc : nullptr);
     };
     const auto channels = [&](const Pass& pass, int64_t begin, int64_t end) {
       if (pass.weights == Maps::terms)

@@ -5,8 +5,6 @@
 
 namespace da::cpu {
 
-enum class Walk { forwards, backwards };
-
 // f(image, n, next) for every image, where `next` is the one that the same thread takes after it,
 // or -1: each of the plan's whole images on one thread, the others one after another on all
 // threads. A walk that follows another one, or a convolution, goes backwards: the images that were

@@ -15,7 +15,8 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
     A *spatial_mask = image.map(0), *sums_by_pixel = image.map(1);
     A *channel_mask = image.vector(0), *sums_by_channel = image.vector(1);
     A* const columns[] = {problem.channels_last ? sums_by_channel : sums_by_pixel};
-    // The first pass reads x from memory, the others fetch the next x.
+    // The first pass reads x from memory. The last one fetches the next x: to write takes it longer
+    // than to read.
     const Schedule& passes = schedule(problem.order, false);
     const T* next = following < 0 ? nullptr : x + following * size;
 
@@ -26,9 +27,9 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
         image.reduce(slab, slab.columns[0], xn, nullptr, by_channel, by_pixel,
                      pass.sums.pixels ? sums_by_pixel : nullptr,
                      pass.sums.channels ? sums_by_channel : nullptr,
-                     &pass == passes.begin() ? nullptr : next);
+                     &pass == passes.begin() ? image.next_rows(xn) : nullptr);
       else
-        image.scale(slab, xn, y + n * size, by_channel, by_pixel);
+        image.scale(slab, xn, next, y + n * size, by_channel, by_pixel);
     };
     const auto channels = [&](const Pass&, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) g[i] = sums_by_channel[i] / pixels;

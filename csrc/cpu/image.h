@@ -21,6 +21,8 @@ struct Weights {
   const A* gate_bias;
 };
 
+enum class Walk { forwards, backwards };
+
 template <class T>
 class Image {
  public:
@@ -58,16 +60,21 @@ class Image {
     A* const* columns;
   };
 
+  // What is ahead of x while that is read from memory: a few rows on, and not too few elements.
+  const T* next_rows(const T* x) const { return x + std::max(8 * p_.cols(), kFar); }
+
   // All passes: over(pass, slab, done) for each slab, with the axes that earlier passes completed;
   // channels(pass, begin, end) and pixels(pass) once the sums are there that pass completes. The
   // sums by column that a pass makes come together in columns[column(pass)]. Where a channel's mask
   // follows from a row's own sums, the next pass goes over a slab as soon as these are there, while
-  // the slab is near.
+  // the slab is near. Elsewhere sums are made forwards and backwards in turn: what was read last is
+  // still in the caches where a whole image is not.
   template <size_t kColumns, class Over, class Channels, class Pixels>
   void walk(const Schedule& passes, A* const (&columns)[kColumns], Over over, Channels channels,
             Pixels pixels) {
     const bool last = p_.channels_last;
     Axes done = kNone;
+    Walk way = Walk::backwards;
     for (const Pass* pass = passes.begin(); pass != passes.end(); pass++) {
       const bool joined = plan_.joint && pass->complete.channels && !pass->complete.pixels;
       const Pass* const then = joined ? pass + 1 : nullptr;
@@ -79,7 +86,8 @@ class Image {
       for (const Pass* one : {pass, then})
         if (one && (last ? one->sums.channels : one->sums.pixels))
           made[column(*one)] = columns[column(*one)];
-      each_summed_slab(made, [&](int64_t r, int64_t n, A* const* partial) {
+      way = may_join(p_) || way == Walk::backwards ? Walk::forwards : Walk::backwards;
+      each_summed_slab(way, made, [&](int64_t r, int64_t n, A* const* partial) {
         const Slab slab{r, n, partial};
         over(*pass, slab, done);
         if (!joined) return;
@@ -99,14 +107,14 @@ class Image {
   // With t = x, or x*dy where dy is given, from one read:
   //   sums_by_pixel[p] = sum_c by_channel[c] t    and    sums_by_channel[c] = sum_p by_pixel[p] t
   // Null sums are not made, and their weights not looked at; those by column go to `columns` all
-  // the same. An image `ahead` is fetched meanwhile, for the next pass that reads memory, where x
-  // is in the caches.
+  // the same. `ahead` is x's next rows, or what a later pass reads from memory where x is in the
+  // caches.
   void reduce(const Slab& slab, A* columns, const T* x, const T* dy, const A* by_channel,
               const A* by_pixel, A* sums_by_pixel, A* sums_by_channel, const T* ahead = nullptr) {
     const int64_t r = slab.r, at = r * p_.cols();
     const Sides<const A> weights = sides(by_channel, by_pixel);
     const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
-    kernels_.reduce(x + at, dy ? dy + at : nullptr, ahead ? ahead + at : nullptr, slab.n, p_.cols(),
+    kernels_.reduce(x + at, from_row(dy, at), from_row(ahead, at), slab.n, p_.cols(),
                     sums.col ? weights.row + r : nullptr, weights.col,
                     sums.row ? sums.row + r : nullptr, sums.col ? columns : nullptr, plan_.sums);
   }
@@ -118,49 +126,49 @@ class Image {
     const int64_t r = slab.r, at = r * p_.cols();
     const Sides<const A> weights = sides(by_channel, by_pixel);
     const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
-    kernels_.residual.reduce(u + at, ahead ? ahead + at : nullptr, of_channels(centre, r), slab.n,
-                             p_.cols(), p_.channels_last, sums.col ? weights.row + r : nullptr,
-                             weights.col, sums.row ? sums.row + r : nullptr,
-                             sums.col ? columns : nullptr, plan_.sums);
+    kernels_.residual.reduce(u + at, from_row(ahead, at), of_channels(centre, r), slab.n, p_.cols(),
+                             p_.channels_last, sums.col ? weights.row + r : nullptr, weights.col,
+                             sums.row ? sums.row + r : nullptr, sums.col ? columns : nullptr,
+                             plan_.sums);
   }
   // These sums of a whole image.
-  void reduce_deviations(const T* u, const A* centre, const A* by_channel, const A* by_pixel,
-                         A* sums_by_pixel, A* sums_by_channel) {
+  void reduce_deviations(Walk way, const T* u, const A* centre, const A* by_channel,
+                         const A* by_pixel, A* sums_by_pixel, A* sums_by_channel) {
     A* const columns[] = {sides(sums_by_channel, sums_by_pixel).col};
-    each_summed_slab(columns, [&](int64_t r, int64_t n, A* const* partial) {
+    each_summed_slab(way, columns, [&](int64_t r, int64_t n, A* const* partial) {
       reduce_deviations(Slab{r, n, partial}, partial[0], u, centre, by_channel, by_pixel,
-                        sums_by_pixel, sums_by_channel);
+                        sums_by_pixel, sums_by_channel, next_rows(u));
     });
   }
 
   // y = x * channel_mask * spatial_mask
-  void scale(const Slab& slab, const T* x, T* y, const A* channel_mask, const A* spatial_mask) {
+  void scale(const Slab& slab, const T* x, const T* ahead, T* y, const A* channel_mask,
+             const A* spatial_mask) {
     const Sides<const A> scales = sides(channel_mask, spatial_mask);
     const int64_t at = slab.r * p_.cols();
-    kernels_.scale(x + at, y + at, slab.n, p_.cols(), scales.row + slab.r, scales.col,
-                   plan_.stores);
+    kernels_.scale(x + at, from_row(ahead, at), y + at, slab.n, p_.cols(), scales.row + slab.r,
+                   scales.col, plan_.stores);
   }
 
   // dx = dy * channel_mask * spatial_mask + channel_term + spatial_term, where the term of the axis
   // that is not `outer` is multiplied by the outer one's mask.
-  void combine(const Slab& slab, const T* dy, T* dx, const A* channel_mask, const A* spatial_mask,
-               const A* channel_term, const A* spatial_term, Axes outer) {
+  void combine(const Slab& slab, const T* dy, const T* ahead, T* dx, const A* channel_mask,
+               const A* spatial_mask, const A* channel_term, const A* spatial_term, Axes outer) {
     const Sides<const A> scales = sides(channel_mask, spatial_mask);
     const Sides<const A> biases = sides(channel_term, spatial_term);
     const bool rows = p_.channels_last ? outer.pixels : outer.channels;
     const Outer side = !outer.any() ? Outer::none : rows ? Outer::rows : Outer::cols;
     const int64_t r = slab.r, at = r * p_.cols();
-    kernels_.combine(dy + at, dx + at, slab.n, p_.cols(), scales.row + r, scales.col,
-                     {biases.row + r, biases.col, side}, plan_.stores, plan_.combines);
+    kernels_.combine(dy + at, from_row(ahead, at), dx + at, slab.n, p_.cols(), scales.row + r,
+                     scales.col, {biases.row + r, biases.col, side}, plan_.stores, plan_.combines);
   }
 
   // out = relu(x spatial_mask + shortcut), x with the channel mask in it. The shortcut may be null,
-  // and out be u. An image `ahead` is fetched meanwhile.
+  // and out be u.
   void rectify(const Slab& slab, const T* u, const T* shortcut, const T* ahead, T* out,
                const Affine<A>& x, const A* spatial_mask) {
     const int64_t r = slab.r, at = r * p_.cols();
-    const auto from_row = [&](const T* image) { return image ? image + at : nullptr; };
-    kernels_.residual.rectify(u + at, from_row(shortcut), from_row(ahead), out + at, slab.n,
+    kernels_.residual.rectify(u + at, from_row(shortcut, at), from_row(ahead, at), out + at, slab.n,
                               p_.cols(), p_.channels_last, from(x, r), of_pixels(spatial_mask, r),
                               plan_.stores);
   }
@@ -169,7 +177,7 @@ class Image {
   void gradients(Gradients<T> all) {
     const bool last = p_.channels_last;
     A* const cols[] = {last ? all.sums : all.pixel_sums, last ? all.products : nullptr};
-    each_summed_slab(cols, [&](int64_t r, int64_t n, A* const* partial) {
+    each_summed_slab(Walk::forwards, cols, [&](int64_t r, int64_t n, A* const* partial) {
       Gradients<T> g = all;
       const int64_t at = r * p_.cols();
       g.dout += at, g.u += at;
@@ -298,6 +306,9 @@ class Image {
     return p_.channels_last ? Sides<V>{of_pixels, of_channels} : Sides<V>{of_channels, of_pixels};
   }
 
+  // An image from an element on, or null.
+  static const T* from_row(const T* image, int64_t at) { return image ? image + at : nullptr; }
+
   // An array by channel, or by pixel, from a slab's first row on.
   const A* of_channels(const A* values, int64_t r) const {
     return p_.channels_last ? values : values + r;
@@ -310,34 +321,36 @@ class Image {
   }
 
   // slab(r, n, partial) for each slab, of n rows from row r on. Its sums by column go to
-  // partial[i], and are added up in order into cols[i], where that is not null.
+  // partial[i], and are added up, in the order of the walk, into cols[i], where that is not null.
   template <size_t kArrays, class F>
-  void each_summed_slab(A* const (&cols)[kArrays], F slab) {
+  void each_summed_slab(Walk way, A* const (&cols)[kArrays], F slab) {
     const auto run = [&](int64_t i, A* at) {
       A* partial[kArrays];
       for (size_t k = 0; k < kArrays; k++) partial[k] = at + k * stride_;
       const int64_t r = i * plan_.slab_rows;
       slab(r, std::min(plan_.slab_rows, p_.rows() - r), partial);
     };
-    const auto add = [&](int64_t i, const A* at, int64_t begin, int64_t end) {
+    const auto add = [&](bool first, const A* at, int64_t begin, int64_t end) {
       for (size_t k = 0; k < kArrays; k++, at += stride_)
-        if (cols[k]) kernels_.add(cols[k] + begin, at + begin, end - begin, i == 0);
+        if (cols[k]) kernels_.add(cols[k] + begin, at + begin, end - begin, first);
     };
-    const bool any = std::any_of(cols, cols + kArrays, [](A* to) { return to != nullptr; });
-    if (!pool_) {
-      for (int64_t i = 0; i < plan_.slabs; i++) {
+    // f(i, first) for each i from begin to end.
+    const auto walk = [&](int64_t begin, int64_t end, auto f) {
+      for (int64_t k = 0; k < end - begin; k++)
+        f(way == Walk::forwards ? begin + k : end - 1 - k, k == 0);
+    };
+    if (!pool_)
+      return walk(0, plan_.slabs, [&](int64_t i, bool first) {
         run(i, partial_);
-        add(i, partial_, 0, p_.cols());
-      }
-      return;
-    }
-    const int64_t step = kArrays * stride_;
+        add(first, partial_, 0, p_.cols());
+      });
+    const auto partial = [&](int64_t i) { return partial_ + i * kArrays * stride_; };
     each(plan_.slabs, p_.rows() * p_.cols(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) run(i, partial_ + i * step);
+      walk(begin, end, [&](int64_t i, bool) { run(i, partial(i)); });
     });
-    if (any)
+    if (std::any_of(cols, cols + kArrays, [](A* to) { return to != nullptr; }))
       each(p_.cols(), plan_.slabs * p_.cols(), [&](int64_t begin, int64_t end) {
-        for (int64_t i = 0; i < plan_.slabs; i++) add(i, partial_ + i * step, begin, end);
+        walk(0, plan_.slabs, [&](int64_t i, bool first) { add(first, partial(i), begin, end); });
       });
   }
 

@@ -1,7 +1,8 @@
 // The vectorised primitives of the CPU backend. Each works on a slab of whole rows of one image
 // seen as a matrix (channels x pixels in NCHW, pixels x channels in NHWC), so that one set of
 // kernels serves both layouts and all orders. They are compiled once for each instruction set, and
-// chosen at run time.
+// chosen at run time. What lies at `ahead`, as large as x, is fetched meanwhile, and what lies as
+// far from dy; where it is null, nothing is.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,7 @@ using accumulate_t = typename Accumulate<T>::type;
 
 constexpr int64_t kAlignment = 64;  // bytes; scratch arrays are aligned to it and padded with zeros
 constexpr int64_t kMaxLanes = 16;   // accumulation elements in a vector of any instruction set
+constexpr int64_t kFar = 2048;      // elements from what is read to what is fetched, at least
 
 inline int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 
@@ -102,8 +104,7 @@ struct ResidualKernels {
                  bool channels_last, const A* row_weight, const A* col_weight, A* row_sums,
                  A* col_sums, Rows how);
 
-  // out = relu(x mask[p] + shortcut), without the sum where `shortcut` is null; out may be u. What
-  // lies at `ahead`, as large as u, is fetched meanwhile.
+  // out = relu(x mask[p] + shortcut), without the sum where `shortcut` is null; out may be u.
   void (*rectify)(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
                   bool channels_last, const Affine<A>& x, const A* mask, Stores stores);
 
@@ -120,7 +121,6 @@ struct Kernels {
   // With t = x, or x*dy where dy is given:
   //   row_sums[r] = sum_q t[r,q] col_weight[q]   and   col_sums[q] = sum_r row_weight[r] t[r,q]
   // Null sums are not made. `how` is for rows that are not short, where columns are added up, too.
-  // What lies at `ahead`, as large as x, is fetched meanwhile; where it is null, x's next rows are.
   void (*reduce)(const T* x, const T* dy, const T* ahead, int64_t rows, int64_t cols,
                  const A* row_weight, const A* col_weight, A* row_sums, A* col_sums, Rows how);
 
@@ -128,13 +128,14 @@ struct Kernels {
   void (*add)(A* sums, const A* more, int64_t n, bool first);
 
   // y[r,q] = x[r,q] row_scale[r] col_scale[q]
-  void (*scale)(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale,
+  void (*scale)(const T* x, const T* ahead, T* y, int64_t rows, int64_t cols, const A* row_scale,
                 const A* col_scale, Stores stores);
 
   // dx[r,q] = (dy[r,q] inner_scale + inner_bias) outer_scale + outer_bias, or, where neither axis
   // is the outer one, dy[r,q] row_scale[r] col_scale[q] + row_bias[r] + col_bias[q]
-  void (*combine)(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale,
-                  const A* col_scale, const Terms<A>& terms, Stores stores, Rows how);
+  void (*combine)(const T* dy, const T* ahead, T* dx, int64_t rows, int64_t cols,
+                  const A* row_scale, const A* col_scale, const Terms<A>& terms, Stores stores,
+                  Rows how);
 
   // out[i*w + j] = the stencil at (i, j) of a bordered plane, for rows begin <= i < end.
   void (*stencil)(const A* plane, int64_t w, int64_t begin, int64_t end, const Stencil<A>& stencil,

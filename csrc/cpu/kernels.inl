@@ -6,7 +6,6 @@
 #include "simd.inl"
 
 constexpr int64_t kChunk = 16;  // vectors added in one register before they are folded into a total
-constexpr int64_t kFar = 2048;  // elements from what is read to what is fetched, at least
 constexpr int64_t kTiny = 64;   // elements of a row up to which rows are taken together in any case
 constexpr int64_t kShort = 512;  // elements of a row up to which rows are added up side by side
 constexpr int kUnrolled = 8;     // vectors of a row of which sums fit the registers
@@ -53,11 +52,6 @@ struct Along<false, A> {
 template <class T>
 DA_INLINE void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
-}
-// A few rows on, and not too few elements.
-template <class T>
-DA_INLINE const T* next_rows(const T* x, int64_t cols) {
-  return x + (8 * cols > kFar ? 8 * cols : kFar);
 }
 
 // f of constants, true or false as the flags are.

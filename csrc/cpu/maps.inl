@@ -142,19 +142,23 @@ DA_INLINE void map_matrix(T* out, int64_t rows, int64_t cols, Stores stores, Row
 }
 
 template <class T, class A = accumulate_t<T>>
-void scale(const T* x, T* y, int64_t rows, int64_t cols, const A* row_scale, const A* col_scale,
-           Stores stores) {
+void scale(const T* x, const T* ahead, T* y, int64_t rows, int64_t cols, const A* row_scale,
+           const A* col_scale, Stores stores) {
   map_matrix<T, 1, 1>(y, rows, cols, stores, Rows::singly, {row_scale}, {col_scale}, cols,
-                      [=](int64_t, auto read, const auto& row, const auto& col)
-                          DA_LAMBDA_INLINE { return read(x) * col[0] * row[0]; });
+                      [=](int64_t i, auto read, const auto& row, const auto& col) DA_LAMBDA_INLINE {
+                        if (ahead) fetch(ahead + i);
+                        return read(x) * col[0] * row[0];
+                      });
 }
 
 template <Outer kOuter, class T, class A = accumulate_t<T>>
-void combine_terms(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale,
-                   const A* col_scale, const Terms<A>& terms, Stores stores, Rows how) {
+void combine_terms(const T* dy, const T* ahead, T* dx, int64_t rows, int64_t cols,
+                   const A* row_scale, const A* col_scale, const Terms<A>& terms, Stores stores,
+                   Rows how) {
   map_matrix<T, 2, 2>(dx, rows, cols, stores, how, {row_scale, terms.row_bias},
                       {col_scale, terms.col_bias}, cols,
-                      [=](int64_t, auto read, const auto& row, const auto& col) DA_LAMBDA_INLINE {
+                      [=](int64_t i, auto read, const auto& row, const auto& col) DA_LAMBDA_INLINE {
+                        if (ahead) fetch(ahead + i);
                         if constexpr (kOuter == Outer::none)
                           return read(dy) * (row[0] * col[0]) + (row[1] + col[1]);
                         else if constexpr (kOuter == Outer::rows)
@@ -165,11 +169,11 @@ void combine_terms(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_
 }
 
 template <class T, class A = accumulate_t<T>>
-void combine(const T* dy, T* dx, int64_t rows, int64_t cols, const A* row_scale, const A* col_scale,
-             const Terms<A>& terms, Stores stores, Rows how) {
+void combine(const T* dy, const T* ahead, T* dx, int64_t rows, int64_t cols, const A* row_scale,
+             const A* col_scale, const Terms<A>& terms, Stores stores, Rows how) {
   const auto of = terms.outer == Outer::none   ? combine_terms<Outer::none, T>
                   : terms.outer == Outer::rows ? combine_terms<Outer::rows, T>
                                                : combine_terms<Outer::cols, T>;
   const Rows as = cols <= kTiny ? Rows::together : how;
-  of(dy, dx, rows, cols, row_scale, col_scale, terms, stores, as);
+  of(dy, ahead, dx, rows, cols, row_scale, col_scale, terms, stores, as);
 }

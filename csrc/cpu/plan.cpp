@@ -102,10 +102,9 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   };
   p.stores = larger_than(limits.cache_bytes / (2 * tensors));
   p.du_stores = larger_than(limits.cache_bytes);
-  // Passes share a slab where channels are rows and their masks are made one by one. A small image
-  // stays near anyway.
-  p.joint = !problem.channels_last && problem.channel() && problem.gate != Gate::eca &&
-            problem.bytes() / std::max<int64_t>(problem.n, 1) >= limits.joint_bytes;
+  // A small image stays near anyway.
+  p.joint =
+      may_join(problem) && problem.bytes() / std::max<int64_t>(problem.n, 1) >= limits.joint_bytes;
   return p;
 }
 

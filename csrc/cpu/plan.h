@@ -54,6 +54,11 @@ struct Plan {
   bool joint;  // whether a pass goes over a slab as soon as a channel's mask is made there
 };
 
+// Whether channels are rows and their masks are made one by one: passes may then share a slab.
+inline bool may_join(const Problem& p) {
+  return !p.channels_last && p.channel() && p.gate != Gate::eca;
+}
+
 // `tensors` of the size of x are what a call reads or writes: those of the layer's forward, if not
 // said otherwise.
 Plan plan(const Problem& problem, const Machine& machine, int tensors = 2);

@@ -83,9 +83,9 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     const Schedule& passes = schedule(problem.order, false);
     const T* to_add = shortcut ? shortcut + n * size : nullptr;
     const bool near = plan.joint || size * int64_t(sizeof(T)) <= kNear;
-    const T* soon = near ? to_add : nullptr;
+    const T* soon = near ? to_add : image.next_rows(un);
     const bool sums = problem.order != Order::none;
-    const T* next = sums && following >= 0 ? u + following * size : nullptr;
+    const T* next = sums && following >= 0 ? u + following * size : image.next_rows(un);
 
     const auto over = [&](const Pass& pass, const auto& slab, Axes done) {
       const A* by_pixel = done.pixels ? spatial_mask : image.ones();
@@ -93,7 +93,7 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
         image.reduce_deviations(slab, slab.columns[0], un, centre, scale, by_pixel,
                                 pass.sums.pixels ? sums_by_pixel : nullptr,
                                 pass.sums.channels ? sums_by_channel : nullptr,
-                                &pass == passes.begin() ? nullptr : soon);
+                                &pass == passes.begin() ? image.next_rows(un) : soon);
       else
         image.rectify(slab, un, to_add, next, out + n * size, {centre, scale, bias}, by_pixel);
     };
@@ -199,14 +199,14 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
           by_channel[i] = norm.scale[i] * dg[i];
           constant += double(norm.bias[i]) * dg[i];
         }
-        image.reduce_deviations(un, centre, by_channel, nullptr, more_ds, nullptr);
+        image.reduce_deviations(Walk::backwards, un, centre, by_channel, nullptr, more_ds, nullptr);
         for (int64_t i = 0; i < pixels; i++) ds[i] += more_ds[i] + A(constant);
       }
       if (pass.complete.channels) image.through_channel_mask(dc, k, &all_dt[n * c], dg);
       if (pass.complete.pixels) {
         image.through_spatial_mask(ds, s, m, &all_taps[n * kSpatialSums], dm);
         dm_sum = sum_of(dm, pixels);
-        image.reduce_deviations(un, centre, nullptr, dm, nullptr, dm_products);
+        image.reduce_deviations(Walk::forwards, un, centre, nullptr, dm, nullptr, dm_products);
       }
     }
 

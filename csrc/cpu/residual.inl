@@ -123,11 +123,11 @@ void reduce_deviations(const T* u, const T* ahead, const A* centre, int64_t rows
                        bool channels_last, const A* row_weight, const A* col_weight, A* row_sums,
                        A* col_sums, Rows how) {
   if (channels_last)
-    reduce_of<T>(Deviations<false, T>{u, ahead ? ahead : next_rows(u, cols), centre, cols}, rows,
-                 cols, row_weight, col_weight, row_sums, col_sums, how);
+    reduce_of<T>(Deviations<false, T>{u, {ahead}, centre, cols}, rows, cols, row_weight, col_weight,
+                 row_sums, col_sums, how);
   else
-    reduce_of<T>(Deviations<true, T>{u, ahead ? ahead : next_rows(u, cols), centre, cols}, rows,
-                 cols, row_weight, col_weight, row_sums, col_sums, how);
+    reduce_of<T>(Deviations<true, T>{u, {ahead}, centre, cols}, rows, cols, row_weight, col_weight,
+                 row_sums, col_sums, how);
 }
 
 // An array by channel and one by pixel, at row r: along the rows, or the columns.
@@ -167,7 +167,7 @@ void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t
   map_by<kChannelsLast, T, 3, 1>(
       out, rows, cols, stores, {x.centre, x.scale, x.bias}, {mask},
       [=](int64_t i, auto read, const auto& channel, const auto& pixel) DA_LAMBDA_INLINE {
-        fetch(ahead + i);
+        if (ahead) fetch(ahead + i);
         const auto& [centre, scale, bias] = channel;
         const vec<A> value = ((read(u) - centre) * scale + bias) * pixel[0];
         if constexpr (kShortcut) return relu<A>(value + read(shortcut));
@@ -181,7 +181,7 @@ void rectify(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows
   with_constants(
       [&](auto last, auto with_shortcut) {
         rectify_rows<decltype(last)::value, decltype(with_shortcut)::value, T>(
-            u, shortcut, ahead ? ahead : next_rows(u, cols), out, rows, cols, x, mask, stores);
+            u, shortcut, ahead, out, rows, cols, x, mask, stores);
       },
       channels_last, shortcut != nullptr);
 }

@@ -2,36 +2,50 @@
 // kernels.inl.
 
 // The terms of a row r's sums: read(row) loads the elements at column q, and keep(v) makes zeros of
-// lanes that are none of them. from(r) begins at row r. fetch_ahead(i) fetches the i-th element of
-// `ahead`.
+// lanes that are none of them. from(r) begins at row r. fetch_ahead(i) fetches the i-th element
+// from `ahead` on.
+template <class T>
+struct Ahead {
+  const T* p;  // or null
+  DA_INLINE Ahead operator+(int64_t n) const { return {p ? p + n : nullptr}; }
+  DA_INLINE void fetch_at(int64_t i) const {
+    if (p) fetch(p + i);
+  }
+};
 template <class T>
 struct Elements {
-  const T *x, *ahead;
+  const T* x;
+  Ahead<T> ahead;
   int64_t cols;
   DA_INLINE Elements from(int64_t r) const { return {x + r * cols, ahead + r * cols, cols}; }
   template <class Read, class Keep>
   DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols);
   }
-  DA_INLINE void fetch_ahead(int64_t i) const { fetch(ahead + i); }
+  DA_INLINE void fetch_ahead(int64_t i) const { ahead.fetch_at(i); }
 };
 template <class T>
 struct Products {
   const T *x, *dy;
+  Ahead<T> ahead, dy_ahead;
   int64_t cols;
-  DA_INLINE Products from(int64_t r) const { return {x + r * cols, dy + r * cols, cols}; }
+  DA_INLINE Products from(int64_t r) const {
+    const int64_t at = r * cols;
+    return {x + at, dy + at, ahead + at, dy_ahead + at, cols};
+  }
   template <class Read, class Keep>
   DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols) * read(dy + r * cols);
   }
   DA_INLINE void fetch_ahead(int64_t i) const {
-    fetch(next_rows(x, cols) + i);
-    fetch(next_rows(dy, cols) + i);
+    ahead.fetch_at(i);
+    dy_ahead.fetch_at(i);
   }
 };
 template <bool kByRow, class T>
 struct Deviations {
-  const T *x, *ahead;
+  const T* x;
+  Ahead<T> ahead;
   const accumulate_t<T>* centre;  // of rows, or of columns
   int64_t cols;
   DA_INLINE Deviations from(int64_t r) const {
@@ -41,7 +55,7 @@ struct Deviations {
   DA_INLINE auto at(int64_t r, int64_t q, Read read, Keep keep) const {
     return read(x + r * cols) - keep(Along<kByRow, accumulate_t<T>>(centre, r)(q));
   }
-  DA_INLINE void fetch_ahead(int64_t i) const { fetch(ahead + i); }
+  DA_INLINE void fetch_ahead(int64_t i) const { ahead.fetch_at(i); }
 };
 
 // Zeros for n sums, and for the rest of their last vector.
@@ -211,11 +225,11 @@ template <class T, class A = accumulate_t<T>>
 void reduce(const T* x, const T* dy, const T* ahead, int64_t rows, int64_t cols,
             const A* row_weight, const A* col_weight, A* row_sums, A* col_sums, Rows how) {
   if (dy)
-    reduce_of<T>(Products<T>{x, dy, cols}, rows, cols, row_weight, col_weight, row_sums, col_sums,
-                 how);
+    reduce_of<T>(Products<T>{x, dy, {ahead}, {ahead ? dy + (ahead - x) : nullptr}, cols}, rows,
+                 cols, row_weight, col_weight, row_sums, col_sums, how);
   else
-    reduce_of<T>(Elements<T>{x, ahead ? ahead : next_rows(x, cols), cols}, rows, cols, row_weight,
-                 col_weight, row_sums, col_sums, how);
+    reduce_of<T>(Elements<T>{x, {ahead}, cols}, rows, cols, row_weight, col_weight, row_sums,
+                 col_sums, how);
 }
 
 template <class A>
