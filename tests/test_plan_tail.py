@@ -86,9 +86,19 @@ def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
         for n in (1, 32, 256):
             p = launches((n, *stage), layout, dtype, sm=sm)
             assert p["vector_bytes"] == 16
-            assert len(p["forward"]) <= 7 and len(p["backward"]) <= 10
+            assert len(p["forward"]) <= 7 and len(p["backward"]) <= 9
             for step in p["forward"] + p["backward"]:
                 assert step["shared_bytes"] <= (64 if dtype == "float64" else 48) * 1024
+
+
+def test_norm_and_relu_are_one_launch_but_for_a_batchs_statistics():
+    shape = (64, 256, 56, 56)
+    for shortcut in (True, False):
+        p = launches(shape, order="none", batch=False, shortcut=shortcut)
+        assert (len(p["forward"]), len(p["backward"])) == (1, 3)
+        p = launches(shape, order="none", batch=True, shortcut=shortcut)
+        assert [step["name"] for step in p["forward"]][:2] == ["statistics", "norm"]
+        assert (len(p["forward"]), len(p["backward"])) == (3, 3)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)

@@ -203,7 +203,8 @@ inline double fma(double value, double factor, double term) {
 
 inline float exp(float x) { return std::exp(x); }
 inline double exp(double x) { return std::exp(x); }
-inline double sqrt(double x) { return std::sqrt(x); }
+inline float inverse_sqrt(float x) { return 1 / std::sqrt(x); }
+inline double inverse_sqrt(double x) { return 1 / std::sqrt(x); }
 
 // ---- Clusters and bulk copies.
 

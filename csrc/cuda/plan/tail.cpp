@@ -42,7 +42,6 @@ class TailPlanner {
     const int64_t bands = masks_.pixels ? p_.n * plan_.bands.of_pixels(p_.pixels()) : 0;
     Allocator place;
     TailWorkspace w{};
-    w.norm = place(kNormMaps * p_.c);
     w.channel_sums = place(channel_sums);
     w.products = place(channel_sums);
     w.pixel_sums = place(by_pixel * t.channel_tiles());
@@ -50,6 +49,7 @@ class TailPlanner {
     w.channel_mask = place(by_channel);
     w.mask_sums = place(bands);
     if (backward_) {
+      w.du_terms = place(2 * p_.c);
       const bool more = masks_.pixels && through().pixels;
       w.more_pixel_sums = place(more ? by_pixel * t.channel_tiles() : 0);
       w.term_products = place(masks_.pixels ? channel_sums : 0);
@@ -67,8 +67,10 @@ class TailPlanner {
 
  private:
   void forward() {
-    if (kind_.batch) sums("statistics", TailSums::moments, kU, kChannels);
-    norm();
+    if (kind_.batch) {
+      sums("statistics", TailSums::moments, kU, kChannels);
+      small(TailKernel::norm, "norm", ceil_div(p_.c, plan_.norm_channels));
+    }
     for (const Pass& pass : schedule_) {
       if (!pass.sums.any()) {
         const char* const name = kind_.shortcut ? "scale, add, rectify" : "scale, rectify";
@@ -82,7 +84,6 @@ class TailPlanner {
   }
 
   void backward() {
-    norm();
     // The channel mask is made of what was summed with the outer one, whose sum must be there.
     if (outer(p_.order).pixels) {
       maps("spatial mask", Made::masks_again, kPixels);
@@ -140,7 +141,6 @@ class TailPlanner {
         p_.dtype == Dtype::float64 ? pass_bytes<double>(t, step) : pass_bytes<float>(t, step);
     add(step, p_.n * t.tiles());
   }
-  void norm() { small(TailKernel::norm, "norm", ceil_div(p_.c, plan_.norm_channels)); }
   void small(TailKernel kernel, const char* name, int64_t jobs) {
     TailStep step{};
     step.kernel = kernel, step.name = name, step.shared_bytes = SmallMemory(nullptr).bytes;

@@ -59,15 +59,11 @@ struct TailStep {
 
 // As offsets, like Workspace, which has the rest.
 struct TailWorkspace : Workspace {
-  int64_t norm;                     // [kNormMaps][channels]
+  int64_t du_terms;                 // what u and one are multiplied with in du, [2][channels]
   int64_t products, term_products;  // [n][pixel_tiles][channels]
   int64_t pooled_x;                 // [n][channels]
   int64_t mask_sums, term_sums;     // [n][bands of pixels]
 };
-
-// The norm's maps by channel: the mean, weight over deviation, the bias, one over the deviation; of
-// backward, what u and one are multiplied with in du, for the statistics are the batch's.
-constexpr int kNormMaps = 6;
 
 struct TailDirection {
   std::vector<TailStep> steps;

@@ -33,15 +33,13 @@ struct TailArgs {
   bool batch;                         // the norm's statistics are the batch's
   Maps maps;                          // whose weights a launch's sums have
 
-  OfNorm weight, bias, mean, var;  // mean and var: of a norm that is frozen, and of backward
+  OfNorm weight, bias, mean, var;  // see Norm; mean and var may be the batch's
   double eps;
-  A *new_mean, *new_var;                 // the batch's
+  A *new_mean, *new_var;                 // the batch's, null where they are given
   KeptOfNorm running_mean, running_var;  // null where not kept
   double momentum;                       // the batch's share in them
   int64_t* batches;                      // counts those that had one; null where not kept
   void *d_weight, *d_bias;               // in the type of the norm's; null where not wanted
-  A *centre, *scale, *shift;             // by channel: x = (u - centre) scale + shift
-  A* inverse;                            // one over the deviation
   A *du_slope, *du_offset;               // du has (u - centre) du_slope + du_offset besides a dx
 
   // By channel: of d, or means; of d (u - centre), or squared deviations; of dm (u - centre).

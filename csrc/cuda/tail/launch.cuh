@@ -12,7 +12,7 @@
 namespace da::cuda {
 namespace detail {
 
-template <class A>
+template <class T, class A = accumulate_t<T>>
 TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
                            const TailPointers& at) {
   const Tiling& t = plan.tiling;
@@ -58,12 +58,14 @@ TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
   args.batch = at.batch, args.eps = at.eps;
   args.weight = at.weight, args.bias = at.bias, args.mean = at.mean, args.var = at.var;
   args.new_mean = static_cast<A*>(at.new_mean), args.new_var = static_cast<A*>(at.new_var);
+  if (at.new_mean) {
+    constexpr bool wide = !std::is_same_v<A, T>;
+    args.mean = {at.new_mean, wide}, args.var = {at.new_var, wide};
+  }
   args.running_mean = at.running_mean, args.running_var = at.running_var;
   args.momentum = at.momentum, args.batches = at.batches;
   args.d_weight = at.d_weight, args.d_bias = at.d_bias;
-  A** const norm[kNormMaps] = {&args.centre,  &args.scale,    &args.shift,
-                               &args.inverse, &args.du_slope, &args.du_offset};
-  for (int i = 0; i < kNormMaps; i++) *norm[i] = work + w.norm + i * p.c;
+  args.du_slope = work + w.du_terms, args.du_offset = args.du_slope + p.c;
   args.mask_sums = work + w.mask_sums, args.term_sums = work + w.term_sums;
   args.pooled_x = work + w.pooled_x;
   args.pooled_u = call.pooled;
@@ -135,7 +137,7 @@ void set_sums(const TailStep& step, TailArgs<A>& args) {
 template <class T>
 int run_tail_steps(const Problem& p, const TailPlan& plan, Way way, const TailPointers& at) {
   using A = accumulate_t<T>;
-  TailArgs<A> args = tail_arguments<A>(p, plan, way, at);
+  TailArgs<A> args = tail_arguments<T>(p, plan, way, at);
   Args<A>& call = args.call;
   bool first = true;
   for (const TailStep& step : plan[way].steps) {

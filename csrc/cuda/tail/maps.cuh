@@ -1,5 +1,5 @@
-// The residual tail's launches between passes: the norm's maps, the masks, what flows back through
-// them, the norm's gradients.
+// The residual tail's launches between passes: the batch's statistics, the masks, what flows back
+// through them, the norm's gradients.
 #pragma once
 
 #include "cuda/common/finish.cuh"
@@ -51,11 +51,6 @@ struct NormLane {
   }
 };
 
-template <class T>
-SIMT_FN accumulate_t<T> of_norm(const OfNorm& values, int64_t c) {
-  return Parameter<T>{values.data, values.wide}[c];
-}
-
 // Lets a batch's number have its share in a running one.
 template <class T>
 SIMT_FN void keep_running(const KeptOfNorm& running, int64_t c, double of_batch, double momentum) {
@@ -64,7 +59,7 @@ SIMT_FN void keep_running(const KeptOfNorm& running, int64_t c, double of_batch,
   put<T>(running.data, c, (1 - momentum) * before + momentum * of_batch, running.wide);
 }
 
-// The norm's maps: of the batch's moments, which come by tile, or of statistics that are given.
+// The batch's mean and variance, from its moments, which come by tile.
 template <class T>
 SIMT_KERNEL(kThreads, 1)
 tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
@@ -76,57 +71,43 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const NormLane lane(args, call.first_job + simt::block());
   const int64_t c = lane.c;
   const bool there = c < call.channels;
-  double mean = 0, variance = 0;
-  if (args.new_mean) {
-    // Means are counted from the channel's datum. Deviations from the first of them are added up by
-    // blocks of tiles in A, and blocks in double. A block's numbers are all on their way at once.
-    const int64_t tiles = call.channel_sums.tiles, all = call.images * tiles;
-    const int64_t pixels = call.tiling.tile_pixels(), last = call.pixels - (tiles - 1) * pixels;
-    const bool any = there && call.images > 0;
-    const A near = any ? call.channel_sums.data[c] : A(0);
-    double sum = 0, squares = 0;
-    constexpr int kBlock = 8;
-    int64_t left = tiles - 1 - lane.slice % tiles;  // tiles of the image after this one
-    const int64_t on = lane.slices % tiles;
-    for (int64_t block = lane.slice; there && block < all; block += kBlock * lane.slices) {
-      A off[kBlock], of_tile[kBlock], some = 0, some_squares = 0;
-      SIMT_UNROLL
-      for (int i = 0; i < kBlock; i++) {
-        const int64_t t = block + i * lane.slices, at = t * call.channels + c;
-        off[i] = t < all ? call.channel_sums.data[at] : near;
-        of_tile[i] = t < all ? args.products.data[at] : A(0);
-      }
-      SIMT_UNROLL
-      for (int i = 0; i < kBlock; i++) {
-        const A deviation = off[i] - near, count = A(left == 0 ? last : pixels);
-        some += count * deviation, some_squares += of_tile[i] + count * deviation * deviation;
-        left -= on;
-        if (left < 0) left += tiles;
-      }
-      sum += some, squares += some_squares;
+  // Means are counted from the channel's datum. Deviations from the first of them are added up by
+  // blocks of tiles in A, and blocks in double. A block's numbers are all on their way at once.
+  const int64_t tiles = call.channel_sums.tiles, all = call.images * tiles;
+  const int64_t pixels = call.tiling.tile_pixels(), last = call.pixels - (tiles - 1) * pixels;
+  const bool any = there && call.images > 0;
+  const A near = any ? call.channel_sums.data[c] : A(0);
+  double sum = 0, squares = 0;
+  constexpr int kBlock = 8;
+  int64_t left = tiles - 1 - lane.slice % tiles;  // tiles of the image after this one
+  const int64_t on = lane.slices % tiles;
+  for (int64_t block = lane.slice; there && block < all; block += kBlock * lane.slices) {
+    A off[kBlock], of_tile[kBlock], some = 0, some_squares = 0;
+    SIMT_UNROLL
+    for (int i = 0; i < kBlock; i++) {
+      const int64_t t = block + i * lane.slices, at = t * call.channels + c;
+      off[i] = t < all ? call.channel_sums.data[at] : near;
+      of_tile[i] = t < all ? args.products.data[at] : A(0);
     }
-    lane.add(shares, sum, squares);
-    const double count = double(call.images) * call.pixels;
-    mean = (any ? double(datum<T>(call, c)) : 0) + near + sum / count;
-    variance = (squares - sum * (sum / count)) / count;
-    if (variance < 0) variance = 0;
-  } else if (there) {
-    mean = of_norm<T>(args.mean, c), variance = of_norm<T>(args.var, c);
+    SIMT_UNROLL
+    for (int i = 0; i < kBlock; i++) {
+      const A deviation = off[i] - near, count = A(left == 0 ? last : pixels);
+      some += count * deviation, some_squares += of_tile[i] + count * deviation * deviation;
+      left -= on;
+      if (left < 0) left += tiles;
+    }
+    sum += some, squares += some_squares;
   }
+  lane.add(shares, sum, squares);
   if (lane.slice != 0 || !there) return;
-  const A rounded = static_cast<A>(variance);  // as backward will find it
-  if (args.new_mean) {
-    args.new_mean[c] = static_cast<A>(mean), args.new_var[c] = rounded;
-    const double count = double(call.images) * call.pixels;
-    keep_running<T>(args.running_mean, c, mean, args.momentum);
-    keep_running<T>(args.running_var, c, variance * (count / (count - 1)), args.momentum);
-    if (c == 0 && args.batches) ++*args.batches;
-  }
-  const A inverse = static_cast<A>(1 / simt::sqrt(rounded + args.eps));
-  args.centre[c] = static_cast<A>(mean);
-  args.inverse[c] = inverse;
-  args.scale[c] = (args.weight.data ? of_norm<T>(args.weight, c) : A(1)) * inverse;
-  args.shift[c] = args.bias.data ? of_norm<T>(args.bias, c) : A(0);
+  const double count = double(call.images) * call.pixels;
+  const double mean = (any ? double(datum<T>(call, c)) : 0) + near + sum / count;
+  double variance = (squares - sum * (sum / count)) / count;
+  if (variance < 0) variance = 0;
+  args.new_mean[c] = static_cast<A>(mean), args.new_var[c] = static_cast<A>(variance);
+  keep_running<T>(args.running_mean, c, mean, args.momentum);
+  keep_running<T>(args.running_var, c, variance * (count / (count - 1)), args.momentum);
+  if (c == 0 && args.batches) ++*args.batches;
 }
 
 // An image's sum, of its bands'.
@@ -157,6 +138,7 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   simt::let_next_launch_begin();
   simt::wait_for_launch_before();
   const Args<A>& call = args.call;
+  const Norm<T> norm{args};
   const Bands& bands = call.bands;
   A* const nowhere = nullptr;  // but in global memory
   const MapsMemory<A> memory(simt::shared(), bands, call.kernel_size);
@@ -174,7 +156,7 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     const auto constant = [&](bool weighted, const A* weights) {
       A sum = 0;
       for (int64_t c = simt::thread(); c < call.channels; c += kThreads)
-        sum += args.shift[c] * (weighted ? weights[image * call.channels + c] : A(1));
+        sum += norm.shift(c) * (weighted ? weights[image * call.channels + c] : A(1));
       return sum_of_block(sum, memory.sums);
     };
     if constexpr (What == Made::masks_of_sums) {
@@ -211,11 +193,11 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       const auto dt = channel_window(
           call, span, memory,
           [&](int64_t c, int first, int step) {
-            return args.scale[c] * (some_tiles(args.products, image, c, first, step) +
+            return norm.scale(c) * (some_tiles(args.products, image, c, first, step) +
                                     some_tiles(call.more_channel_sums, image, c, first, step)) +
-                   args.shift[c] * some_tiles(call.channel_sums, image, c, first, step);
+                   norm.shift(c) * some_tiles(call.channel_sums, image, c, first, step);
           },
-          [&](int64_t c, A sum) { return (sum + args.shift[c] * dm) * sigmoid_slope(mask[c]); });
+          [&](int64_t c, A sum) { return (sum + norm.shift(c) * dm) * sigmoid_slope(mask[c]); });
       through_gate<T>(call, span, dt, Keep::yes, nowhere);
     } else {
       // What x is pooled with: the spatial mask, if there is one by then.
@@ -223,7 +205,7 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       const A weight =
           masked ? of_bands(args.mask_sums, image, all_pixel_bands) / call.pixels : A(1);
       const auto of_x = [&](int64_t c, A raw) {
-        return args.scale[c] * raw + args.shift[c] * weight;
+        return norm.scale(c) * raw + norm.shift(c) * weight;
       };
       if constexpr (What == Made::masks_of_sums) {
         const auto pooled = channel_window(
@@ -293,11 +275,12 @@ SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, 
   }
   lane.add(shares, sum, product);
   if (lane.slice != 0 || c >= call.channels) return;
-  const double inverse = args.inverse[c], weight = product * inverse;
+  const Norm<T> norm{args};
+  const double inverse = norm.inverse(c), weight = product * inverse;
   put<T>(args.d_weight, c, weight, args.weight.wide);
   put<T>(args.d_bias, c, sum, args.bias.wide);
   // A frozen norm's du has no such part, not even where the sums are no numbers.
-  const double each = -args.scale[c] / (double(call.images) * call.pixels);
+  const double each = -norm.scale(c) / (double(call.images) * call.pixels);
   args.du_slope[c] = args.batch ? static_cast<A>(each * weight * inverse) : A(0);
   args.du_offset[c] = args.batch ? static_cast<A>(each * sum) : A(0);
 }

@@ -9,16 +9,17 @@
 #include "cuda/common/scaling.cuh"
 #include "cuda/plan/tail_memory.h"
 #include "cuda/portable/masks.cuh"
-#include "cuda/tail/args.h"
+#include "cuda/tail/norm.cuh"
 #include "cuda/tail/relu.cuh"
 
 namespace da::cuda {
 
 // The maps over the tile, in shared memory: of channels in the order of the formulas' struct below.
-template <TailScale Kind, class A>
+template <class T, TailScale Kind, class A>
 SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailMemory<A>& memory) {
   constexpr bool backward = Kind != TailScale::forward;
   const Args<A>& call = args.call;
+  const Norm<T> norm{args};
   const int64_t pixel = tile.image * call.pixels + tile.pixel();
   if (call.masks.pixels)
     copy(memory.pixel[0], tile.pixels(), call.spatial_mask + pixel);
@@ -32,18 +33,18 @@ SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailM
   }
   for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
     const int64_t c = tile.channel() + i, at = tile.image * call.channels + c;
-    const A scale = args.scale[c], k = call.masks.channels ? call.channel_mask[at] : A(1);
-    memory.channel[0][i] = args.centre[c];
+    const A scale = norm.scale(c), k = call.masks.channels ? call.channel_mask[at] : A(1);
+    memory.channel[0][i] = norm.centre(c);
     memory.channel[1][i] = scale * k;
     if (!backward) {
-      memory.channel[2][i] = args.shift[c] * k;
+      memory.channel[2][i] = norm.shift(c) * k;
     } else {
       const A term = call.masks.channels ? scale * call.d_pooled[at] : A(0);
       memory.channel[2][i] = call.outer.pixels ? term : A(0);
       memory.channel[3][i] = call.outer.channels ? scale * k : scale;
       memory.channel[4][i] = args.du_slope[c];
       memory.channel[5][i] = args.du_offset[c] + (call.outer.pixels ? A(0) : term);
-      if (Kind == TailScale::rectified) memory.channel[6][i] = args.shift[c] * k;
+      if (Kind == TailScale::rectified) memory.channel[6][i] = norm.shift(c) * k;
     }
   }
 }
@@ -105,7 +106,7 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   load_u();
   simt::wait_for_launch_before();
   load_other();
-  load_factors<Kind>(args, tile, memory);
+  load_factors<T, Kind>(args, tile, memory);
   simt::sync();
 
   const A* row_map[row_maps];

@@ -6,7 +6,7 @@
 #include "cuda/common/tile.cuh"
 #include "cuda/plan/tail_memory.h"
 #include "cuda/portable/masks.cuh"
-#include "cuda/tail/args.h"
+#include "cuda/tail/norm.cuh"
 #include "cuda/tail/relu.cuh"
 
 namespace da::cuda {
@@ -61,15 +61,16 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
       memory.channel[1][i] = centre - datum<T>(call, tile.channel() + i);
     }
   } else {
+    const Norm<T> norm{args};
     const A* const by_channel = terms ? call.d_pooled : call.channel_mask;
     const bool factor = terms || call.weights.channels;
     for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
       const int64_t c = tile.channel() + i;
-      memory.channel[0][i] = args.centre[c];
+      memory.channel[0][i] = norm.centre(c);
       if (Kind != TailSums::rectified && !call.new_pixel_sums) continue;
       const A k = factor ? by_channel[tile.image * call.channels + c] : A(1);
-      memory.channel[1][i] = args.scale[c] * k;
-      if (Kind != TailSums::deviations) memory.channel[2][i] = args.shift[c] * k;
+      memory.channel[1][i] = norm.scale(c) * k;
+      if (Kind != TailSums::deviations) memory.channel[2][i] = norm.shift(c) * k;
     }
     if (!call.new_channel_sums) return;
     const A* const by_pixel = terms ? call.d_channel_mean : call.spatial_mask;
