@@ -1,6 +1,7 @@
 // How the CUDA backend runs the residual tail, out = relu(DA(norm(u)) + shortcut): which launches,
 // over which tiles, with how much memory. A pure function of the problem and the device, like
-// plan.h. Every map is made once, by a launch between passes; passes find it ready.
+// plan.h. Masks and what flows back through them are made once, by launches between passes; the
+// norm's scale and shift wherever they are read.
 #pragma once
 
 #include <cstddef>
