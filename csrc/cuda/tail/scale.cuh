@@ -31,6 +31,7 @@ SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailM
     else
       fill(memory.pixel[1], tile.pixels(), A(0));
   }
+  SIMT_ROLLED
   for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
     const int64_t c = tile.channel() + i, at = tile.image * call.channels + c;
     const A scale = norm.scale(c), k = call.masks.channels ? call.channel_mask[at] : A(1);
