@@ -73,6 +73,11 @@ inline bool dense(const Tensor& t, std::initializer_list<int> order) {
   return true;
 }
 
+inline bool on_device_of(const Tensor& x, const Tensor& t) {
+  return t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() &&
+         t.get_device_index() == x.get_device_index();
+}
+
 using Arguments = Parameters<const Parameter&>;
 
 // Refuses parameters but those that the order and gate take, in their shapes, on x's device, and
@@ -89,9 +94,7 @@ inline void check_parameters(const Problem& p, const Tensor& x, const Arguments&
     const auto sizes = parameter->sizes();
     STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()),
                     "da_ops: wrong shape of ", name);
-    STD_TORCH_CHECK(parameter->is_cpu() == x.is_cpu() && parameter->is_cuda() == x.is_cuda() &&
-                        parameter->get_device_index() == x.get_device_index(),
-                    "da_ops: ", name, " must be on x's device");
+    STD_TORCH_CHECK(on_device_of(x, *parameter), "da_ops: ", name, " must be on x's device");
     const ScalarType own = parameter->scalar_type();
     STD_TORCH_CHECK(
         own == shared.value_or(own) && (own == dtype || (half && own == ScalarType::Float)),

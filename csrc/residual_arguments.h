@@ -19,8 +19,9 @@ inline Problem describe_residual(const Tensor& u, const Arguments& given, const 
 }
 
 inline void check_like(const Problem& p, const Tensor& t, const Tensor& u, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() == u.is_cpu() && t.get_device_index() == u.get_device_index() &&
-                      t.dim() == 4 && t.numel() == u.numel() && t.scalar_type() == u.scalar_type(),
+  const auto sizes = t.sizes(), of_u = u.sizes();
+  STD_TORCH_CHECK(on_device_of(u, t) && t.scalar_type() == u.scalar_type() &&
+                      std::equal(sizes.begin(), sizes.end(), of_u.begin(), of_u.end()),
                   "da_ops: ", name, " must be like u");
   STD_TORCH_CHECK(p.n == 0 || (p.channels_last ? dense(t, {0, 2, 3, 1}) : dense(t, {0, 1, 2, 3})),
                   "da_ops: ", name, " must have u's layout");
@@ -38,6 +39,37 @@ struct Running {
   const Tensor *mean, *var, *batches;
   double momentum;
 };
+
+// Refuses tensors of a norm but those of one number a channel, on u's device, in its dtype or in
+// float32 where that is half precision.
+inline void check_norm(const Problem& p, const Tensor& u,
+                       std::initializer_list<const Tensor*> given) {
+  const ScalarType dtype = u.scalar_type();
+  const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  for (const Tensor* t : given) {
+    if (!t) continue;
+    const ScalarType own = t->scalar_type();
+    STD_TORCH_CHECK(on_device_of(u, *t), "da_ops: the norm's tensors must be on u's device");
+    STD_TORCH_CHECK(t->numel() == p.c, "da_ops: the norm's tensors must be one number a channel");
+    STD_TORCH_CHECK(own == dtype || (half && own == ScalarType::Float),
+                    "da_ops: the norm's tensors must have u's dtype, or be float32 with a half u");
+  }
+}
+
+inline const Tensor* address(const Parameter& parameter) {
+  return parameter ? &*parameter : nullptr;
+}
+
+// Refuses a forward call, too, that has not enough values a channel: batch norm needs two.
+inline void check_forward(const Problem& p, const Tensor& u, const Parameter& shortcut,
+                          const GivenNorm& norm, const Running& running) {
+  STD_TORCH_CHECK(p.n * p.pixels() > (norm.mean ? 0 : 1),
+                  "da_ops: more than one value a channel is needed by a norm in training");
+  if (shortcut) check_like(p, *shortcut, u, "shortcut");
+  check_norm(p, u,
+             {address(norm.weight), address(norm.bias), address(norm.mean), address(norm.var),
+              running.mean, running.var});
+}
 
 // The factor that makes a batch's variance an estimate without bias.
 inline double unbiased(const Problem& p) {
@@ -59,6 +91,19 @@ inline std::vector<Tensor> present(const Parameter& du, const Parameter& d_short
   return found;
 }
 
+// The problem of a checked call of backward.
+inline Problem describe_residual_backward(const Tensor& dout, const Parameter& out, const Tensor& u,
+                                          std::initializer_list<const Tensor*> norm,
+                                          const Arguments& given, const Tensor& channel_mean,
+                                          const Tensor& pooled, const std::string& order,
+                                          const std::string& gate) {
+  const Problem p = describe_residual(u, given, order, gate);
+  check_backward(p, dout, u, channel_mean, pooled);
+  if (out) check_like(p, *out, u, "out");
+  check_norm(p, u, norm);
+  return p;
+}
+
 // The operators, by a backend's function of the checked call.
 using ResidualForward = ResidualOutputs(const Problem&, const Tensor& u, const Parameter& shortcut,
                                         const GivenNorm&, const Running&, const Arguments&);
@@ -73,10 +118,11 @@ ResidualOutputs residual_forward_operator(
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
   const Problem p = describe_residual(u, given, order, gate);
-  if (shortcut) check_like(p, *shortcut, u, "shortcut");
   STD_TORCH_CHECK(norm_mean.has_value() == norm_var.has_value(),
                   "da_ops: norm_mean and norm_var go together");
-  return kForward(p, u, shortcut, {norm_weight, norm_bias, norm_mean, norm_var, eps}, {}, given);
+  const GivenNorm norm{norm_weight, norm_bias, norm_mean, norm_var, eps};
+  check_forward(p, u, shortcut, norm, {});
+  return kForward(p, u, shortcut, norm, {}, given);
 }
 
 template <ResidualForward* kForward>
@@ -90,20 +136,18 @@ ResidualOutputs residual_training_operator(
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
   const Problem p = describe_residual(u, given, order, gate);
-  if (shortcut) check_like(p, *shortcut, u, "shortcut");
-  for (const Tensor* t : {&running_mean, &running_var})
-    STD_TORCH_CHECK(t->numel() == p.c && t->is_contiguous(),
-                    "da_ops: running statistics must be one number a channel, contiguous");
+  STD_TORCH_CHECK(running_mean.is_contiguous() && running_var.is_contiguous(),
+                  "da_ops: running statistics must be contiguous");
   if (batches) {
     STD_TORCH_CHECK(batches->numel() == 1 && batches->scalar_type() == ScalarType::Long,
                     "da_ops: batches must be one number of int64");
-    STD_TORCH_CHECK(batches->is_cpu() == u.is_cpu() && batches->is_cuda() == u.is_cuda() &&
-                        batches->get_device_index() == u.get_device_index(),
-                    "da_ops: batches must be on u's device");
+    STD_TORCH_CHECK(on_device_of(u, *batches), "da_ops: batches must be on u's device");
   }
   const Parameter none;
-  return kForward(p, u, shortcut, {norm_weight, norm_bias, none, none, eps},
-                  {&running_mean, &running_var, batches ? &*batches : nullptr, momentum}, given);
+  const GivenNorm norm{norm_weight, norm_bias, none, none, eps};
+  const Running running{&running_mean, &running_var, address(batches), momentum};
+  check_forward(p, u, shortcut, norm, running);
+  return kForward(p, u, shortcut, norm, running, given);
 }
 
 }  // namespace da

@@ -9,9 +9,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import reference
+from .backends.base import Backend
 from .backends.choice import CHOICE
 from .checks import check_arguments
-from .layout import dense, like
+from .layout import dense, device_type, like
 from .parameters import Parameters, Unnamed
 
 
@@ -50,14 +51,7 @@ class DAFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         parameters = conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias
-        try:
-            served = CHOICE.implementation(backend, x.device.type)
-            if not served.checks:
-                check_arguments(x, parameters, order, gate)
-            y, channel_mean, pooled = served.forward(dense(x), parameters, order, gate)
-        except Exception:
-            name_what_is_wrong(x, parameters, order, gate)
-            raise
+        served, y, channel_mean, pooled = compute(x, parameters, order, gate, backend)
         ctx.options = order, gate, served
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *parameters, channel_mean, pooled)
@@ -79,6 +73,24 @@ class DAFunction(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
+# As autograd.Function has it, but for what torch.func's transforms need, which come not here.
+fused = super(torch.autograd.Function, DAFunction).apply
+
+
+def compute(
+    x: Tensor, parameters: Unnamed, order: str, gate: str, backend: str
+) -> tuple[Backend, Tensor, Tensor, Tensor]:
+    """The backend that served, ``y``, and what else its backward needs."""
+    try:
+        served = CHOICE.implementation(backend, device_type(x))
+        if not served.checks:
+            check_arguments(x, parameters, order, gate)
+        return served, *served.forward(dense(x), parameters, order, gate)
+    except Exception:
+        name_what_is_wrong(x, parameters, order, gate)
+        raise
+
+
 def name_what_is_wrong(x: Any, parameters: Unnamed, order: Any, gate: Any) -> None:
     """Raise in the words of check_arguments, if it is the arguments that a kernel refused: to look
     at them costs a small call a twentieth of its time, and so it comes last."""
@@ -86,9 +98,6 @@ def name_what_is_wrong(x: Any, parameters: Unnamed, order: Any, gate: Any) -> No
         check_arguments(x, parameters, order, gate)
     except (TypeError, ValueError) as error:
         raise error from None
-
-
-fused = super(DAFunction, DAFunction).apply  # as autograd.Function has it
 
 
 def transformed() -> bool:

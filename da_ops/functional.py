@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .checks import check_arguments
-from .function import fused, plain, transformed
+from .function import compute, fused, plain, transformed
 from .layout import dense
 from .parameters import SCHEMA, Parameters
 from .reference import rounded_once
@@ -92,7 +92,9 @@ def attention(
             return _compiled(x, Parameters(*parameters), order, gate, backend)
         if transformed() or torch.jit.is_tracing():
             return plain(x, Parameters(*parameters), order, gate, backend)
-        return fused(x, *parameters, order, gate, backend)
+        if torch.is_grad_enabled():
+            return fused(x, *parameters, order, gate, backend)
+        return compute(x, parameters, order, gate, backend)[1]
 
 
 def _compiled(x: Tensor, parameters: Parameters, order: str, gate: str, backend: str) -> Tensor:

@@ -1,9 +1,14 @@
-"""Memory layouts: contiguous and channels_last are native, all others cost one copy."""
+"""Where tensors lie: contiguous and channels_last are native, all other layouts cost one copy."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def device_type(x: Tensor) -> str:
+    """``x.device.type``, without the two objects that this makes."""
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 
 def dense(x: Tensor) -> Tensor:

@@ -266,14 +266,33 @@ def test_a_backend_without_a_kernel_of_the_tail(caplog):
         lambda u, r: (u, r[:1]),  # broadcast
         lambda u, r: (u[:0], r[:0]),
         lambda u, r: (u, r.float()),
+        lambda u, r: (u, r[..., :1]),
     ],
-    ids=["broadcast", "no images", "another dtype"],
+    ids=["broadcast", "no images", "another dtype", "a column"],
 )
-def test_shortcuts_that_no_kernel_takes(change):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_shortcuts_that_no_kernel_takes(gradients, change):
     u, shortcut = change(*tensors()[:2])
     norm, layer = norm_of().eval(), layer_of()
-    out = residual_attention(u, shortcut, norm, layer)
-    torch.testing.assert_close(out, one_by_one(u, shortcut, norm, layer))
+    with torch.set_grad_enabled(gradients):
+        out = residual_attention(u, shortcut, norm, layer)
+        torch.testing.assert_close(out, one_by_one(u, shortcut, norm, layer))
+    assert not gradients or not is_fused(out)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_one_value_a_channel_in_evaluation(attention):
+    u, shortcut, dout = tensors((1, 6, 1, 1))
+    assert_same(u, shortcut, dout, norm_of().eval(), layer_of() if attention else None)
+
+
+def test_half_precision_with_a_frozen_norm_of_float32():
+    """Whose result is float32."""
+    norm = FrozenBatchNorm2d(6)
+    u, shortcut, _ = tensors(dtype=torch.bfloat16)
+    out = residual_attention(u, shortcut, norm, None)
+    assert out.dtype == torch.float32 and not is_fused(out)
+    assert torch.equal(out, one_by_one(u, shortcut, norm, None))
 
 
 def test_errors_are_those_of_the_modules():
@@ -288,6 +307,30 @@ def test_errors_are_those_of_the_modules():
         residual_attention(u, u, norm, layer_of(channels=5))
     with pytest.raises(RuntimeError, match="running_mean should contain 6 elements"):
         residual_attention(u, u, norm_of(channels=5), None)
+    with pytest.raises((RuntimeError, ValueError), match="device"):
+        residual_attention(u, u, norm, layer_of().to("meta"))
+    with pytest.raises(RuntimeError, match="must match the size"):  # as many elements
+        residual_attention(u, u.reshape(3, 6, 2, 3), norm, layer)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "elsewhere", [{"dtype": torch.float32}, {"dtype": torch.bfloat16}, {"device": "meta"}], ids=str
+)
+def test_a_norm_that_no_kernel_takes(elsewhere, training):
+    """PyTorch has its way."""
+    found = []
+    for function in (residual_attention, one_by_one):
+        torch.manual_seed(0)
+        u, shortcut, _ = tensors()
+        norm = norm_of().to(**elsewhere).train(training)
+        try:
+            out = function(u, shortcut, norm, None)
+            assert not is_fused(out)
+            found.append([out.tolist(), norm.running_mean.tolist()])
+        except RuntimeError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("training", [True, False])

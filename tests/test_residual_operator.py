@@ -47,6 +47,19 @@ def test_the_operator_names_what_does_not_fit(fused_cpu):
         torch.ops.da_ops.residual_forward(
             tail.u, tail.shortcut[:1], *tail.norm, *parameters, "spatial_channel", "affine"
         )
+    other = tail.shortcut.reshape(*tail.u.shape[:2], tail.u.shape[3], tail.u.shape[2])
+    with pytest.raises(RuntimeError, match="shortcut must be like u"):  # as many elements
+        torch.ops.da_ops.residual_forward(
+            tail.u, other, *tail.norm, *parameters, "spatial_channel", "affine"
+        )
+    for u, norm in (
+        (tail.u[:1, :, :1, :1].contiguous(), tail.norm),
+        (tail.u[:0], make_tail(batch=False).norm),
+    ):
+        with pytest.raises(RuntimeError, match="more than one value a channel"):
+            torch.ops.da_ops.residual_forward(
+                u, None, *norm, *parameters, "spatial_channel", "affine"
+            )
     with pytest.raises(RuntimeError, match="norm_mean and norm_var go together"):
         torch.ops.da_ops.residual_forward(
             tail.u,
@@ -57,7 +70,9 @@ def test_the_operator_names_what_does_not_fit(fused_cpu):
             "affine",
         )
     for mean, batches, message in (
-        (torch.zeros(10)[::2], None, "running statistics must be one number a channel"),
+        (torch.zeros(10)[::2], None, "running statistics must be contiguous"),
+        (torch.zeros(4), None, "the norm's tensors must be one number a channel"),
+        (torch.zeros(5).double(), None, "the norm's tensors must have u's dtype"),
         (torch.zeros(5), torch.tensor(0.0), "batches must be one number of int64"),
         (torch.zeros(5), torch.tensor([0, 0]), "batches must be one number of int64"),
         (torch.zeros(5), torch.tensor(0, device="meta"), "batches must be on u's device"),
@@ -75,7 +90,7 @@ def test_the_operator_names_what_does_not_fit(fused_cpu):
                 "spatial_channel",
                 "affine",
             )
-    with pytest.raises(RuntimeError, match="wrong size"):
+    with pytest.raises(RuntimeError, match="must be one number a channel"):
         fused(
             tail.u,
             tail.shortcut,

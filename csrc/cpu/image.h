@@ -60,7 +60,7 @@ class Image {
     A* const* columns;
   };
 
-  // What is ahead of x while that is read from memory: a few rows on, and not too few elements.
+  // The elements to fetch while x is read from memory: a few rows on, and not too few elements.
   const T* next_rows(const T* x) const { return x + std::max(8 * p_.cols(), kFar); }
 
   // All passes: over(pass, slab, done) for each slab, with the axes that earlier passes completed;

@@ -30,7 +30,6 @@ Norm<A> norm_of(const Problem& p, const Parameter& weight, const Parameter& bias
 // Lets a batch's statistics have their share in running ones.
 void keep_running(const Tensor& running, const std::vector<double>& of_batch, double factor,
                   double momentum) {
-  STD_TORCH_CHECK(running.is_cpu(), "da_ops: running statistics are not on the CPU");
   with_elements(running, [&](auto* kept) {
     for (size_t i = 0; i < of_batch.size(); i++)
       kept[i] = (1 - momentum) * double(kept[i]) + momentum * (factor * of_batch[i]);
@@ -107,9 +106,9 @@ std::vector<Tensor> residual_backward_cpu(
     const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
-  const Problem p = describe_residual(u, given, order, gate);
-  check_backward(p, dout, u, channel_mean, pooled);
-  if (out) check_like(p, *out, u, "out");
+  const Problem p = describe_residual_backward(
+      dout, out, u, {address(norm_weight), address(norm_bias), &mean, &var}, given, channel_mean,
+      pooled, order, gate);
   return with_storage(u.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;

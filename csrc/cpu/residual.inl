@@ -167,7 +167,7 @@ void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t
   map_by<kChannelsLast, T, 3, 1>(
       out, rows, cols, stores, {x.centre, x.scale, x.bias}, {mask},
       [=](int64_t i, auto read, const auto& channel, const auto& pixel) DA_LAMBDA_INLINE {
-        if (ahead) fetch(ahead + i);
+        fetch(ahead + i);
         const auto& [centre, scale, bias] = channel;
         const vec<A> value = ((read(u) - centre) * scale + bias) * pixel[0];
         if constexpr (kShortcut) return relu<A>(value + read(shortcut));

@@ -1,9 +1,7 @@
 // Row sums and column sums of a slab, in one read of it: the `reduce` of kernels.h. Included by
 // kernels.inl.
 
-// The terms of a row r's sums: read(row) loads the elements at column q, and keep(v) makes zeros of
-// lanes that are none of them. from(r) begins at row r. fetch_ahead(i) fetches the i-th element
-// from `ahead` on.
+// Elements to fetch before they are read, or none.
 template <class T>
 struct Ahead {
   const T* p;  // or null
@@ -12,6 +10,10 @@ struct Ahead {
     if (p) fetch(p + i);
   }
 };
+
+// The terms of a row r's sums: read(row) loads the elements at column q, and keep(v) makes zeros of
+// lanes that are none of them. from(r) begins at row r. fetch_ahead(i) fetches the i-th element
+// from `ahead` on.
 template <class T>
 struct Elements {
   const T* x;

@@ -47,22 +47,19 @@ const TailPlan& planned(const Problem& p, TailKind kind, const Tensor& u, bool a
 // The norm's tensors. Copies that had to be made live as long as this.
 class NormTensors {
  public:
-  NormTensors(const Problem& p, const Tensor& u) : channels_(p.c), u_(u) {}
+  explicit NormTensors(const Tensor& u) : u_(u) {}
 
   OfNorm operator()(const Parameter& given) {
     if (!given) return {};
-    check(*given, channels_, u_);
     copies_.push_back(given->is_contiguous() ? *given : torch::stable::contiguous(*given));
     return {copies_.back().const_data_ptr(), given->scalar_type() != u_.scalar_type()};
   }
   // One that a kernel writes.
   KeptOfNorm kept(const Tensor& given) {
-    check(given, channels_, u_);
     return {given.mutable_data_ptr(), given.scalar_type() != u_.scalar_type()};
   }
 
  private:
-  int64_t channels_;
   const Tensor& u_;
   std::vector<Tensor> copies_;
 };
@@ -73,7 +70,7 @@ ResidualOutputs residual_forward_cuda(const Problem& p, const Tensor& u, const P
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   const bool batch = !norm.mean;
   const Addresses parameters(p, u, given);
-  NormTensors of_norm(p, u);
+  NormTensors of_norm(u);
   Tensor out = allocate_like(u);
   Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
   Tensor var = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
@@ -109,12 +106,12 @@ std::vector<Tensor> residual_backward_cuda(
     const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
-  const Problem p = describe_residual(u, given, order, gate);
-  check_backward(p, dout, u, channel_mean, pooled);
-  if (out) check_like(p, *out, u, "out");
+  const Problem p = describe_residual_backward(
+      dout, out, u, {address(norm_weight), address(norm_bias), &mean, &var}, given, channel_mean,
+      pooled, order, gate);
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   const Addresses parameters(p, u, given);
-  NormTensors of_norm(p, u);
+  NormTensors of_norm(u);
   const Tensor du = allocate_like(u);
   const Parameter d_shortcut = out ? Parameter(allocate_like(u)) : Parameter();
   const auto like = [&](const Parameter& parameter) {

@@ -22,16 +22,17 @@ class Choice:
     def __init__(self) -> None:
         self.backends: dict[str, Backend] = {}  # the best first
         self._chosen: dict[str, str] = {}  # name by device type, for "auto"
-        self._chosen_for_tails: dict[str, str] = {}  # the same, of residual tails
         # The backend by the name asked for and the device type, where :meth:`select` allowed it.
         self._allowed: dict[tuple[str, str], Backend] = {}
+        # The same for residual tails: the backend, and what of it serves.
+        self._of_tails: dict[tuple[str, str], tuple[Backend, Backend]] = {}
         self._warned: set[str] = set()  # reasons
         self._given_up: dict[str, str] = {}  # reason by name
 
     def forget(self) -> None:
         """Choose anew from here on, as after the import."""
         self._chosen.clear()
-        self._chosen_for_tails.clear()
+        self._of_tails.clear()
         self._allowed.clear()
         self._warned.clear()
         self._given_up.clear()
@@ -106,23 +107,25 @@ class Choice:
         """The backend that computes residual tails: that of :meth:`implementation`, but where
         "auto" took one without a kernel of them, the best that has one. If none has, it is without,
         and :meth:`without_tails` says why."""
+        if torch.compiler.is_compiling():  # a graph would depend on what is remembered
+            return self._for_tails(asked, device_type)
+        found = self._of_tails.get((asked, device_type))
+        if found is None or self.backends[found[0].name] is not found[0]:
+            serves = self._for_tails(asked, device_type)
+            self._of_tails[asked, device_type] = self.backends[serves.name], serves
+            return serves
+        return found[1]
+
+    def _for_tails(self, asked: str, device_type: str) -> Backend:
         first = self.implementation(asked, device_type)
         if first.residual_forward is not None or asked != "auto" or _wish() != "auto":
             return first
-        name = self._chosen_for_tails.get(device_type)
-        if name is None:
-            able = self._able_for_tails(device_type)
-            name = next((n for n, reason in able.items() if reason is None), first.name)
-            if torch.compiler.is_compiling():
-                return self.backends[name].for_auto or self.backends[name]
-            self._chosen_for_tails[device_type] = name
-            if name != first.name:
-                told = (
-                    "da_ops: backend %r for residual tails of %s tensors (%r has no kernel of them)"
-                )
-                logger.info(told, name, device_type, first.name)
-        backend = self.backends[name]
-        return backend.for_auto or backend
+        able = self._able_for_tails(device_type)
+        name = next((n for n, reason in able.items() if reason is None), first.name)
+        if name != first.name and not torch.compiler.is_compiling():
+            told = "da_ops: backend %r for residual tails of %s tensors (%r has no kernel of them)"
+            logger.info(told, name, device_type, first.name)
+        return self.backends[name].for_auto or self.backends[name]
 
     def without_tails(self, asked: str, device_type: str) -> str | None:
         """Why no kernel computes residual tails; None if one does."""
@@ -204,7 +207,7 @@ class Choice:
         """Never choose backend ``name`` again, which turned out at run time not to work; warn."""
         self._given_up[name] = reason
         self._chosen.clear()
-        self._chosen_for_tails.clear()
+        self._of_tails.clear()
         self._allowed.clear()
         self.follow_plans()
         if reason not in self._warned:

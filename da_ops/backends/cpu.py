@@ -60,9 +60,9 @@ BACKEND = Backend(
     native.backward,
     _plan,
     checks=True,
-    residual_forward=native.residual_forward,
-    residual_forward_=native.residual_forward_,
-    residual_training=native.residual_training,
-    residual_backward=native.residual_backward,
+    residual_forward=native.operator("residual_forward"),
+    residual_forward_=native.operator("residual_forward_"),
+    residual_training=native.operator("residual_training"),
+    residual_backward=native.operator("residual_backward"),
     residual_plan=_residual_plan,
 )

@@ -155,8 +155,8 @@ BACKEND = Backend(
     missing=_missing,
     unfit=_unfit,
     checks=True,
-    residual_forward=native.residual_forward,
-    residual_training=native.residual_training,
-    residual_backward=native.residual_backward,
+    residual_forward=native.operator("residual_forward"),
+    residual_training=native.operator("residual_training"),
+    residual_backward=native.operator("residual_backward"),
     residual_plan=_residual_plan,
 )

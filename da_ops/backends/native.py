@@ -94,21 +94,9 @@ def backward(
     )
 
 
-def residual_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.da_ops.residual_forward.default(*arguments)
-
-
-def residual_forward_(*arguments: Any) -> tuple[Tensor, Tensor]:
-    mean, var = torch.ops.da_ops.residual_forward_.default(*arguments)
-    return mean, var
-
-
-def residual_training(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.da_ops.residual_training.default(*arguments)
-
-
-def residual_backward(*arguments: Any) -> list[Tensor]:
-    return torch.ops.da_ops.residual_backward.default(*arguments)
+def operator(name: str) -> Any:
+    """The operator of this name; None where no library has been loaded that defines it."""
+    return getattr(torch.ops.da_ops, name).default if hasattr(torch.ops.da_ops, name) else None
 
 
 def fake_forward(
@@ -139,6 +127,17 @@ def fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _check_devices(u: Tensor, *others: Tensor | None) -> None:
+    """RuntimeError where one is elsewhere than ``u``, as the kernels have it: a call with one on
+    "meta" comes here."""
+    for t in others:
+        if t is not None and t.device != u.device:
+            raise RuntimeError(
+                f"da_ops: the shortcut and the norm's tensors must be on u's device, {u.device}; "
+                f"got one on {t.device}"
+            )
+
+
 def fake_residual_forward(
     u: Tensor,
     shortcut: Tensor | None,
@@ -149,8 +148,12 @@ def fake_residual_forward(
     eps: float,
     *args: Any,
 ) -> tuple[Tensor, ...]:
+    *parameters, order, gate = args[:8]
+    _check_devices(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var)
+    if order != "none":
+        check_arguments(u, tuple(parameters), order, gate)
     n, c, h, w = u.shape
-    order, acc = args[6], reference.accumulation_dtype(u.dtype)
+    acc = reference.accumulation_dtype(u.dtype)
     size = c if norm_mean is None else 0
     mean, var = (u.new_empty(size, dtype=acc) for _ in range(2))
     channel_mean = u.new_empty((0,) if order in ("channel", "none") else (n, h, w), dtype=acc)
@@ -173,6 +176,7 @@ def fake_residual_training(
     momentum: float,
     *args: Any,
 ) -> tuple[Tensor, ...]:
+    _check_devices(u, running_mean, running_var, batches)
     return fake_residual_forward(u, shortcut, norm_weight, norm_bias, None, None, *args)
 
 

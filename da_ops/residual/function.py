@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,55 +15,48 @@ from ..parameters import SCHEMA, Parameters, Unnamed
 from . import reference
 from .reference import Norm
 
+# Plain tuples, since a call from cold caches pays microseconds for each that has names.
 
-class Running(NamedTuple):
-    """Running statistics of a norm in training, kept as ``nn.BatchNorm2d`` does."""
+# Running statistics of a norm in training: mean, variance, how many batches there were (or None),
+# and the momentum, None for the mean of all batches.
+Running = tuple[Tensor, Tensor, Tensor | None, float | None]
 
-    mean: Tensor
-    var: Tensor
-    batches: Tensor | None  # how many there were, of int64
-    momentum: float | None  # None: the mean of all batches
-
-    def fits_kernels(self) -> bool:
-        """Whether an operator can update them."""
-        mean, var, batches, momentum = self
-        if momentum is None or not (mean.is_contiguous() and var.is_contiguous()):
-            return False
-        return batches is None or (batches.dtype is torch.int64 and batches.device == mean.device)
-
-    def update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Let a batch's mean and biased variance, of so many elements a channel, have their share;
-        they require no gradients."""
-        momentum: Tensor | float | None = self.momentum
-        if self.batches is not None:
-            self.batches.add_(1)
-            if momentum is None:  # as a tensor, so that nothing waits for a GPU
-                momentum = self.batches.to(mean.dtype).reciprocal()
-        kept = self.mean.dtype
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(kept)
-        momentum = 0.0 if momentum is None else momentum
-        self.mean.lerp_(mean.to(kept), momentum)
-        self.var.lerp_((var * (count / (count - 1))).to(kept), momentum)
+# What a call of the residual tail has beside the tensors that may require gradients: the backend,
+# the order, of which "none" leaves attention out, the gate, the norm's eps, its own mean and
+# variance, which are None where the batch's are taken, and the running statistics that these have
+# their share in.
+Call = tuple[Backend, str, str, float, Tensor | None, Tensor | None, Running | None]
 
 
-class Call(NamedTuple):
-    """What a call of the residual tail has beside the tensors that may require gradients."""
+def kernels_keep(running: Running) -> bool:
+    """Whether an operator can update these running statistics."""
+    mean, var, batches, momentum = running
+    if momentum is None or not (mean.is_contiguous() and var.is_contiguous()):
+        return False
+    return batches is None or (batches.dtype is torch.int64 and batches.device == mean.device)
 
-    backend: Backend
-    order: str  # "none" leaves attention out
-    gate: str
-    eps: float
-    mean: Tensor | None = None  # the norm's own statistics; None where the batch's are taken
-    var: Tensor | None = None
-    running: Running | None = None  # those that the batch's have their share in
-    statistics: bool = False  # whether the batch's mean and biased variance are results, too
+
+def update(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """Let a batch's mean and biased variance, of so many elements a channel, have their share in
+    running ones, as ``nn.BatchNorm2d`` does; they require no gradients."""
+    running_mean, running_var, batches, share = running
+    momentum: Tensor | float | None = share
+    if batches is not None:
+        batches.add_(1)
+        if momentum is None:  # as a tensor, so that nothing waits for a GPU
+            momentum = batches.to(mean.dtype).reciprocal()
+    kept = running_mean.dtype
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(kept)
+    momentum = 0.0 if momentum is None else momentum
+    running_mean.lerp_(mean.to(kept), momentum)
+    running_var.lerp_((var * (count / (count - 1))).to(kept), momentum)
 
 
 class ResidualFunction(torch.autograd.Function):
-    """``apply(call, u, shortcut, norm_weight, norm_bias, *parameters) -> out``, the residual tail
-    with its hand-written backward; ``(out, mean, var)`` where ``call.statistics`` asks for those,
-    which are empty where the norm has its own.
+    """``apply(call, statistics, u, shortcut, norm_weight, norm_bias, *parameters) -> out``, the
+    residual tail with its hand-written backward; ``(out, mean, var)`` where ``statistics`` is true:
+    the batch's, empty where the norm has its own.
 
     The shortcut may be None. The six parameters are those of :class:`da_ops.DAFunction`; there are
     none with the order "none". Running statistics are updated within forward: checkpointing stops
@@ -76,6 +69,7 @@ class ResidualFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: Call,
+        statistics: bool,
         u: Tensor,
         shortcut: Tensor | None,
         norm_weight: Tensor | None,
@@ -86,12 +80,18 @@ class ResidualFunction(torch.autograd.Function):
         out, mean, var, *maps = compute(call, u, shortcut, norm_weight, norm_bias, *parameters)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        statistics = (mean, var) if call.mean is None else (call.mean, call.var)
-        to_rectify = None if shortcut is None else out
+        own_mean, own_var = call[4], call[5]
         ctx.save_for_backward(
-            u, to_rectify, norm_weight, norm_bias, *statistics, *parameters, *maps
+            u,
+            None if shortcut is None else out,
+            norm_weight,
+            norm_bias,
+            mean if own_mean is None else own_mean,
+            var if own_var is None else own_var,
+            *parameters,
+            *maps,
         )
-        if not call.statistics:
+        if not statistics:
             return out
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
@@ -101,31 +101,32 @@ class ResidualFunction(torch.autograd.Function):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         u, out, weight, bias, mean, var, *parameters, channel_mean, pooled = ctx.saved_tensors
-        call: Call = ctx.call
-        batch = call.mean is None
+        backend, order, gate, eps, own_mean, *_ = ctx.call
+        batch = own_mean is None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            norm = Norm(weight, bias, None if batch else mean, None if batch else var, call.eps)
+            norm = Norm(weight, bias, None if batch else mean, None if batch else var, eps)
             named = Parameters(*parameters) if parameters else None
-            du, d_shortcut, *others = reference.backward(
-                dout, out, u, norm, named, call.order, call.gate
-            )
+            du, d_shortcut, *others = reference.backward(dout, out, u, norm, named, order, gate)
             given = (du, None if out is None else d_shortcut, *others)
             found = iter([g for g in given if g is not None])
         else:
-            assert call.backend.residual_backward is not None
             found = iter(
-                call.backend.residual_backward(
-                    like(dout, u), out, u, weight, bias, mean, var, batch, call.eps,
-                    *(parameters or _NONE), channel_mean, pooled, call.order, call.gate,
+                backend.residual_backward(
+                    like(dout, u), out, u, weight, bias, mean, var, batch, eps,
+                    *(parameters or _NONE), channel_mean, pooled, order, gate,
                 )
             )  # fmt: skip
         return (
+            None,
             None,
             next(found),
             None if out is None else next(found),
             *[None if t is None else next(found) for t in (weight, bias, *parameters)],
         )
 
+
+# As autograd.Function has it, but for what torch.func's transforms need, which come not here.
+apply = super(torch.autograd.Function, ResidualFunction).apply
 
 _NONE: Unnamed = (None,) * 6
 
@@ -142,22 +143,33 @@ def compute(
     """``out``, the batch's mean and biased variance (empty where the norm has its own), and what
     else backward needs: the channel mean and the pooled ``u``. ``u`` is dense. To ``overwrite``
     lets ``out`` take its place, and then there are only the first three."""
-    backend, running = call.backend, call.running
+    backend, order, gate, eps, mean, var, running = call
     assert backend.residual_forward is not None  # Choice.for_tails
-    shortcut = None if shortcut is None else like(shortcut, u)
-    norm = norm_weight, norm_bias
-    attention = *(parameters or _NONE), call.order, call.gate
+    if shortcut is not None:
+        shortcut = like(shortcut, u)
+    six = parameters or _NONE
     results: Sequence[Tensor]
     if overwrite and backend.residual_forward_ is not None:
-        own = call.mean, call.var, call.eps
-        results = (u, *backend.residual_forward_(u, shortcut, *norm, *own, *attention))
-    elif running is not None and backend.residual_training is not None and running.fits_kernels():
-        return backend.residual_training(u, shortcut, *norm, *running, call.eps, *attention)
+        results = (
+            u,
+            *backend.residual_forward_(
+                u, shortcut, norm_weight, norm_bias, mean, var, eps, *six, order, gate
+            ),
+        )
     else:
-        own = call.mean, call.var, call.eps
-        results = backend.residual_forward(u, shortcut, *norm, *own, *attention)
+        if running is not None and backend.residual_training is not None and running[3] is not None:
+            try:
+                return backend.residual_training(
+                    u, shortcut, norm_weight, norm_bias, *running, eps, *six, order, gate
+                )
+            except RuntimeError:
+                if kernels_keep(running):
+                    raise
+        results = backend.residual_forward(
+            u, shortcut, norm_weight, norm_bias, mean, var, eps, *six, order, gate
+        )
     if running is not None:
-        running.update(results[1], results[2], u.numel() // u.shape[1])
+        update(running, results[1], results[2], u.numel() // u.shape[1])
     return results
 
 
@@ -176,9 +188,9 @@ def fused(
     parameters are None with the order "none"."""
     *parameters, order, gate, backend = rest
     served = CHOICE.for_tails(backend, u.device.type)
-    call = Call(served, order, gate, eps, norm_mean, norm_var, statistics=True)
+    call: Call = (served, order, gate, eps, norm_mean, norm_var, None)
     given = () if order == "none" else parameters
-    return ResidualFunction.apply(call, u, shortcut, norm_weight, norm_bias, *given)
+    return ResidualFunction.apply(call, True, u, shortcut, norm_weight, norm_bias, *given)
 
 
 # One node to Dynamo, as da_ops::attention is. A graph that torch.compile keeps on disk is found by

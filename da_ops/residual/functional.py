@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends.base import Backend
 from ..backends.choice import CHOICE
 from ..checks import check_arguments
 from ..function import name_what_is_wrong, transformed
-from ..layout import dense
+from ..layout import dense, device_type
 from ..module import DAModule
-from .function import Call, ResidualFunction, Running, compute
+from .function import Call, Running, apply, compute, update
 
 logger = logging.getLogger("da_ops")
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _told: set[str] = set()  # reasons
 
 
@@ -65,49 +63,100 @@ def tail(
     """:func:`residual_attention` in a block with an activation module of its own, which is called
     where its hooks, or what has become of it, ask for that. Without gradients the result may take
     the place of a ``u`` that is ``made_by`` a convolution for this call alone."""
-    served: Backend | None = None
-    own = _norm_tensors(norm)
-    if _fusible(u, shortcut, norm, own):
-        parameters, reason = _fused_parameters(norm, attention, activation)
-        if parameters is not None:
-            order, gate, backend = _options(attention)
-            served = CHOICE.for_tails(backend, u.device.type)
-            if served.residual_forward is None:
-                served, reason = None, CHOICE.without_tails(backend, u.device.type)
-        if reason is not None:
-            _tell(reason)
-    if served is None or parameters is None:
-        x = norm(u)
-        x = x if attention is None else attention(x)
-        x = x if shortcut is None else x + shortcut
-        return torch.relu(x) if activation is None else activation(x)
-    weight, bias, mean, var = own
-    running = None
-    if _normalises_by_batch(norm, mean):
-        if norm.track_running_stats and mean is not None and var is not None:
-            running = Running(mean, var, _tensor(norm, "num_batches_tracked"), norm.momentum)
-        mean = var = None
-    if attention is not None and (not served.checks or torch.compiler.is_compiling()):
-        check_arguments(u, parameters, order, gate)
-    if torch.compiler.is_compiling():
-        six = parameters or (None,) * 6
-        out, mean, var = torch.ops.da_ops.residual_attention.default(
-            u, shortcut, weight, bias, mean, var, norm.eps, *six, order, gate, backend
-        )
-        if running is not None:
-            running.update(mean, var, u.numel() // u.shape[1])
+    at_once = _in_graph if torch.compiler.is_compiling() else _fused
+    out = at_once(u, shortcut, norm, attention, activation, made_by)
+    if out is not None:
         return out
-    call = Call(served, order, gate, norm.eps, mean, var, running)
+    x = norm(u)
+    x = x if attention is None else attention(x)
+    x = x if shortcut is None else x + shortcut
+    return torch.relu(x) if activation is None else activation(x)
+
+
+def _fused(
+    u: Tensor,
+    shortcut: Tensor | None,
+    norm: Any,
+    attention: DAModule | None,
+    activation: nn.Module | None,
+    made_by: nn.Module | None,
+) -> Tensor | None:
+    """The tail by a kernel; None where the modules are to be called one by one.
+
+    Most calls come from cold caches, where each look at a module or a tensor costs more than a
+    kernel's pass over a thousand numbers. So the kernels that refuse what does not fit are asked to
+    do so, and only what they have refused is looked at here.
+    """
+    if not _free(u, shortcut):
+        return None
+    parameters, reason = _fused_parameters(norm, attention, activation)
+    if parameters is None:
+        _tell(reason)
+        return None
+    order, gate, backend = _options(attention)
+    served = CHOICE.for_tails(backend, device_type(u))
+    own = _norm_tensors(norm)
+    exact = type(norm) is nn.BatchNorm2d
+    refuses = served.checks and exact  # a frozen norm may have its own ideas of a result's dtype
+    if not refuses and not _fits(u, shortcut, norm, own):
+        return None
+    if served.residual_forward is None:
+        _tell(CHOICE.without_tails(backend, device_type(u)))
+        return None
+    weight, bias, mean, var = own
+    running: Running | None = None
+    if _normalises_by_batch(norm, mean):
+        running = _running(norm, mean, var)
+        mean = var = None
+    if attention is not None and not served.checks:
+        check_arguments(u, parameters, order, gate)
+    call: Call = (served, order, gate, norm.eps, mean, var, running)
     try:
         if torch.is_grad_enabled():
-            return ResidualFunction.apply(call, u, shortcut, weight, bias, *parameters)
+            return apply(call, False, dense(u), shortcut, weight, bias, *parameters)
         # Where caches are cold, autograd's own part takes a small call longer than the kernel.
         new = made_by is not None and makes_anew(made_by)
         return compute(call, dense(u), shortcut, weight, bias, *parameters, overwrite=new)[0]
     except Exception:
+        if refuses and not _fits(u, shortcut, norm, own):
+            return None
         if attention is not None:
             name_what_is_wrong(u, parameters, order, gate)
         raise
+
+
+def _in_graph(
+    u: Tensor,
+    shortcut: Tensor | None,
+    norm: Any,
+    attention: DAModule | None,
+    activation: nn.Module | None,
+    made_by: nn.Module | None,
+) -> Tensor | None:
+    """The tail as one operator of a graph that is compiled, which takes it apart later; None as
+    :func:`_fused` has it."""
+    if not fusible_now(u, shortcut, norm):
+        return None
+    parameters, _ = _fused_parameters(norm, attention, activation)
+    if parameters is None:
+        return None
+    order, gate, backend = _options(attention)
+    if CHOICE.for_tails(backend, u.device.type).residual_forward is None:
+        return None
+    weight, bias, mean, var = _norm_tensors(norm)
+    running: Running | None = None
+    if _normalises_by_batch(norm, mean):
+        running = _running(norm, mean, var)
+        mean = var = None
+    if attention is not None:
+        check_arguments(u, parameters, order, gate)
+    six = parameters or (None,) * 6
+    out, mean, var = torch.ops.da_ops.residual_attention.default(
+        u, shortcut, weight, bias, mean, var, norm.eps, *six, order, gate, backend
+    )
+    if running is not None:
+        update(running, mean, var, u.numel() // u.shape[1])
+    return out
 
 
 def rectified(conv: nn.Module, x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
@@ -128,21 +177,31 @@ def _options(attention: DAModule | None) -> tuple[str, str, str]:
 
 def _norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
     """Weight, bias, running mean and variance; none of a norm that cannot be fused."""
-    if type(norm) is not nn.BatchNorm2d and not _is_frozen(norm):
+    if type(norm) is nn.BatchNorm2d:
+        parameters, buffers = norm._parameters, norm._buffers
+        try:  # past nn.Module's own look-up, which takes ten times as long
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+            )
+        except KeyError:
+            pass  # some are what their owner has made of them
+    elif not _is_frozen(norm):
         return (None,) * 4
-    return (
-        _tensor(norm, "weight"),
-        _tensor(norm, "bias"),
-        _tensor(norm, "running_mean"),
-        _tensor(norm, "running_var"),
-    )
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
-def _tensor(module: Any, name: str) -> Any:
-    """``module.name``, past nn.Module's own look-up, which takes ten times as long."""
-    if name in module._parameters:
-        return module._parameters[name]
-    return module._buffers[name] if name in module._buffers else getattr(module, name)
+def _running(norm: nn.BatchNorm2d, mean: Tensor | None, var: Tensor | None) -> Running | None:
+    """The statistics that the norm keeps of its batches; None where it keeps none."""
+    if not norm.track_running_stats or mean is None or var is None:
+        return None
+    try:  # as in _norm_tensors
+        batches = norm._buffers["num_batches_tracked"]
+    except KeyError:
+        batches = norm.num_batches_tracked
+    return mean, var, batches, norm.momentum
 
 
 def unfused(
@@ -175,21 +234,30 @@ def _fused_parameters(
     :func:`unfused_modules` has a reason."""
     if (reason := unfit(norm, attention, activation)) is not None:
         return None, reason
-    for name, module in (("norm", norm), ("attention", attention), ("activation", activation)):
-        if module is not None and (ways := _own_ways(module)) is not None:
-            return None, f"the {name} has {ways}"
+    if (ways := _own_ways(norm)) is not None:
+        return None, f"the norm has {ways}"
+    if activation is not None and (ways := _own_ways(activation)) is not None:
+        return None, f"the activation has {ways}"
     if _has_any_global_hook():
         return None, "there are hooks on all modules"
-    parameters = () if attention is None else attention.fused_parameters()
+    if attention is None:
+        return (), None
+    if (ways := _own_ways(attention)) is not None:
+        return None, f"the attention has {ways}"
+    parameters = attention.fused_parameters()
     return parameters, attention.unfused() if parameters is None else None
 
 
 def _own_ways(module: nn.Module) -> str | None:
     """What makes a call of this module more than what its class says."""
     own = module.__dict__
-    for kind in _HOOKS:
-        if own[kind]:
-            return "hooks"
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return "hooks"
     return "a forward of its own" if "forward" in own else None
 
 
@@ -205,6 +273,8 @@ def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | 
 
 
 def _is_frozen(norm: nn.Module) -> bool:
+    if type(norm) is nn.BatchNorm2d:  # most are
+        return False
     known = sys.modules.get("torchvision.ops.misc")  # never imported, none of its norms
     return known is not None and type(norm) is known.FrozenBatchNorm2d
 
@@ -216,20 +286,19 @@ def takes_batch(norm: Any) -> bool:
 
 
 def _normalises_by_batch(norm: nn.Module, running_mean: Any) -> bool:
-    return not _is_frozen(norm) and (norm.training or running_mean is None)
+    return (norm.training or running_mean is None) and not _is_frozen(norm)
 
 
 def fusible_now(u: Any, shortcut: Any, norm: Any) -> bool:
     """Whether the tensors, and the way in which the call is made, let a kernel serve."""
-    return _fusible(u, shortcut, norm, _norm_tensors(norm))
+    return _free(u, shortcut) and _fits(u, shortcut, norm, _norm_tensors(norm))
 
 
-def _fusible(u: Any, shortcut: Any, norm: Any, own: tuple[Tensor | None, ...]) -> bool:
-    """:func:`fusible_now`, given the norm's tensors as :func:`_norm_tensors` has them.
+def _free(u: Any, shortcut: Any) -> bool:
+    """Whether the call is one of plain tensors that nobody watches.
 
-    Every call of the tail runs it, most of them from cold caches, and so it makes as few look-ups
-    as it can: whether a graph is exported is asked only while compiling, whether the call is traced
-    only otherwise.
+    Whether a graph is exported is asked only while compiling, whether the call is traced only
+    otherwise.
     """
     if type(u) is not Tensor or not (shortcut is None or type(shortcut) is Tensor):
         return False
@@ -238,24 +307,25 @@ def _fusible(u: Any, shortcut: Any, norm: Any, own: tuple[Tensor | None, ...]) -
             return False
     elif torch._C._is_tracing():  # torch.jit.is_tracing()
         return False
-    if transformed() or u.is_meta:
-        return False
-    if u.dim() != 4 or u.layout is not torch.strided or not _alike(u, shortcut):
+    return not transformed()
+
+
+def _fits(u: Tensor, shortcut: Tensor | None, norm: Any, own: tuple[Tensor | None, ...]) -> bool:
+    """Whether kernels take these tensors, and the norm's as :func:`_norm_tensors` has them."""
+    if u.is_meta or u.dim() != 4 or u.layout is not torch.strided or not _alike(u, shortcut):
         return False
     # A batch of nothing, and one value a channel, are the norm's to refuse or to take.
     dtype, device, channels = u.dtype, u.device, u.shape[1]
-    if u.numel() <= channels or dtype not in _DTYPES:
+    few = channels if norm is None or _normalises_by_batch(norm, own[2]) else 0
+    if u.numel() <= few or dtype not in _DTYPES:
         return False
     # A frozen norm of float32 makes half precision float32.
     also = torch.float32 if dtype in _HALF and not _is_frozen(norm) else dtype
-    for t in own:
-        if t is not None and (
-            (t.dtype is not dtype and t.dtype is not also)
-            or t.numel() != channels
-            or t.device != device
-        ):
-            return False
-    return True
+    return all(
+        t is None
+        or ((t.dtype is dtype or t.dtype is also) and t.numel() == channels and t.device == device)
+        for t in own
+    )
 
 
 def _alike(u: Tensor, shortcut: Tensor | None) -> bool:
@@ -271,8 +341,8 @@ _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALF, torch.float32, torch.float64)
 
 
-def _tell(reason: str) -> None:
-    if torch.compiler.is_compiling() or reason in _told:  # nothing is said in a graph
+def _tell(reason: str | None) -> None:
+    if reason is None or reason in _told:
         return
     _told.add(reason)
     logger.warning(

@@ -59,8 +59,8 @@ TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
   args.weight = at.weight, args.bias = at.bias, args.mean = at.mean, args.var = at.var;
   args.new_mean = static_cast<A*>(at.new_mean), args.new_var = static_cast<A*>(at.new_var);
   if (at.new_mean) {
-    constexpr bool wide = !std::is_same_v<A, T>;
-    args.mean = {at.new_mean, wide}, args.var = {at.new_var, wide};
+    args.mean = {at.new_mean, !std::is_same_v<A, T>};
+    args.var = {at.new_var, !std::is_same_v<A, T>};
   }
   args.running_mean = at.running_mean, args.running_var = at.running_var;
   args.momentum = at.momentum, args.batches = at.batches;
