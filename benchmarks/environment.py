@@ -29,7 +29,7 @@ CPUINFO = Path("/proc/cpuinfo")
 GPU_PARTS = (  # of `make gpu`
     "build", "cuda", "onchip", "gpu", "sanitize", "op", "triton", "network",
 )  # fmt: skip
-# What decides the speed on one kind of device only, and so is in no digest of the other.
+# Sources that decide the speed on one kind of device only, and so are in no digest of the other.
 FOREIGN = {
     "cpu": ("csrc/cuda/", "da_ops/backends/cuda.py", "da_ops/backends/triton/"),
     "cuda": ("csrc/cpu/", "da_ops/backends/cpu.py"),

@@ -309,7 +309,8 @@ def _unfused(x: Tensor, norm: nn.Module | None, layer: DAModule | None, backend:
     if reason is None and not x.is_meta and not fusible_now(x, x, norm):
         reason = (
             f"a norm with tensors of {x.shape[1]} channels on {x.device}, in the dtype of u or "
-            "float32 with half precision, and more than one value a channel, are expected"
+            "float32 with half precision, and in training more than one value a channel, are "
+            "expected"
         )
     if reason is None and BACKENDS[backend].residual_forward is None:
         reason = without_kernel(backend)

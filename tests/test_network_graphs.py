@@ -291,7 +291,7 @@ def test_both_launches_are_shown():
         "A training step of resnet18 with the layer, contiguous: eager +30.0%, fused (cpu) +5.0%."
         " As a CUDA graph: eager +40.0%, fused (cpu) +2.0%."
     )
-    # What is told while rounds of training go on has no inference yet.
+    # A report of rounds of training has no inference yet.
     del ours["graph"]["inference"]
     (row,) = report.tables.graph_rows(results(ours))
     assert row[-2:] == ["-", "-"]

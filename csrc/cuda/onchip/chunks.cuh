@@ -10,8 +10,8 @@ namespace da::cuda {
 
 static_assert(sizeof(simt::Bulk) == kBulkBytes && sizeof(simt::Mail) <= kBulkBytes, "");
 
-// Which block of which team this is, with so many rows of an image, in so many chunks: kept in
-// shared memory, for registers are scarce, and divisions take many instructions.
+// The place of this block: its team, its rank there, its rows of an image, and their chunks. It is
+// kept in shared memory, since registers are scarce, and divisions take many instructions.
 struct Place {
   int team, rank, rows, chunks;
 };

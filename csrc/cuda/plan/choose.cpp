@@ -22,8 +22,8 @@ bool proven(int sm) {
 // A launch of blocks that stream, in a graph: measured. Where the next one begins early, a small
 // one between two of these takes no longer than its instructions: measured, too.
 constexpr double kLaunch = 1;
-// What backward's last pass takes beyond what is counted: measured. Without the parameters'
-// gradients it took 2 to 4 less.
+// The time of backward's last pass beyond its counted work, measured. It was 2 to 4 less without
+// the parameters' gradients.
 constexpr double kLastPass = 5;
 // The last launch after the one that keeps an image on the chip: as a pass.
 constexpr double kFinish = kLaunch + kWaveTime;

@@ -32,7 +32,7 @@ constexpr const char* kWishes =
 // How many teams of this launch a device holds at once; 0: it cannot run it.
 using Residents = std::function<int(const OnChip&)>;
 
-// What a typical GPU of the architecture should hold, for showing plans without one.
+// The teams that a typical GPU of the architecture should hold, for showing plans without one.
 Residents typical_residents(const Device& device);
 
 // An estimate of the time that a launch on the chip, or a direction of the passes, takes in all,

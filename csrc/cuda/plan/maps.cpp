@@ -88,7 +88,7 @@ Between between(const Problem& p, const Device& device, const Plan& plan, Axes n
   };
   // On an H200 (half precision, 64 images) launches that saved 2,000 instructions a multiprocessor
   // and less cost 1 us each, such that saved 2,300 to 3,500 nothing, and from 4,500 on they paid.
-  // What a launch takes that does not begin early is a guess.
+  // The price of a launch that does not begin early is a guess.
   const int64_t price = limits.launch * (device.early_launches ? 1 : 2);
   const bool pays = each(result.count.again, tiles) > each(result.count.once, all_jobs) + price;
   if (!must && !pays) return {kNone, {0, 0}, all_again};

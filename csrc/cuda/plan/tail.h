@@ -83,7 +83,7 @@ struct TailPlan {
   }
 };
 
-// What a tail is besides the problem.
+// The kind of a tail, which the problem does not say.
 struct TailKind {
   bool batch;     // the norm's statistics are the batch's
   bool shortcut;  // there is one

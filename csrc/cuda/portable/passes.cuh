@@ -261,7 +261,7 @@ SIMT_FN bool scale_tile(const Args<accumulate_t<T>>& args) {
                                         rows_are_pixels ? made.pixel_term : made.channel_term);
   T* const out = static_cast<T*>(args.out);
   if constexpr (ahead) {
-    // What can be computed anew need not be kept in registers while the factors are made.
+    // These values are computed anew later, which keeps registers free while the factors are made.
     const int64_t first = vectors.next - in - kDepth * stride;
     scaling.template rows_from<kDepth, How>(vectors, lane, first_row, rows, at_once, stride,
                                             out + first, load);

@@ -50,7 +50,7 @@ struct Launch {
   unsigned more = 0;
 };
 
-// What one 16-byte access moves.
+// The bytes that one 16-byte access moves.
 struct alignas(16) Vector {
   uint32_t word[4];
 };

@@ -118,7 +118,7 @@ auto tail_kernel(const TailStep& step, const Tiling& t) {
   }
 }
 
-// What a step's sums are of, and where they go.
+// The terms of a step's sums, and the places that these go to.
 template <class A>
 void set_sums(const TailStep& step, TailArgs<A>& args) {
   Args<A>& call = args.call;

@@ -152,7 +152,7 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     const Span span{image, first, static_cast<int>(min<int64_t>(bands.pixels, call.pixels - first)),
                     0, 1};
     A* const made = memory.sums;
-    // What the shift of all channels, weighted, comes to at each pixel.
+    // The sum of all channels' shifts, weighted or not, which is the same at each pixel.
     const auto constant = [&](bool weighted, const A* weights) {
       A sum = 0;
       for (int64_t c = simt::thread(); c < call.channels; c += kThreads)
@@ -200,7 +200,7 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
           [&](int64_t c, A sum) { return (sum + norm.shift(c) * dm) * sigmoid_slope(mask[c]); });
       through_gate<T>(call, span, dt, Keep::yes, nowhere);
     } else {
-      // What x is pooled with: the spatial mask, if there is one by then.
+      // The mean weight of a pixel in the pooling: of the spatial mask, if there is one by then.
       const bool masked = What == Made::masks_again ? call.outer.pixels : call.weights.pixels;
       const A weight =
           masked ? of_bands(args.mask_sums, image, all_pixel_bands) / call.pixels : A(1);
