@@ -280,6 +280,21 @@ def test_shortcuts_that_no_kernel_takes(gradients, change):
     assert not gradients or not is_fused(out)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_only_what_the_kernels_refuse_is_looked_at(gradients, training, monkeypatch):
+    looked = []
+    fits = functional._fits
+    monkeypatch.setattr(functional, "_fits", lambda *given: looked.append(1) or fits(*given))
+    u, shortcut, _ = tensors()
+    norm, layer = norm_of().train(training), layer_of()
+    with torch.set_grad_enabled(gradients):
+        residual_attention(u, shortcut, norm, layer)
+        assert not looked
+        residual_attention(u, shortcut[:1], norm, layer)
+        assert looked
+
+
 @pytest.mark.parametrize("attention", [True, False])
 def test_one_value_a_channel_in_evaluation(attention):
     u, shortcut, dout = tensors((1, 6, 1, 1))

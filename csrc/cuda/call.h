@@ -56,43 +56,29 @@ inline bool aligned(std::initializer_list<const Tensor*> tensors) {
   });
 }
 
-// Checks that a small tensor can be read beside x.
-inline void check(const Tensor& small, int64_t elements, const Tensor& x) {
-  const ScalarType dtype = small.scalar_type(), of_x = x.scalar_type();
-  STD_TORCH_CHECK(small.get_device_index() == x.get_device_index() && small.is_cuda() &&
-                      small.numel() == elements,
-                  "da_ops: a parameter is not on x's device or has the wrong size");
-  const bool half = of_x == ScalarType::Half || of_x == ScalarType::BFloat16;
-  STD_TORCH_CHECK(dtype == of_x || (half && dtype == ScalarType::Float),
-                  "da_ops: parameters must have x's dtype, or be float32 with a half x");
-}
-
-// The given parameters' addresses. Copies that had to be made live as long as this.
+// The addresses of parameters that describe() has checked. Copies that had to be made live as long
+// as this.
 class Addresses {
  public:
-  Addresses(const Problem& p, const Tensor& x, const Arguments& given)
+  Addresses(const Tensor& x, const Arguments& given)
       : x_(x),
-        pointers_(each(
-            [this](const Parameter& parameter, int64_t size) { return address(parameter, size); },
-            given, sizes(p))) {}
+        pointers_(each([this](const Parameter& parameter) { return address(parameter); }, given)) {}
 
   const Parameters<const void*>& operator*() const { return pointers_; }
-  bool wide() const { return dtype_.value_or(x_.scalar_type()) != x_.scalar_type(); }
+  // Whether they are float32 beside an x in half precision.
+  bool wide() const { return wide_; }
 
  private:
-  const void* address(const Parameter& parameter, int64_t elements) {
+  const void* address(const Parameter& parameter) {
     if (!parameter) return nullptr;
-    const ScalarType dtype = parameter->scalar_type();
-    check(*parameter, elements, x_);
-    STD_TORCH_CHECK(dtype_.value_or(dtype) == dtype, "da_ops: parameters must share a dtype");
-    dtype_ = dtype;
+    wide_ = parameter->scalar_type() != x_.scalar_type();
     copies_.push_back(parameter->is_contiguous() ? *parameter
                                                  : torch::stable::contiguous(*parameter));
     return copies_.back().const_data_ptr();
   }
 
   const Tensor& x_;
-  std::optional<ScalarType> dtype_;
+  bool wide_ = false;
   std::vector<Tensor> copies_;
   Parameters<const void*> pointers_;  // the last, for it is made with the others
 };

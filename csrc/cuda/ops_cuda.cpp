@@ -93,7 +93,7 @@ const Plan& planned(const Problem& p, const Tensor& x, Way way, bool aligned) {
 
 Outputs forward_cuda(const Problem& p, const Tensor& x, const Arguments& given) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Addresses parameters(p, x, given);
+  const Addresses parameters(x, given);
   Tensor y = allocate_like(x);
   Tensor channel_mean = allocate_channel_mean(p, x), pooled = allocate_pooled(p, x);
   if (p.n > 0) {
@@ -113,7 +113,7 @@ InputGradients backward_cuda(const Problem& p, const Tensor& dy, const Tensor& x
                              const Arguments& given, const Tensor& channel_mean,
                              const Tensor& pooled) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Addresses parameters(p, x, given);
+  const Addresses parameters(x, given);
   Tensor dx = allocate_like(x);
   const Parameters<Tensor> gradients =
       each([&](const Parameter& parameter) { return allocate_gradient(parameter, x); }, given);

@@ -69,7 +69,7 @@ ResidualOutputs residual_forward_cuda(const Problem& p, const Tensor& u, const P
                                       const Arguments& given) {
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   const bool batch = !norm.mean;
-  const Addresses parameters(p, u, given);
+  const Addresses parameters(u, given);
   NormTensors of_norm(u);
   Tensor out = allocate_like(u);
   Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
@@ -110,7 +110,7 @@ std::vector<Tensor> residual_backward_cuda(
       dout, out, u, {address(norm_weight), address(norm_bias), &mean, &var}, given, channel_mean,
       pooled, order, gate);
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-  const Addresses parameters(p, u, given);
+  const Addresses parameters(u, given);
   NormTensors of_norm(u);
   const Tensor du = allocate_like(u);
   const Parameter d_shortcut = out ? Parameter(allocate_like(u)) : Parameter();
