@@ -78,14 +78,31 @@ inline bool on_device_of(const Tensor& x, const Tensor& t) {
          t.get_device_index() == x.get_device_index();
 }
 
+// Whether kernels that take x take a parameter of this type: x's own, or float32 where that is half
+// precision.
+inline bool goes_with(const Tensor& x, ScalarType own) {
+  const ScalarType dtype = x.scalar_type();
+  const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  return own == dtype || (half && own == ScalarType::Float);
+}
+
+// Refuses a tensor but one of x's shape, dtype, device and layout.
+inline void check_like(const Problem& p, const Tensor& t, const char* name, const Tensor& x,
+                       const char* name_of_x) {
+  const auto sizes = t.sizes(), of_x = x.sizes();
+  STD_TORCH_CHECK(on_device_of(x, t) && t.scalar_type() == x.scalar_type() &&
+                      std::equal(sizes.begin(), sizes.end(), of_x.begin(), of_x.end()),
+                  "da_ops: ", name, " must be like ", name_of_x);
+  STD_TORCH_CHECK(p.n == 0 || (p.channels_last ? dense(t, {0, 2, 3, 1}) : dense(t, {0, 1, 2, 3})),
+                  "da_ops: ", name, " must have the layout of ", name_of_x);
+}
+
 using Arguments = Parameters<const Parameter&>;
 
 // Refuses parameters but those that the order and gate take, in their shapes, on x's device, and
-// all in one dtype: x's, or float32 where x is in half precision.
+// all in one dtype, which goes with x.
 inline void check_parameters(const Problem& p, const Tensor& x, const Arguments& given) {
   using Shape = std::initializer_list<int64_t>;
-  const ScalarType dtype = x.scalar_type();
-  const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   std::optional<ScalarType> shared;
   const auto check = [&](const char* name, const Parameter& parameter, bool wanted, Shape shape) {
     STD_TORCH_CHECK(parameter.has_value() == wanted, "da_ops: this order and gate ",
@@ -96,9 +113,8 @@ inline void check_parameters(const Problem& p, const Tensor& x, const Arguments&
                     "da_ops: wrong shape of ", name);
     STD_TORCH_CHECK(on_device_of(x, *parameter), "da_ops: ", name, " must be on x's device");
     const ScalarType own = parameter->scalar_type();
-    STD_TORCH_CHECK(
-        own == shared.value_or(own) && (own == dtype || (half && own == ScalarType::Float)),
-        "da_ops: wrong dtype of ", name);
+    STD_TORCH_CHECK(own == shared.value_or(own) && goes_with(x, own), "da_ops: wrong dtype of ",
+                    name);
     shared = own;
   };
   const bool spatial = p.spatial(), gated = p.gate_weights() > 0;
@@ -145,16 +161,15 @@ inline Problem describe(const Tensor& x, const Arguments& given, const std::stri
   return p;
 }
 
-inline void check_backward(const Problem& p, const Tensor& dy, const Tensor& x,
-                           const Tensor& channel_mean, const Tensor& pooled) {
-  STD_TORCH_CHECK(dy.is_cpu() == x.is_cpu() && dy.dim() == 4 && dy.numel() == x.numel() &&
-                      dy.scalar_type() == x.scalar_type(),
-                  "da_ops: dy must be like x");
-  STD_TORCH_CHECK(p.n == 0 || (p.channels_last ? dense(dy, {0, 2, 3, 1}) : dense(dy, {0, 1, 2, 3})),
-                  "da_ops: dy must have x's layout");
-  STD_TORCH_CHECK(channel_mean.numel() == (p.spatial() ? p.n * p.pixels() : 0) &&
-                      pooled.numel() == (p.channel() ? p.n * p.c : 0) &&
-                      channel_mean.is_contiguous() && pooled.is_contiguous(),
+// Refuses maps that cannot be forward's.
+inline void check_maps(const Problem& p, const Tensor& x, const Tensor& channel_mean,
+                       const Tensor& pooled) {
+  const auto is_forwards = [&](const Tensor& map, int64_t numel) {
+    return map.numel() == numel && map.is_contiguous() && on_device_of(x, map) &&
+           map.scalar_type() == accumulation_type(x);
+  };
+  STD_TORCH_CHECK(is_forwards(channel_mean, p.spatial() ? p.n * p.pixels() : 0) &&
+                      is_forwards(pooled, p.channel() ? p.n * p.c : 0),
                   "da_ops: channel_mean and pooled must be forward's");
 }
 
@@ -201,7 +216,8 @@ InputGradients backward_operator(const Tensor& dy, const Tensor& x, const Parame
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
   const Problem p = describe(x, given, order, gate);
-  check_backward(p, dy, x, channel_mean, pooled);
+  check_like(p, dy, "dy", x, "x");
+  check_maps(p, x, channel_mean, pooled);
   return kBackward(p, dy, x, given, channel_mean, pooled);
 }
 

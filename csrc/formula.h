@@ -25,6 +25,9 @@ inline Parameters<int64_t> sizes(const Problem& p) {
   return {kTaps, kTaps, 2, 1, gate, p.gate == Gate::eca ? 0 : gate};
 }
 
+// The factor that makes the variance of so many numbers an estimate without bias.
+DA_HD double unbiased(double count) { return count / (count - 1); }
+
 // z = sum_t near[t] m[p + t] + far[t] m[p + 3t] + bias: both convolutions with the merge folded in.
 template <class A>
 struct Stencil {

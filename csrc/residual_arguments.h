@@ -18,15 +18,6 @@ inline Problem describe_residual(const Tensor& u, const Arguments& given, const 
   return p;
 }
 
-inline void check_like(const Problem& p, const Tensor& t, const Tensor& u, const char* name) {
-  const auto sizes = t.sizes(), of_u = u.sizes();
-  STD_TORCH_CHECK(on_device_of(u, t) && t.scalar_type() == u.scalar_type() &&
-                      std::equal(sizes.begin(), sizes.end(), of_u.begin(), of_u.end()),
-                  "da_ops: ", name, " must be like u");
-  STD_TORCH_CHECK(p.n == 0 || (p.channels_last ? dense(t, {0, 2, 3, 1}) : dense(t, {0, 1, 2, 3})),
-                  "da_ops: ", name, " must have u's layout");
-}
-
 // The norm's arguments of forward: statistics of its own, or none where the batch's are taken.
 struct GivenNorm {
   const Parameter &weight, &bias, &mean, &var;
@@ -40,18 +31,15 @@ struct Running {
   double momentum;
 };
 
-// Refuses tensors of a norm but those of one number a channel, on u's device, in its dtype or in
-// float32 where that is half precision.
+// Refuses tensors of a norm but those of one number a channel, on u's device, in a dtype that goes
+// with u.
 inline void check_norm(const Problem& p, const Tensor& u,
                        std::initializer_list<const Tensor*> given) {
-  const ScalarType dtype = u.scalar_type();
-  const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   for (const Tensor* t : given) {
     if (!t) continue;
-    const ScalarType own = t->scalar_type();
     STD_TORCH_CHECK(on_device_of(u, *t), "da_ops: the norm's tensors must be on u's device");
     STD_TORCH_CHECK(t->numel() == p.c, "da_ops: the norm's tensors must be one number a channel");
-    STD_TORCH_CHECK(own == dtype || (half && own == ScalarType::Float),
+    STD_TORCH_CHECK(goes_with(u, t->scalar_type()),
                     "da_ops: the norm's tensors must have u's dtype, or be float32 with a half u");
   }
 }
@@ -60,21 +48,17 @@ inline const Tensor* address(const Parameter& parameter) {
   return parameter ? &*parameter : nullptr;
 }
 
-// Refuses a forward call, too, that has not enough values a channel: batch norm needs two.
+// Refuses a forward call, too, of no images, or of one value a channel where the statistics are to
+// be the batch's.
 inline void check_forward(const Problem& p, const Tensor& u, const Parameter& shortcut,
                           const GivenNorm& norm, const Running& running) {
-  STD_TORCH_CHECK(p.n * p.pixels() > (norm.mean ? 0 : 1),
+  STD_TORCH_CHECK(p.n > 0, "da_ops: u must hold at least one image");
+  STD_TORCH_CHECK(norm.mean || p.n * p.pixels() > 1,
                   "da_ops: more than one value a channel is needed by a norm in training");
-  if (shortcut) check_like(p, *shortcut, u, "shortcut");
+  if (shortcut) check_like(p, *shortcut, "shortcut", u, "u");
   check_norm(p, u,
              {address(norm.weight), address(norm.bias), address(norm.mean), address(norm.var),
               running.mean, running.var});
-}
-
-// The factor that makes a batch's variance an estimate without bias.
-inline double unbiased(const Problem& p) {
-  const double count = double(p.n) * p.pixels();
-  return count / (count - 1);
 }
 
 // out, mean, var, channel_mean, pooled.
@@ -98,8 +82,9 @@ inline Problem describe_residual_backward(const Tensor& dout, const Parameter& o
                                           const Tensor& pooled, const std::string& order,
                                           const std::string& gate) {
   const Problem p = describe_residual(u, given, order, gate);
-  check_backward(p, dout, u, channel_mean, pooled);
-  if (out) check_like(p, *out, u, "out");
+  check_like(p, dout, "dout", u, "u");
+  if (out) check_like(p, *out, "out", u, "u");
+  check_maps(p, u, channel_mean, pooled);
   check_norm(p, u, norm);
   return p;
 }

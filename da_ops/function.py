@@ -63,13 +63,12 @@ class DAFunction(torch.autograd.Function):
             return (None,) * 10
         x, *parameters, channel_mean, pooled = ctx.saved_tensors
         order, gate, served = ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_formula(dy):
             gradients = reference.backward(dy, x, Parameters(*parameters), order, gate)
         else:
-            x = dense(x)
-            gradients = served.backward(
-                like(dy, x), x, parameters, channel_mean, pooled, order, gate
-            )
+            x = dense(x)  # hooks on saved tensors may have laid them out anew
+            maps = channel_mean.contiguous(), pooled.contiguous()
+            gradients = served.backward(like(dy, x), x, parameters, *maps, order, gate)
         return (*gradients, None, None, None)
 
 
@@ -103,6 +102,16 @@ def name_what_is_wrong(x: Any, parameters: Unnamed, order: Any, gate: Any) -> No
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is under way."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def needs_formula(dy: Tensor) -> bool:
+    """Whether a backward pass is to be made of plain operations: it is differentiated in its turn,
+    or ``dy`` is a batch of gradients (``is_grads_batched``)."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.is_grad_enabled() or transformed() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    )
 
 
 def plain(x: Tensor, parameters: Parameters, order: str, gate: str, backend: str) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet as tv
 
@@ -106,26 +107,21 @@ def norms_with_relu(network):
     return 1 + sum(3 if hasattr(block, "conv3") else 2 for block in blocks)
 
 
-class InPlace(TorchDispatchMode):
-    """Counts the norms whose result took the place of what they were given."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.da_ops.residual_forward_.default
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "timm basic"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_a_norm_writes_over_what_a_convolution_made(mode, name, training):
+    """Where they leave no running statistics behind."""
     plain, fused = (network.train(training) for network in pair(name))
     x = images()
-    with mode(), InPlace() as counted:
+    with mode(), torch.autograd.profiler.profile() as profile:
         found = [network(x) for network in (fused, plain)]
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
-    assert counted.count == norms_with_relu(fused)
+    for ours, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    calls = [event.name for event in profile.function_events]
+    overwriting = calls.count("da_ops::residual_forward_")
+    assert overwriting == (0 if training else norms_with_relu(fused))
 
 
 @pytest.mark.parametrize("which", ["conv1", "conv2"])
@@ -135,6 +131,60 @@ def test_what_a_hook_has_kept_of_a_convolution_is_not_written_over(which):
     for network in (fused, plain):
         conv = network.layer2[0].get_submodule(which)
         conv.register_forward_hook(lambda module, args, out: kept.append(out))
+        with torch.no_grad():
+            network(x)
+    torch.testing.assert_close(*kept, rtol=1e-8, atol=1e-8)
+
+
+class KeepsOfFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is nn.functional.conv2d:
+            self.kept.append(result)
+        return result
+
+
+class KeepsOfOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.convolution.default:
+            self.kept.append(result)
+        return result
+
+
+@pytest.mark.parametrize("keeps", [KeepsOfFunctions, KeepsOfOperators])
+def test_what_a_mode_has_kept_of_a_convolution_is_not_written_over(keeps):
+    x, kept = images(), []
+    for network in pair():
+        with torch.no_grad(), keeps() as mode:
+            network.eval()(x)
+        kept.append(mode.kept)
+    assert len(kept[0]) == len(kept[1]) > 0
+    for ours, theirs in zip(*kept):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("way", ["_conv_forward", "_compiled_call_impl"])
+def test_what_a_convolution_of_its_own_ways_has_kept_is_not_written_over(way):
+    plain, fused = (network.eval() for network in pair())
+    x, kept = images(), []
+    for network in (plain, fused):
+        conv = network.layer2[0].conv1
+        before = getattr(conv, "_conv_forward" if way == "_conv_forward" else "forward")
+
+        def keeping(*args, before=before):
+            kept.append(before(*args))
+            return kept[-1]
+
+        setattr(conv, way, keeping)
         with torch.no_grad():
             network(x)
     torch.testing.assert_close(*kept, rtol=1e-8, atol=1e-8)

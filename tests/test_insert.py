@@ -233,6 +233,18 @@ def not_affine():
     return network
 
 
+def shared_norm():
+    network = NETWORKS["basic"]()
+    network.layer1[0].bn1 = network.layer1[0].bn2
+    return network
+
+
+def shared_weight():
+    network = NETWORKS["basic"]()
+    network.layer2[0].bn2.weight = network.layer3[0].bn1.weight
+    return network
+
+
 PRESERVE = {"preserve_function": True}
 
 
@@ -280,6 +292,12 @@ PRESERVE = {"preserve_function": True}
             PRESERVE,
             r"weight and bias .* got BatchNormAct2d",
         ),
+        (
+            shared_norm,
+            PRESERVE,
+            r"a normalisation of its own .* got one in layer1\.0 that is shared",
+        ),
+        (shared_weight, PRESERVE, r"got one in layer2\.0 that is shared"),
     ],
 )
 def test_a_refusal_leaves_the_network_as_it_was(network, options, message):

@@ -1,4 +1,5 @@
-"""The residual tail in a network: checkpointing, mixed precision, an activation with hooks."""
+"""The residual tail in a network: checkpointing, mixed precision, an activation with hooks; what
+autograd may ask of it; norms out of the ordinary."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -96,3 +98,119 @@ def test_a_graph_outlives_a_call_that_is_not_compiled(choice):
     torch.testing.assert_close(layer(u, shortcut), want)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(compiled(u, shortcut), want)
+
+
+def apart(how):
+    """Lays a saved tensor out anew."""
+    if how == "sparse":
+        return (lambda t: t.to_sparse() if t.dim() == 4 and t.min() >= 0 else t), (
+            lambda t: t.to_dense() if t.is_sparse else t
+        )
+    return (lambda t: torch.stack([t, t], -1)), (lambda t: t[..., 0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("how", ["sparse", "strided"])
+def test_saved_tensors_that_hooks_lay_out_anew(how, layout):
+    u, shortcut, dout = tensors(layout=layout)
+    norm, layer = norm_of(), layer_of()
+    with torch.autograd.graph.saved_tensors_hooks(*apart(how)):
+        ours = residual_attention(u, shortcut, norm, layer)
+    assert is_fused(ours)
+    inputs = [u, shortcut, norm.weight, *layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, dout),
+        torch.autograd.grad(one_by_one(u, shortcut, norm, layer), inputs, dout),
+    )
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_batched_gradients(attention):
+    """`is_grads_batched`, which runs backward under vmap."""
+    u, shortcut, _ = tensors()
+    norm, layer = norm_of(), layer_of() if attention else None
+    out = residual_attention(u, shortcut, norm, layer)
+    assert is_fused(out)
+    inputs, douts = [u, shortcut, norm.weight], torch.randn(3, *out.shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, inputs, douts, is_grads_batched=True, retain_graph=True)
+    singly = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for dout in douts]
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*singly))))
+
+
+@pytest.mark.parametrize("function", [residual_attention, one_by_one])
+def test_a_tangent_goes_through_backward(function):
+    """Forward-mode differentiation of the backward of a graph that was made before."""
+    u, shortcut, dout = tensors()
+    tangent = torch.randn_like(dout)
+    out = function(u, shortcut, norm_of(), layer_of())
+
+    def backward(dout):
+        return torch.autograd.grad(out, u, dout, retain_graph=True)[0]
+
+    with forward_ad.dual_level():
+        through = forward_ad.unpack_dual(backward(forward_ad.make_dual(dout, tangent))).tangent
+    torch.testing.assert_close(through, backward(tangent))  # it is linear
+    torch.testing.assert_close(torch.func.jvp(backward, (dout,), (tangent,))[1], backward(tangent))
+
+
+@pytest.mark.parametrize("momentum", [0.01, None])
+@pytest.mark.parametrize("how", ["gradients", "no gradients", "compiled"])
+def test_a_variance_that_half_precision_does_not_hold(how, momentum):
+    """Its share of the running one may well be finite."""
+    u = torch.randn(4, 6, 9, 9).mul(300).half()
+    found = []
+    for function in (residual_attention, one_by_one):
+        norm = nn.BatchNorm2d(6, momentum=momentum).half()
+        norm.num_batches_tracked.fill_(99)
+        if how == "compiled" and function is residual_attention:
+            function = torch.compile(function, backend="aot_eager", fullgraph=True)
+        with torch.set_grad_enabled(how == "gradients"):
+            function(u, None, norm, None)
+        found.append(list(norm.buffers()))
+    assert found[0][1].isfinite().all()
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("with_shortcut", [True, False])
+def test_a_frozen_norm_passes_gradients_where_its_input_is_infinite(with_shortcut, layout):
+    u, shortcut, dout = tensors(layout=layout)
+    with torch.no_grad():
+        u[0, 0, 0, :2] = torch.tensor([float("inf"), -float("inf")])
+    norm = norm_of().eval()
+    nn.init.ones_(norm.weight)
+    shortcut = shortcut if with_shortcut else None
+    ours, theirs = (f(u, shortcut, norm, None) for f in (residual_attention, one_by_one))
+    assert is_fused(ours)
+    ours, theirs = (torch.autograd.grad(out, u, dout)[0] for out in (ours, theirs))
+    assert theirs.isfinite().all()
+    torch.testing.assert_close(ours, theirs)
+
+
+def outcome(function, *args):
+    try:
+        return function(*args).tolist()
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_norm_without_eps_is_refused_as_the_module_does(caplog):
+    u, shortcut, _ = tensors()
+    norm = norm_of(eps=0.0)
+    results = [outcome(f, u, shortcut, norm, None) for f in (residual_attention, one_by_one)]
+    assert results[0] == results[1]
+    assert "the norm's eps is 0.0, expected more than 0" in caplog.text
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_that_are_to_be_learned_are_the_modules_own_affair(name, training):
+    u, shortcut, _ = tensors()
+    norm = norm_of().train(training)
+    getattr(norm, name).requires_grad_()
+    with pytest.raises(RuntimeError, match=name) as theirs:
+        one_by_one(u, shortcut, norm, None)
+    with pytest.raises(RuntimeError) as ours:
+        residual_attention(u, shortcut, norm, None)
+    assert str(ours.value) == str(theirs.value)

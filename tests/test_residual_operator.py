@@ -52,11 +52,11 @@ def test_the_operator_names_what_does_not_fit(fused_cpu):
         torch.ops.da_ops.residual_forward(
             tail.u, other, *tail.norm, *parameters, "spatial_channel", "affine"
         )
-    for u, norm in (
-        (tail.u[:1, :, :1, :1].contiguous(), tail.norm),
-        (tail.u[:0], make_tail(batch=False).norm),
+    for u, norm, message in (
+        (tail.u[:1, :, :1, :1].contiguous(), tail.norm, "more than one value a channel"),
+        (tail.u[:0], make_tail(batch=False).norm, "u must hold at least one image"),
     ):
-        with pytest.raises(RuntimeError, match="more than one value a channel"):
+        with pytest.raises(RuntimeError, match=message):
             torch.ops.da_ops.residual_forward(
                 u, None, *norm, *parameters, "spatial_channel", "affine"
             )
@@ -100,3 +100,44 @@ def test_the_operator_names_what_does_not_fit(fused_cpu):
             "affine",
             "cpu",
         )
+
+
+@pytest.mark.parametrize("of_tail", [True, False], ids=["tail", "layer"])
+def test_backward_refuses_what_is_not_forwards(fused_cpu, of_tail):
+    tail = make_tail()
+    parameters = [tail.parameters.get(name) for name in PARAMETERS]
+    how = *parameters, "spatial_channel", "affine"
+    ops = torch.ops.da_ops
+    if of_tail:
+        out, mean, var, channel_mean, pooled = ops.residual_forward(
+            tail.u, tail.shortcut, *tail.norm, *how
+        )
+        norm = tail.norm.weight, tail.norm.bias, mean, var, True, tail.norm.eps
+        names = "dout", "u"
+    else:
+        _, channel_mean, pooled = ops.forward(tail.u, *how)
+        names = "dy", "x"
+
+    def backward(dout=tail.dout, channel_mean=channel_mean, pooled=pooled):
+        maps = channel_mean, pooled, *how[-2:]
+        if of_tail:
+            return ops.residual_backward(dout, out, tail.u, *norm, *parameters, *maps)
+        return ops.backward(dout, tail.u, *parameters, *maps)
+
+    backward()
+    n, c, h, w = tail.u.shape
+    gradient, of = names
+    for given, message in (
+        ({"dout": tail.dout.reshape(n, c, w, h)}, f"{gradient} must be like {of}"),
+        ({"dout": tail.dout.double()}, f"{gradient} must be like {of}"),
+        (
+            {"dout": tail.dout.to(memory_format=torch.channels_last)},
+            f"{gradient} must have the layout of {of}",
+        ),
+        ({"channel_mean": channel_mean.double()}, "must be forward's"),
+        ({"channel_mean": channel_mean[:1]}, "must be forward's"),
+        ({"pooled": pooled.half()}, "must be forward's"),
+        ({"pooled": pooled.t().contiguous().t()}, "must be forward's"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            backward(**given)

@@ -203,7 +203,7 @@ class Image {
       kernels_.residual.combine(
           d + at, u + at, du + at, n, p_.cols(), p_.channels_last,
           {c(t.scale), c(t.bias), c(t.outer), c(t.slope), c(t.offset), from(t.x, r), p(t.mask),
-           p(t.pixel_bias), p(t.pixel_outer), t.rectify, t.masked},
+           p(t.pixel_bias), p(t.pixel_outer), t.rectify, t.masked, t.batch},
           plan_.du_stores);
     });
   }

@@ -80,6 +80,7 @@ struct Gradients {
 // du is made of
 //   d scale[c] mask[p] + bias[c] pixel_outer[p] + outer[c] pixel_bias[p]
 //     + (u - centre[c]) slope[c] + offset[c]
+// of which the last line is there only where the norm's statistics are the batch's.
 template <class A>
 struct ResidualTerms {
   const A *scale, *bias, *outer, *slope, *offset;  // by channel
@@ -87,6 +88,7 @@ struct ResidualTerms {
   const A *mask, *pixel_bias, *pixel_outer;  // by pixel
   bool rectify;                              // d is dout where the ReLU let it pass, and else 0
   bool masked;                               // there is attention; else masks are 1 and terms 0
+  bool batch;                                // the norm's statistics are the batch's
 };
 
 // The residual tail's primitives. Its rows are channels, or pixels where `channels_last`, and an

@@ -58,7 +58,7 @@ ResidualOutputs forward_into(const Tensor& out, const Problem& p, const Tensor& 
       std::copy(variances.begin(), variances.end(), static_cast<A*>(var.mutable_data_ptr()));
       if (running.mean) {
         keep_running(*running.mean, means, 1, running.momentum);
-        keep_running(*running.var, variances, unbiased(p), running.momentum);
+        keep_running(*running.var, variances, unbiased(double(p.n) * p.pixels()), running.momentum);
         if (running.batches) ++*static_cast<int64_t*>(running.batches->mutable_data_ptr());
       }
     }

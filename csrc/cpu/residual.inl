@@ -304,7 +304,8 @@ void gradients(const Gradients<T>& g) {
       g.channels_last, g.pixel_sums != nullptr, g.d != nullptr, streamed);
 }
 
-template <bool kChannelsLast, bool kRectify, bool kMasked, class T, class A = accumulate_t<T>>
+template <bool kChannelsLast, bool kRectify, bool kMasked, bool kBatch, class T,
+          class A = accumulate_t<T>>
 void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t cols,
                            const ResidualTerms<A>& t, Stores stores) {
   map_by<kChannelsLast, T, 8, 3>(
@@ -312,24 +313,26 @@ void combine_residual_rows(const T* d, const T* u, T* du, int64_t rows, int64_t 
       {t.scale, t.bias, t.outer, t.slope, t.offset, t.x.centre, t.x.scale, t.x.bias},
       {t.mask, t.pixel_bias, t.pixel_outer},
       [=](int64_t i, auto read, const auto& channel, const auto& pixel) DA_LAMBDA_INLINE {
-        fetch(d + kFar + i), fetch(u + kFar + i);
+        fetch(d + kFar + i);
+        if (kBatch || kRectify) fetch(u + kFar + i);
         const auto& [scale, bias, outer, slope, offset, centre, x_scale, x_bias] = channel;
         const auto& [mask, pixel_bias, pixel_outer] = pixel;
-        const vec<A> v = read(u) - centre;
-        vec<A> at_d = read(d);
+        vec<A> v, at_d = read(d);
+        if constexpr (kBatch || kRectify) v = read(u) - centre;
         if constexpr (kRectify) at_d = passed<A>(at_d, v * x_scale + x_bias);
-        if constexpr (!kMasked) return at_d * scale + (v * slope + offset);
-        return at_d * (scale * mask) + (bias * pixel_outer + outer * pixel_bias) +
-               (v * slope + offset);
+        vec<A> du = at_d * (kMasked ? scale * mask : scale);
+        if constexpr (kMasked) du += bias * pixel_outer + outer * pixel_bias;
+        if constexpr (kBatch) du += v * slope + offset;
+        return du;
       });
 }
 
 template <class T, class A = accumulate_t<T>>
 void combine_residual(const T* d, const T* u, T* du, int64_t rows, int64_t cols, bool channels_last,
                       const ResidualTerms<A>& terms, Stores stores) {
-  const auto of = [&](auto last, auto rectify, auto masked) {
+  const auto of = [&](auto last, auto rectify, auto masked, auto batch) {
     combine_residual_rows<decltype(last)::value, decltype(rectify)::value, decltype(masked)::value,
-                          T>(d, u, du, rows, cols, terms, stores);
+                          decltype(batch)::value, T>(d, u, du, rows, cols, terms, stores);
   };
-  with_constants(of, channels_last, terms.rectify, terms.masked);
+  with_constants(of, channels_last, terms.rectify, terms.masked, terms.batch);
 }

@@ -51,12 +51,10 @@ void with_elements(const Tensor& t, F f) {
   }
 }
 
-// Copies a parameter of n elements to `out`, zeros where it is absent.
+// Copies a parameter of n elements, which has been checked, to `out`, zeros where it is absent.
 template <class A>
 A* read(const Parameter& parameter, int64_t n, A* out) {
   if (!parameter) return std::fill_n(out, n, A(0)), out;
-  STD_TORCH_CHECK(parameter->is_cpu() && parameter->numel() == n,
-                  "da_ops: a parameter is not on the CPU or has the wrong size");
   const Tensor dense =
       parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
   with_elements(dense, [&](auto* p) { std::copy_n(p, n, out); });

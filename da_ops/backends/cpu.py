@@ -18,10 +18,7 @@ def _plan(call: Call) -> Plan:
 
 
 def _residual_plan(call: Call, mode: str, shortcut: bool) -> Plan:
-    forward, _ = tail_walks(call.order, mode, shortcut=shortcut)
-    # u is read again with any norm
-    _, backward = tail_walks(call.order, "training", shortcut=shortcut)
-    return _plan_of(call, Walks(forward, backward), tail=True)
+    return _plan_of(call, tail_walks(call.order, mode, shortcut=shortcut), tail=True)
 
 
 def _plan_of(call: Call, walks: Walks, *, tail: bool = False) -> Plan:

@@ -21,9 +21,10 @@ def fuse(model: nn.Module) -> nn.Module:
     The last norm of a block, DA if it is there, the addition and the ReLU become a call of
     :func:`da_ops.residual_attention`, and so do the norms and ReLUs before, and the stem's of a
     whole ResNet: the same result to rounding, with fewer passes over memory. On a CPU, without
-    gradients, it takes the place of what the convolution made, if that has no hooks.
-    Modules, parameters, state-dict keys, hooks and references stay as they are. While one of these
-    modules has hooks, and under FX, TorchScript, tracing and export, a block calls them one by one.
+    gradients, it takes the place of what the convolution made, if that has no hooks and no
+    ``TorchFunctionMode`` or ``TorchDispatchMode`` looks on. Modules, parameters, state-dict keys,
+    hooks and references stay as they are. While one of these modules has hooks, and under FX,
+    TorchScript, tracing and export, a block calls them one by one.
 
     A block stays as it is, and a warning of the logger ``da_ops`` says why, where its last norm is
     no ``nn.BatchNorm2d`` or ``FrozenBatchNorm2d``, its activation no ``nn.ReLU``, its attention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def insert_attention(
         layer.train(block.training)
         layers.append(layer)
         if preserve_function:
-            _check_foldable(norm, name)
+            _check_foldable(norm, name, model)
             factors.append(_make_constant(layer))
 
     for (_, block), layer in zip(blocks, layers):
@@ -94,7 +95,7 @@ def insert_attention(
     return fuse(model) if fused else model
 
 
-def _check_foldable(norm: nn.Module, block: str) -> None:
+def _check_foldable(norm: nn.Module, block: str, model: nn.Module) -> None:
     known = isinstance(norm, (_BatchNorm, nn.GroupNorm, FrozenBatchNorm2d))
     # One with children, as timm's with an activation, need not be linear in weight and bias.
     linear = known and not list(norm.children())
@@ -102,6 +103,15 @@ def _check_foldable(norm: nn.Module, block: str) -> None:
         raise ValueError(
             "insert_attention: preserve_function=True needs a batch or group normalisation with "
             f"weight and bias at the end of each residual branch, got {norm} in {block}; use "
+            "preserve_function=False"
+        )
+    users: Counter[int] = Counter()
+    for module in model.modules():
+        users.update(map(id, (*module._modules.values(), *module._parameters.values())))
+    if any(users[id(part)] > 1 for part in (norm, norm.weight, norm.bias)):
+        raise ValueError(
+            "insert_attention: preserve_function=True needs a normalisation of its own at the end "
+            f"of each residual branch, got one in {block} that is shared; use "
             "preserve_function=False"
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends.base import Backend
 from ..backends.choice import CHOICE
+from ..function import needs_formula
 from ..layout import dense, like
 from ..parameters import SCHEMA, Parameters, Unnamed
 from . import reference
@@ -40,17 +41,15 @@ def update(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
     """Let a batch's mean and biased variance, of so many elements a channel, have their share in
     running ones, as ``nn.BatchNorm2d`` does; they require no gradients."""
     running_mean, running_var, batches, share = running
-    momentum: Tensor | float | None = share
+    momentum: Tensor | float = 0.0 if share is None else share
     if batches is not None:
         batches.add_(1)
-        if momentum is None:  # as a tensor, so that nothing waits for a GPU
+        if share is None:  # as a tensor, so that nothing waits for a GPU
             momentum = batches.to(mean.dtype).reciprocal()
-    kept = running_mean.dtype
-    if isinstance(momentum, Tensor):
-        momentum = momentum.to(kept)
-    momentum = 0.0 if momentum is None else momentum
-    running_mean.lerp_(mean.to(kept), momentum)
-    running_var.lerp_((var * (count / (count - 1))).to(kept), momentum)
+    for kept, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        # In half precision a variance may be infinite that has a finite share.
+        wide = kept.to(torch.promote_types(kept.dtype, new.dtype))
+        kept.copy_((1 - momentum) * wide + momentum * new)
 
 
 class ResidualFunction(torch.autograd.Function):
@@ -103,17 +102,20 @@ class ResidualFunction(torch.autograd.Function):
         u, out, weight, bias, mean, var, *parameters, channel_mean, pooled = ctx.saved_tensors
         backend, order, gate, eps, own_mean, *_ = ctx.call
         batch = own_mean is None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_formula(dout):
             norm = Norm(weight, bias, None if batch else mean, None if batch else var, eps)
             named = Parameters(*parameters) if parameters else None
             du, d_shortcut, *others = reference.backward(dout, out, u, norm, named, order, gate)
             given = (du, None if out is None else d_shortcut, *others)
             found = iter([g for g in given if g is not None])
         else:
+            u = dense(u)  # hooks on saved tensors may have laid them out anew
+            out = None if out is None else like(out, u)
+            maps = channel_mean.contiguous(), pooled.contiguous()
             found = iter(
                 backend.residual_backward(
                     like(dout, u), out, u, weight, bias, mean, var, batch, eps,
-                    *(parameters or _NONE), channel_mean, pooled, order, gate,
+                    *(parameters or _NONE), *maps, order, gate,
                 )
             )  # fmt: skip
         return (

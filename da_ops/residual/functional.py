@@ -63,8 +63,10 @@ def tail(
     """:func:`residual_attention` in a block with an activation module of its own, which is called
     where its hooks, or what has become of it, ask for that. Without gradients the result may take
     the place of a ``u`` that is ``made_by`` a convolution for this call alone."""
-    at_once = _in_graph if torch.compiler.is_compiling() else _fused
-    out = at_once(u, shortcut, norm, attention, activation, made_by)
+    if torch.compiler.is_compiling():
+        out = _in_graph(u, shortcut, norm, attention, activation)
+    else:
+        out = _fused(u, shortcut, norm, attention, activation, made_by)
     if out is not None:
         return out
     x = norm(u)
@@ -104,6 +106,8 @@ def _fused(
         _tell(CHOICE.without_tails(backend, device_type(u)))
         return None
     weight, bias, mean, var = own
+    if _requires_grad(mean) or _requires_grad(var):
+        return None
     running: Running | None = None
     if _normalises_by_batch(norm, mean):
         running = _running(norm, mean, var)
@@ -115,7 +119,7 @@ def _fused(
         if torch.is_grad_enabled():
             return apply(call, False, dense(u), shortcut, weight, bias, *parameters)
         # Where caches are cold, autograd's own part takes a small call longer than the kernel.
-        new = made_by is not None and makes_anew(made_by)
+        new = running is None and made_by is not None and makes_anew(made_by)
         return compute(call, dense(u), shortcut, weight, bias, *parameters, overwrite=new)[0]
     except Exception:
         if refuses and not _fits(u, shortcut, norm, own):
@@ -131,7 +135,6 @@ def _in_graph(
     norm: Any,
     attention: DAModule | None,
     activation: nn.Module | None,
-    made_by: nn.Module | None,
 ) -> Tensor | None:
     """The tail as one operator of a graph that is compiled, which takes it apart later; None as
     :func:`_fused` has it."""
@@ -144,6 +147,8 @@ def _in_graph(
     if CHOICE.for_tails(backend, u.device.type).residual_forward is None:
         return None
     weight, bias, mean, var = _norm_tensors(norm)
+    if _requires_grad(mean) or _requires_grad(var):
+        return None
     running: Running | None = None
     if _normalises_by_batch(norm, mean):
         running = _running(norm, mean, var)
@@ -166,7 +171,13 @@ def rectified(conv: nn.Module, x: Tensor, norm: nn.Module, activation: nn.Module
 
 def makes_anew(conv: nn.Module) -> bool:
     """Whether nobody but who called ``conv`` sees its result."""
-    return type(conv) is nn.Conv2d and _own_ways(conv) is None
+    if type(conv) is not nn.Conv2d or _own_ways(conv) is not None:
+        return False
+    own = conv.__dict__
+    if "_conv_forward" in own or own.get("_compiled_call_impl") is not None:
+        return False
+    # A mode sees what every call gives.
+    return not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
 
 
 def _options(attention: DAModule | None) -> tuple[str, str, str]:
@@ -191,6 +202,11 @@ def _norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
     elif not _is_frozen(norm):
         return (None,) * 4
     return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+def _requires_grad(statistics: Tensor | None) -> bool:
+    """Whether these are to be learned, which no kernel does."""
+    return statistics is not None and statistics.requires_grad
 
 
 def _running(norm: nn.BatchNorm2d, mean: Tensor | None, var: Tensor | None) -> Running | None:
@@ -236,6 +252,8 @@ def _fused_parameters(
         return None, reason
     if (ways := _own_ways(norm)) is not None:
         return None, f"the norm has {ways}"
+    if type(norm) is nn.BatchNorm2d and norm.eps <= 0:
+        return None, f"the norm's eps is {norm.eps}, expected more than 0"
     if activation is not None and (ways := _own_ways(activation)) is not None:
         return None, f"the activation has {ways}"
     if _has_any_global_hook():

@@ -106,7 +106,7 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   if (variance < 0) variance = 0;
   args.new_mean[c] = static_cast<A>(mean), args.new_var[c] = static_cast<A>(variance);
   keep_running<T>(args.running_mean, c, mean, args.momentum);
-  keep_running<T>(args.running_var, c, variance * (count / (count - 1)), args.momentum);
+  keep_running<T>(args.running_var, c, variance * unbiased(count), args.momentum);
   if (c == 0 && args.batches) ++*args.batches;
 }
 

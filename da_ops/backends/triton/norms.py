@@ -119,7 +119,8 @@ def normal(
             there = (share < shares)[:, None] & wanted[None, :]
             n = tl.load(counts + at, mask=there, other=0.0)
             sums += n * tl.load(means + at, mask=there, other=0.0)
-        of_all = tl.sum(sums, 0) / count
+        each = tl.full((), 1.0, tl.float64) / count  # one division, not two vectors of them
+        of_all = tl.sum(sums, 0) * each
         sums = tl.full((PARTS, BLOCK), 0.0, tl.float64)
         for first in range(0, shares, PARTS):
             share = first + tl.arange(0, PARTS)
@@ -128,7 +129,7 @@ def normal(
             n = tl.load(counts + at, mask=there, other=0.0)
             off = tl.load(means + at, mask=there, other=0.0) - of_all[None, :]
             sums += tl.load(squares + at, mask=there, other=0.0) + n * off * off
-        m, v = of_all.to(ACC), (tl.sum(sums, 0) / count).to(ACC)
+        m, v = of_all.to(ACC), (tl.sum(sums, 0) * each).to(ACC)
         tl.store(mean + channel, m, mask=wanted)
         tl.store(var + channel, v, mask=wanted)
     else:
