@@ -84,13 +84,14 @@ def attention(
     else:  # TorchScript compiles code after a return, but not this branch
         if has_torch_function_unary(x):  # a Proxy of FX, among others
             return handle_torch_function(attention, (x,), x, *parameters, order, gate, backend)
-        if isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided:
+        under = transformed()  # where a tensor's layout may not be asked for
+        if not under and isinstance(x, Tensor) and x.dim() == 4 and x.layout is torch.strided:
             x = dense(x)  # here, so that backward finds the copy and makes none
         if type(x) is not Tensor and is_distributed(x):
             return on_each_shard(attention, x, Parameters(*parameters), order, gate, backend)
         if torch.compiler.is_compiling():
             return _compiled(x, Parameters(*parameters), order, gate, backend)
-        if transformed() or torch.jit.is_tracing():
+        if under or torch.jit.is_tracing():
             return plain(x, Parameters(*parameters), order, gate, backend)
         if torch.is_grad_enabled():
             return fused(x, *parameters, order, gate, backend)

@@ -212,6 +212,18 @@ def test_create_graph_in_half(backend, device, dtype):
         assert distance(p.grad, truth.parameters[name].grad) < 2e-2, name
 
 
+def sliced(xs):
+    return torch.cat([xs, xs], -1)[..., : xs.shape[-1]], 0
+
+
+def batch_last(xs):
+    return xs.movedim(0, -1).contiguous(), -1
+
+
+def channels_last(xs):
+    return xs.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3), 0
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("order", "gate"), CASES)
 class TestFunc:
@@ -243,6 +255,21 @@ class TestFunc:
         xs = torch.stack([x, 2 * x, -x])
         got = torch.vmap(lambda x: ours(x, *parameters))(xs)
         torch.testing.assert_close(got, torch.stack([ours(x, *parameters) for x in xs]))
+
+    @pytest.mark.parametrize("lay", [sliced, batch_last, channels_last], ids=lambda f: f.__name__)
+    def test_vmap_over_any_layout(self, pair, lay):
+        ours, plain, (x, *parameters) = pair
+        xs, dim = lay(torch.stack([x, 2 * x, -x]))
+        assert not xs.movedim(dim, 0).is_contiguous()
+        dims = dim, *[None] * len(parameters)
+        got, want = (torch.vmap(f, dims)(xs, *parameters) for f in (ours, plain))
+        torch.testing.assert_close(got, want)
+
+    def test_derivatives_of_a_slice_in_channels_last(self, pair):
+        ours, plain, (x, *parameters) = pair
+        x = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]]
+        got, want = (torch.func.jacfwd(f)(x, *parameters) for f in (ours, plain))
+        torch.testing.assert_close(got, want)
 
     def test_vmap_over_everything(self, pair):
         """An ensemble of layers."""
@@ -293,9 +320,10 @@ class TestFunc:
         torch.testing.assert_close(hessian(ours), hessian(plain))
 
 
-def test_batched_gradients(backend, device):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batched_gradients(backend, device, layout):
     """`is_grads_batched`, which runs backward under vmap."""
-    call = make((1, 2, 2, 3), dtype=torch.float64, device=device).leaves()
+    call = make((1, 2, 2, 3), dtype=torch.float64, device=device, layout=layout).leaves()
     y = call(backend=backend)
     basis = torch.eye(y.numel(), dtype=y.dtype, device=device).view(-1, *y.shape)
     (batched,) = torch.autograd.grad(y, call.x, basis, is_grads_batched=True, retain_graph=True)

@@ -78,6 +78,19 @@ def test_accuracy_at_real_sizes(backend, device, layout):
         assert not accuracy.broken(ours, plain)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 16, 512, 512), (2, 64, 112, 112), (1, 20000, 4, 4)])
+def test_accuracy_of_many_numbers_to_add(fused_cpu, shape, layout):
+    """As a ReLU gives them: a sum that grows and grows."""
+    ours, plain = [], []
+    for _ in range(2):
+        call = make(shape, layout=layout)
+        call.x.relu_()
+        ours.append(call.errors(call.results(backend="cpu")))
+        plain.append(call.errors(call.results(formula)))
+    assert not accuracy.broken(ours, plain)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_spatial_order_has_no_gate(backend, device, gate):
     call = make(order="spatial", device=device)

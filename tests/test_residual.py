@@ -15,7 +15,7 @@ from da_ops.accuracy import PARAMETERS
 from da_ops.backends import BACKENDS as KNOWN
 from da_ops.residual import reference
 
-from .cases import DTYPE_PAIRS, LAYOUTS, assert_close, assert_equal
+from .cases import DTYPE_PAIRS, LAYOUTS, assert_close, assert_equal, distance
 from .conftest import BACKENDS, interpreted
 from .plans import cpu_plan
 from .tails import (
@@ -119,6 +119,18 @@ def test_accuracy_at_real_sizes(backend, device, shape, layout):
     seeds = range(1 if interpreted(backend) else 2)
     tails = [make_tail(shape, layout=layout, device=device, seed=seed) for seed in seeds]
     assert_as_good_as_steps(tails, [tail.results(by(backend)) for tail in tails])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("order", "gate"), [("spatial_channel", "affine"), ("none", "sigmoid")])
+def test_accuracy_of_many_numbers_to_add(fused_cpu, order, gate, layout):
+    """Gradients of one sign, whose sums grow and grow; no ReLU is at its edge."""
+    tail = make_tail((1, 16, 512, 512), order, gate, layout=layout)
+    tail.dout.abs_()
+    tail.shortcut.add_(50)
+    found, want = tail.results(by_kernels), tail.truth()
+    for name in want.keys() & {"d_u", "d_norm_bias", "d_gate_weight", "d_gate_bias"}:
+        assert distance(found[name].double(), want[name]) < 3e-7, name
 
 
 @over_backends

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.h"
 #include "plan.h"
@@ -43,7 +44,8 @@ class Image {
         plane_(scratch_.take(plane_size(problem.h, problem.w))),
         second_plane_(scratch_.take(plane_size(problem.h, problem.w))),
         band_sums_(scratch_.take(bands_ * kSpatialSums)),
-        ones_(scratch_.take(std::max(problem.c, problem.pixels()))) {
+        ones_(scratch_.take(std::max(problem.c, problem.pixels()))),
+        column_sums_(plan.slabs > kGroup ? columns * stride_ : 0) {
     for (A*& map : maps_) map = scratch_.take(problem.pixels());
     for (A*& vector : vectors_) vector = scratch_.take(problem.c);
     std::fill_n(ones_, std::max(p_.c, p_.pixels()), A(1));
@@ -287,7 +289,8 @@ class Image {
       for (int t = 0; t < kSpatialSums; t++) sums[t] += band_sums_[i * kSpatialSums + t];
   }
 
-  static constexpr int64_t kBand = 8;  // rows of a map whose tap sums are one partial sum
+  static constexpr int64_t kGroup = 16;  // slabs whose sums are added up in A, and then in double
+  static constexpr int64_t kBand = 8;    // rows of a map whose tap sums are one partial sum
   static constexpr int kMaps = 4, kVectors = 4;
 
   static int64_t capacity(const Problem& p, const Plan& plan, const Pool* pool, int columns) {
@@ -330,27 +333,37 @@ class Image {
       const int64_t r = i * plan_.slab_rows;
       slab(r, std::min(plan_.slab_rows, p_.rows() - r), partial);
     };
-    const auto add = [&](bool first, const A* at, int64_t begin, int64_t end) {
-      for (size_t k = 0; k < kArrays; k++, at += stride_)
-        if (cols[k]) kernels_.add(cols[k] + begin, at + begin, end - begin, first);
+    // Adds the `done`-th slab's sums, of the columns from begin to end.
+    const auto add = [&](int64_t done, const A* at, int64_t begin, int64_t end) {
+      const bool first = done % kGroup == 0, complete = done + 1 == plan_.slabs;
+      for (size_t k = 0; k < kArrays; k++, at += stride_) {
+        if (!cols[k]) continue;
+        kernels_.add(cols[k] + begin, at + begin, end - begin, first);
+        if (plan_.slabs <= kGroup || !(complete || (done + 1) % kGroup == 0)) continue;
+        double* const sums = column_sums_.data() + k * stride_;
+        for (int64_t i = begin; i < end; i++) {
+          sums[i] = (done < kGroup ? 0 : sums[i]) + cols[k][i];
+          if (complete) cols[k][i] = sums[i];
+        }
+      }
     };
-    // f(i, first) for each i from begin to end.
+    // f(i, done) for each i from begin to end, where so many are done before.
     const auto walk = [&](int64_t begin, int64_t end, auto f) {
       for (int64_t k = 0; k < end - begin; k++)
-        f(way == Walk::forwards ? begin + k : end - 1 - k, k == 0);
+        f(way == Walk::forwards ? begin + k : end - 1 - k, k);
     };
     if (!pool_)
-      return walk(0, plan_.slabs, [&](int64_t i, bool first) {
+      return walk(0, plan_.slabs, [&](int64_t i, int64_t done) {
         run(i, partial_);
-        add(first, partial_, 0, p_.cols());
+        add(done, partial_, 0, p_.cols());
       });
     const auto partial = [&](int64_t i) { return partial_ + i * kArrays * stride_; };
     each(plan_.slabs, p_.rows() * p_.cols(), [&](int64_t begin, int64_t end) {
-      walk(begin, end, [&](int64_t i, bool) { run(i, partial(i)); });
+      walk(begin, end, [&](int64_t i, int64_t) { run(i, partial(i)); });
     });
     if (std::any_of(cols, cols + kArrays, [](A* to) { return to != nullptr; }))
       each(p_.cols(), plan_.slabs * p_.cols(), [&](int64_t begin, int64_t end) {
-        walk(0, plan_.slabs, [&](int64_t i, bool first) { add(first, partial(i), begin, end); });
+        walk(0, plan_.slabs, [&](int64_t i, int64_t done) { add(done, partial(i), begin, end); });
       });
   }
 
@@ -380,8 +393,8 @@ class Image {
   const Kernels<T>& kernels_ = kernels<T>();
   int64_t stride_, bands_;
   Scratch<A> scratch_;
-  A *partial_, *plane_, *second_plane_, *band_sums_, *ones_;
-  A *maps_[kMaps], *vectors_[kVectors];
+  A *partial_, *plane_, *second_plane_, *band_sums_, *ones_, *maps_[kMaps], *vectors_[kVectors];
+  std::vector<double> column_sums_;
 };
 
 }  // namespace da::cpu

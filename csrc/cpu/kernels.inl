@@ -33,6 +33,30 @@ struct Tail {
   DA_INLINE vec<A> keep_fresh(vec<A> v) const { return bits<vec<A>>(bits<ivec<A>>(v) & fresh); }
 };
 
+// Sums of rows by lane. What a lane of a long row holds goes to a double before it has grown so
+// large that it loses much of what it is given.
+template <int kRows, class A>
+struct LaneSums {
+  static constexpr int64_t kSpan = kChunk * kChunk * Vector<A>::lanes;  // elements of a row
+  vec<A> lanes[kRows] = {};
+  double before[kRows] = {};
+
+  // After every kChunk vectors of row r, which end before column q.
+  DA_INLINE void add(int r, vec<A> sum, int64_t q) {
+    lanes[r] += sum;
+    if (q % kSpan != 0) return;
+    A all;
+    sum_lanes<1, A>(lanes + r, &all);
+    before[r] += all, lanes[r] = vec<A>{};
+  }
+  // The sums of rows that had `full` elements in whole vectors.
+  DA_INLINE void write(int64_t full, A* sums) const {
+    sum_lanes<kRows, A>(lanes, sums);
+    if (full < kSpan) return;
+    for (int r = 0; r < kRows; r++) sums[r] = before[r] + sums[r];
+  }
+};
+
 // An array along one side of the matrix, at row r: the row's value, or those of the columns.
 template <bool kByRow, class A>
 struct Along {

@@ -248,12 +248,11 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
       outer[i] = outermost.channels ? scale[i] : norm.scale[i];
     }
     const Affine<A> x{centre, scale, shift};
-    image.combine_residual(
-        (with_shortcut ? gradients.d_shortcut : call.dout) + n * size, call.u + n * size,
-        gradients.du + n * size,
-        {scale, bias, outer, slope.data(), offset.data(), x, s, dm,
-         outermost.pixels ? s : image.ones(), !with_shortcut, problem.order != Order::none,
-         call.batch});
+    image.combine_residual((with_shortcut ? gradients.d_shortcut : call.dout) + n * size,
+                           call.u + n * size, gradients.du + n * size,
+                           {scale, bias, outer, slope.data(), offset.data(), x, s, dm,
+                            outermost.pixels ? s : image.ones(), !with_shortcut,
+                            problem.order != Order::none, call.batch});
   };
   for_images<T>(problem, plan, pool, weights, Walk::backwards, second_read);
 

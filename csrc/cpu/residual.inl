@@ -61,7 +61,7 @@ DA_INLINE void deviations(const T* row, int64_t cols, const Tail<T>& tail, const
                           A* squares) {
   constexpr int64_t lanes = Vector<A>::lanes;
   constexpr int kParts = kBlock > 1 ? 1 : 2;  // of a row's sum: several are added at a time
-  vec<A> total[kBlock] = {}, square_total[kBlock] = {};
+  LaneSums<kBlock, A> total, square_total;
   const auto add = [&](vec<A> v, vec<A>& sum, vec<A>& square) DA_LAMBDA_INLINE {
     sum += v;
     if constexpr (kSquares) square += v * v;
@@ -76,13 +76,16 @@ DA_INLINE void deviations(const T* row, int64_t cols, const Tail<T>& tail, const
     for (; q + (kParts - 1) * lanes < end; q += kParts * lanes)
       for (int i = 0; i < kParts; i++) part(i);
     if (q < end) part(0), q += lanes;
-    for (int b = 0; b < kBlock; b++)
-      for (int i = 0; i < kParts; i++) total[b] += sum[b][i], square_total[b] += square[b][i];
+    for (int b = 0; b < kBlock; b++) {
+      for (int i = 1; i < kParts; i++) sum[b][0] += sum[b][i], square[b][0] += square[b][i];
+      total.add(b, sum[b][0], q), square_total.add(b, square[b][0], q);
+    }
   }
   for (int b = 0; tail.n && b < kBlock; b++)
-    add(tail.keep_fresh(tail.read(row + b * cols) - centre[b]), total[b], square_total[b]);
-  sum_lanes<kBlock, A>(total, sums);
-  if constexpr (kSquares) sum_lanes<kBlock, A>(square_total, squares);
+    add(tail.keep_fresh(tail.read(row + b * cols) - centre[b]), total.lanes[b],
+        square_total.lanes[b]);
+  total.write(tail.full, sums);
+  if constexpr (kSquares) square_total.write(tail.full, squares);
 }
 
 // Each row is read once for a centre near its mean, and from cache again for the deviations from
@@ -230,7 +233,7 @@ DA_INLINE void gradients_row(const Gradients<T>& g, int64_t r, const Tail<T>& ta
   };
   A* const cols[2] = {kChannelsLast ? g.sums : g.pixel_sums, g.products};
   A* const rows[2] = {kChannelsLast ? g.pixel_sums : g.sums, g.products};
-  vec<A> total[2] = {};
+  LaneSums<1, A> total[2];
   for (int64_t q = 0; q < tail.full;) {
     const int64_t end = q + kChunk * lanes < tail.full ? q + kChunk * lanes : tail.full;
     vec<A> sum[2] = {};
@@ -245,16 +248,18 @@ DA_INLINE void gradients_row(const Gradients<T>& g, int64_t r, const Tail<T>& ta
           [&](vec<A> v) DA_LAMBDA_INLINE { return v; }, sum, col);
       for (int i = 0; kCols && i < kColSums; i++) store(cols[i] + q, col[i]);
     }
-    for (int i = 0; kRows && i < kRowSums; i++) total[i] += sum[i];
+    for (int i = 0; kRows && i < kRowSums; i++) total[i].add(0, sum[i], q);
   }
+  vec<A> last[2] = {};
   if (tail.n)
     columns(
         tail.begin, [&](const T* in) DA_LAMBDA_INLINE { return tail.read(in); },
         [&](T* p, vec<A> v) DA_LAMBDA_INLINE { tail.write(p, v); },
-        [&](vec<A> v) DA_LAMBDA_INLINE { return tail.keep_fresh(v); }, total, tail_sums);
+        [&](vec<A> v) DA_LAMBDA_INLINE { return tail.keep_fresh(v); }, last, tail_sums);
   for (int i = 0; kRows && i < kRowSums; i++) {
     const A before = kChannelsLast && !first ? rows[i][r] : A(0);
-    sum_lanes<1, A>(&total[i], rows[i] + r);
+    total[i].lanes[0] += last[i];
+    total[i].write(tail.full, rows[i] + r);
     if constexpr (kChannelsLast) rows[i][r] += before;
   }
 }

@@ -70,7 +70,7 @@ DA_INLINE void clear(A* sums, int64_t n) {
 template <int kBlock, class T, class Source, class A = accumulate_t<T>>
 DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight, A* row_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
-  vec<A> total[kBlock] = {};
+  LaneSums<kBlock, A> total;
   const auto all = [&](vec<A> t) DA_LAMBDA_INLINE { return t; };
   for (int b = 0; b < kBlock; b++, source = source.from(1)) {
     const auto at = [&](int64_t q) DA_LAMBDA_INLINE {
@@ -83,15 +83,15 @@ DA_INLINE void sum_rows(Source source, const Tail<T>& tail, const A* col_weight,
       vec<A> even = {}, odd = {};
       for (; q + lanes < end; q += 2 * lanes) even += at(q), odd += at(q + lanes);
       if (q < end) even += at(q), q += lanes;
-      total[b] += even + odd;
+      total.add(b, even + odd, q);
     }
     if (tail.n) {
       const auto read = [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); };
       const auto keep = [&](vec<A> t) DA_LAMBDA_INLINE { return tail.keep_fresh(t); };
-      total[b] += source.at(0, tail.begin, read, keep) * load(col_weight + tail.begin);
+      total.lanes[b] += source.at(0, tail.begin, read, keep) * load(col_weight + tail.begin);
     }
   }
-  sum_lanes<kBlock, A>(total, row_sums);
+  total.write(tail.full, row_sums);
 }
 
 // Row sums, column sums or both of a few rows together. The last columns' sums go to `tail_sums`:
@@ -100,7 +100,8 @@ template <bool kRows, bool kCols, int kBlock, class T, class Source, class A = a
 DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const A* row_weight,
                          const A* col_weight, A* row_sums, A* col_sums, vec<A>& tail_sums) {
   constexpr int64_t lanes = Vector<A>::lanes;
-  vec<A> total[kBlock] = {}, sum[kBlock] = {}, weight[kBlock];
+  LaneSums<kBlock, A> total;
+  vec<A> sum[kBlock] = {}, weight[kBlock];
   for (int b = 0; kCols && b < kBlock; b++) weight[b] = splat(row_weight[b]);
   const auto columns = [&](int64_t q, auto read, auto keep) DA_LAMBDA_INLINE {
     vec<A> parts[2] = {};
@@ -120,15 +121,15 @@ DA_INLINE void sum_block(Source source, int64_t cols, const Tail<T>& tail, const
       const vec<A> sums = columns(q, read, all);
       if constexpr (kCols) store(col_sums + q, load(col_sums + q) + sums);
     }
-    for (int b = 0; kRows && b < kBlock; b++) total[b] += sum[b], sum[b] = vec<A>{};
+    for (int b = 0; kRows && b < kBlock; b++) total.add(b, sum[b], q), sum[b] = vec<A>{};
   }
   if (tail.n)
     tail_sums += columns(
         tail.begin, [&](const T* row) DA_LAMBDA_INLINE { return tail.read_fresh(row); },
         [&](vec<A> t) DA_LAMBDA_INLINE { return tail.keep_fresh(t); });
   if constexpr (kRows) {
-    for (int b = 0; b < kBlock; b++) total[b] += sum[b];
-    sum_lanes<kBlock, A>(total, row_sums);
+    for (int b = 0; b < kBlock; b++) total.lanes[b] += sum[b];
+    total.write(tail.full, row_sums);
   }
 }
 
