@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backends import BACKENDS, select
 from .checks import check_options, odd_int, positive_int
 from .functional import attention
 from .parameters import Unnamed
@@ -66,6 +67,8 @@ class DAModule(nn.Module):
         super().__init__()
         channels = positive_int("DAModule: channels", channels)
         check_options(order, gate)
+        if backend != "auto" and backend not in BACKENDS:
+            select(backend, "cpu")  # which says what names there are
         if kernel_size is not None:
             if gate != "eca":
                 raise ValueError(f"DAModule: kernel_size goes with gate='eca', got gate={gate!r}")

@@ -278,7 +278,17 @@ def test_onnx(name):
             lambda: SEModule(8),
             r"reduction must be between 1 and channels=8, got 16; pass a smaller",
         ),
-        (lambda: SEModule(8, reduction=0), "SEModule: reduction must be between 1"),
+        (lambda: SEModule(8, reduction=0), "SEModule: reduction must be a positive int, got 0"),
+        (
+            lambda: SEModule(64, reduction=2.5),
+            "SEModule: reduction must be a positive int, got 2.5",
+        ),
+        (
+            lambda: FCAModule(64, reduction="a"),
+            "FCAModule: reduction must be a positive int, got 'a'",
+        ),
+        (lambda: SGEModule(64, groups=2.0), "SGEModule: groups must be a positive int, got 2.0"),
+        (lambda: SGEModule(64, groups="a"), "SGEModule: groups must be a positive int, got 'a'"),
         (lambda: FCAModule(8), "FCAModule: reduction must be between 1 and channels=8, got 16"),
         (lambda: FCAModule(0), "FCAModule: channels must be a positive int, got 0"),
         (
@@ -299,3 +309,12 @@ def test_onnx(name):
 def test_layers_refuse(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["se", "sge", "eca", "fca"])
+@pytest.mark.parametrize("shape", [(2, 32, 8, 8), (2, 128, 8, 8), (64, 8, 8), (2, 64, 1, 8, 8)])
+def test_layers_refuse_maps_of_other_channels_or_dimensions(name, shape):
+    layer = ATTENTIONS[name](64)
+    for call in (layer, torch.jit.script(layer)):
+        with pytest.raises((ValueError, torch.jit.Error), match=r"x must be \[N, 64, H, W\], as"):
+            call(torch.randn(shape))

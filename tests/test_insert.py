@@ -270,6 +270,7 @@ PRESERVE = {"preserve_function": True}
             r"attention='se' does not take order, only reduction, device, dtype; leave it out",
         ),
         (NETWORKS["basic"], {"order": "both"}, r"order must be one of"),
+        (NETWORKS["basic"], {"backend": "nope"}, r"backend must be 'auto' or one of .*'nope'"),
         (NETWORKS["basic"], {"attention": "sge", "groups": 48}, r"multiple of groups.*groups=48"),
         (NETWORKS["basic"], {"attention": "fca", "frequencies": "top64"}, r"got 'top64'"),
         (

@@ -259,3 +259,20 @@ def test_what_makes_no_sense_is_refused():
         evaluator.merge([VOCEvaluator(("a", "b")).state()])
     with pytest.raises(ValueError, match="iou_threshold must be above 0"):
         VOCEvaluator(("a",), iou_threshold=0)
+    with pytest.raises(ValueError, match=r"classes: expected each name once, got \['a', 'a'\]"):
+        VOCEvaluator(("a", "a"))
+    for pair in (([predictions()], [good]), ([predictions((1, 0.5, square(0)))], [good])):
+        for one in pair:
+            wrong = [{**each, "labels": each["labels"] + 0.5} for each in one]
+            with pytest.raises(ValueError, match="labels of an integer dtype, got"):
+                evaluator.update(*(wrong if each is one else each for each in pair))
+
+
+def test_targets_without_difficult_and_predictions_of_any_dtype():
+    found = predictions((1, 0.5, square(0)), (1, 0.25, square(9)))
+    target = targets((1, False, square(0)))
+    expected = evaluate((found, target))
+    plain = {name: target[name] for name in ("boxes", "labels")}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        given = {name: v.to(dtype) if name != "labels" else v for name, v in found.items()}
+        assert evaluate((given, plain)) == expected

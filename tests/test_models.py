@@ -117,6 +117,7 @@ def test_networks_can_be_copied_and_pickled():
         ({"order": "both"}, "order must be one of"),
         ({"transformer": "layer5"}, "before must name a stage .* 'layer4'; got 'layer5'"),
         ({"gate": "none"}, "gate must be one of"),
+        ({"backend": "nope"}, "backend must be 'auto' or one of .* got 'nope'"),
     ],
 )
 def test_networks_refuse(arguments, message):
@@ -317,9 +318,21 @@ def test_files_that_are_no_checkpoints(tmp_path):
         FileNotFoundError, match=r"IMAGENET1K_V1, DEFAULT or a file, got .*model.pth"
     ):
         load(path)
-    path.write_text("not one")
-    with pytest.raises(ValueError, match=r"model.pth: expected a checkpoint, got a file that"):
-        load(path)
+    with pytest.raises(FileNotFoundError, match="or a file, got '', which is neither"):
+        load("")
+    for content, message in (
+        ("", "it is empty"),
+        ("epoch 1\n", "it is text"),
+        ("<!DOCTYPE html>\n<title>Sign in</title>", "it is text, perhaps a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is Git LFS's pointer"),
+        ("GIF89a\0\1\0\1", "its bytes are not what torch.save writes of tensors and plain data"),
+    ):
+        for name in ("model.pth", "model.safetensors"):
+            (tmp_path / name).write_text(content)
+            if name == "model.safetensors" and "\0" in content:
+                message = "Error while deserializing header"  # its own words will do
+            with pytest.raises(ValueError, match=f"got a file that cannot be.* one: {message}"):
+                load(tmp_path / name)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"model.pth: expected a state dict of tensors.*a list"):
         load(path)

@@ -320,6 +320,7 @@ def test_torchvision(backend, device, layout):
         ({"channels": "8"}, "channels must be a positive int, got '8'"),
         ({"channels": 8, "order": "both"}, "order must be one of .* got 'both'"),
         ({"channels": 8, "gate": "se"}, "gate must be one of .* got 'se'"),
+        ({"channels": 8, "backend": "nope"}, "backend must be 'auto' or one of .*; got 'nope'"),
         ({"channels": 8, "kernel_size": 3}, "kernel_size goes with gate='eca', got gate='affine'"),
         ({"channels": 8, "gate": "eca", "kernel_size": 4}, "kernel_size must be odd, got 4"),
         (

@@ -51,20 +51,20 @@ def test_the_papers_layout_at_300_pixels(mapping):
         (512, [64, 32, 16, 8, 4, 2, 1]),
         (128, [16, 8, 4, 2, 1]),
         (96, [12, 6, 3, 1]),
+        (48, [6, 3, 1]),
         (32, [4, 2, 1]),
     ],
 )
 def test_maps_halve_until_one_cell_is_left(size, sides):
     assert feature_sides(size) == sides
+    assert feature_sides(size, "c3c4c5") == ([6, 3, 2] if size == 48 else sides)
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
-@pytest.mark.parametrize("size", [32, 50, 64, 96, 100])
+@pytest.mark.parametrize("size", [32, 33, 40, 41, 48, 49, 50, 64, 96, 100])
 def test_backbone_and_extra_stages_give_the_maps_of_the_rule(mapping, size):
-    if mapping == "c3c4c5" and feature_sides(size)[1] == 3:
-        pytest.skip("layer4 halves 3 cells to 2")
     sides, _ = maps_and_boxes(small(size=size, mapping=mapping), size)
-    assert sides == [(k, k) for k in feature_sides(size)]
+    assert sides == [(k, k) for k in feature_sides(size, mapping)]
 
 
 def test_no_part_of_an_extra_stage_writes_over_another_ones_output():
@@ -258,6 +258,15 @@ def test_mapping_c4_ends_after_layer3_at_a_stride_of_8():
     ("options", "message"),
     [
         ({"size": 31}, "size must be at least 32 pixels, got 31"),
+        ({"size": "64"}, "size must be a positive int, got '64'"),
+        ({"num_classes": 2.5}, "num_classes must be a positive int, got 2.5"),
+        (
+            {"score_tresh": 0.9},
+            "SSD, image_mean, .* score_thresh, .* got score_tresh; leave out",
+        ),
+        ({"_skip_resize": True}, "options of torchvision's SSD, .* got _skip_resize"),
+        ({"head": None}, "options of torchvision's SSD, .* got head"),
+        ({"backend": "nope"}, "backend must be 'auto' or one of .* got 'nope'"),
         ({"mapping": "c5"}, "mapping must be one of c4, c3c4c5, got 'c5'"),
         ({"num_classes": 1}, "num_classes counts the background"),
         ({"order": "spatial", "attention": "se"}, "order goes with attention='da'"),

@@ -22,6 +22,8 @@ from da_ops import models
 from da_ops.cli import main
 from da_ops.cli import train as train_command
 from da_ops.detection import checkpoint, training
+from da_ops.detection.distributed import World
+from da_ops.detection.evaluation import evaluate
 from da_ops.detection.loading import Seeded, StepSampler
 from da_ops.detection.optimisation import NotFiniteError, parameter_groups, stepwise
 from da_ops.detection.settings import Settings
@@ -238,7 +240,7 @@ def test_eval_of_a_folder_without_a_checkpoint_of_other_files_and_of_other_class
     torch.save({"conv": torch.zeros(1)}, torn)
     assert "got another file of torch.save" in error(torn, data)
     torch.save({"model": {}, "args": argparse.Namespace(lr=0.1)}, torn)
-    assert "got another file of torch.save" in error(torn, data)
+    assert "got another file of torch.save; give the last.pt of a run" in error(torn, data)
     make_data(tmp_path / "other", train=1, test=1, size=64)
     (tmp_path / "other" / "VOCdevkit" / "classes.txt").write_text("cat\ndog\n")
     message = error(run, tmp_path / "other")
@@ -256,6 +258,23 @@ def test_the_checkpoint_of_a_compiled_detector(run, tmp_path, caplog):
     assert f"{tmp_path / 'a.pt'}: '_orig_mod.' taken off the keys" in caplog.text
     own = detector.model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in weights(run).items())
+
+
+def test_eval_of_a_file_of_safetensors(data, tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    pytest.importorskip("safetensors.torch").save_file({"conv": torch.zeros(1)}, path)
+    assert main(["eval", str(path), str(data), "--workers", "0"]) == 1
+    assert "got weights alone; give the last.pt of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_detector_of_another_dtype_is_evaluated(run, data, dtype):
+    classes = read_classes(data)
+    model = checkpoint.load_detector(run / "last.pt").model
+    dataset, world = training.evaluation_set(data, classes), World(0, 1, torch.device("cpu"))
+    expected = evaluate(model, dataset, classes, world)["map"]
+    found = evaluate(model.to(dtype), dataset, classes, world)["map"]
+    assert found == pytest.approx(expected, abs=0.05)
 
 
 # What stops a run
@@ -301,6 +320,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(data,
         training.train(data, tmp_path / "run", settings, checkpoint_every=1)
     step = len(rows(tmp_path / "run" / "train.csv"))
     assert f"step {step}: expected a finite" in str(stopped.value)
+    assert f"{tmp_path / 'run' / 'last.pt'} is as it was" in str(stopped.value)
     keys = next(iter(StepSampler(6, 2, step, step + 1, seed=settings.seed)))
     dataset = VOCDetection(data, [("2007", "trainval")], classes=read_classes(data))
     for _, index in keys:
@@ -308,6 +328,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(data,
     stored = checkpoint.load(tmp_path / "run" / "last.pt")
     assert stored["step"] == step
     assert all(v.isfinite().all() for v in stored["model"].values())
+    with pytest.raises(NotFiniteError, match=r"no checkpoint is in .*another --out, or this one e"):
+        training.train(data, tmp_path / "other", settings)
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(run, data, tmp_path, monkeypatch):

@@ -106,6 +106,12 @@ def test_a_missing_split_is_named_with_those_that_exist(devkit):
         devkit.read([("2007", "test")])
 
 
+@pytest.mark.parametrize("splits", ["trainval", ("2007", "trainval"), ["07"], [("2007",)]])
+def test_splits_that_are_no_pairs_are_refused(devkit, splits):
+    with pytest.raises(ValueError, match=r"splits: expected a \(year, split\) each, .* got"):
+        devkit.read(splits)
+
+
 def test_an_empty_split_is_refused(devkit):
     (devkit.root / "VOC2007/ImageSets/Main/val.txt").write_text("\n")
     with pytest.raises(BadFileError, match="expected images in 2007 val, got none"):
@@ -281,6 +287,11 @@ def test_augmentation_is_drawn_from_torchs_generator_alone():
         np.random.default_rng().random()
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1]["boxes"], results[1][1]["boxes"])
+
+
+def test_unknown_augmentations_are_refused():
+    with pytest.raises(ValueError, match="must be one of 'ssd', 'mirror'; got 'none'"):
+        train_transforms(64, "none")
 
 
 def test_augmentation_takes_images_without_objects(devkit):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .settings import AUGMENTATIONS
 from .vision import tv_tensors, v2
 
 _MEAN = (124, 116, 104)  # ImageNet's mean colour, of the border around an image zoomed out
@@ -19,7 +20,15 @@ def train_transforms(size: int, augmentation: str = "ssd") -> v2.Compose:
     Maps an image uint8 [3, H, W] and a target of :class:`~da_ops.detection.voc.VOCDetection` to a
     float32 image [3, size, size] in 0 to 1 and a target without the boxes that fell out: labels
     and ``difficult`` go with their boxes. Draws from torch's global generator only.
+
+    Raises:
+        ValueError: there is no such augmentation.
     """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(
+            f"augmentation must be one of {', '.join(map(repr, AUGMENTATIONS))}; got"
+            f" {augmentation!r}"
+        )
     more = []
     if augmentation == "ssd":
         more = [

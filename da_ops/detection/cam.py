@@ -37,7 +37,7 @@ def grad_cam(
     in place does. Works under ``torch.no_grad``, ``torch.inference_mode`` and autocast.
 
     Args:
-        model: a classifier ``[N, 3, H, W] -> [N, classes]``, or torchvision's SSD.
+        model: a classifier ``[N, 3, H, W] -> [N, classes]``, or torchvision's SSD; compiled or not.
         images: ``[N, 3, H, W]``, float, as the model takes them: for a classifier normalised, for
             SSD from 0 to 1. They are brought to the model's device and dtype.
         targets: a class for each image, a sequence of whole numbers or a tensor ``[N]`` of an
@@ -48,25 +48,35 @@ def grad_cam(
             was cut there.
 
     Returns:
-        ``[N, H, W]``, float32 on the CPU, each map from 0 to 1; all 0 where nothing speaks for the
-        class. The model is left as it was: mode, gradients, ``requires_grad``.
+        ``[N, H, W]``, float32 on the CPU, each map from 0 to 1: 0 where the evidence is least, all
+        0 if nothing speaks for the class, and all 1 if everything does alike, as in a layer's map
+        of one cell. The model is left as it was: mode, gradients, ``requires_grad``.
 
     Raises:
-        TypeError: targets that are no whole numbers, or not one for each of several images.
+        TypeError: targets that are no whole numbers, or not one for each of several images, or a
+            ``layer`` that is no module.
         ValueError: images or targets of the wrong shape or range, no ``layer`` to be found or one
-            that has no map, or a model made under ``torch.inference_mode``.
+            that has no map, or a model that gives no scores of classes, has no parameters or was
+            made under ``torch.inference_mode``.
     """
     _check_images(images, "grad_cam")
+    model = _uncompiled(model)
+    if layer is not None and not isinstance(layer, nn.Module):
+        raise TypeError(
+            "grad_cam: expected a layer of the model, an nn.Module such as model.layer4[-1], got"
+            f" {layer!r}"
+        )
     labels = None if targets is None else _whole_numbers(targets, len(images))
     layer = deepest_block(model) if layer is None else layer
     if len(images) == 0:
         return torch.zeros(0, *images.shape[-2:])
     _check_differentiable(model)
     with torch.inference_mode(False), torch.enable_grad(), _untouched(model):
-        scored, inputs = _scored(model, images)
+        scored, inputs = _scored(model, images, "grad_cam")
         outputs: list[Any] = []
         with torch.no_grad(), _hooked(layer, lambda module, args, out: outputs.append(out)):
             scores = scored(inputs.clone())  # a copy, for the model may write into its input
+        _check_scores(scores, model, len(inputs), "grad_cam")
         _check_outputs(outputs, layer, len(inputs))
         # Frozen layers give gradients too, as long as something before them asks for one.
         inputs = inputs.requires_grad_().clone()
@@ -74,6 +84,7 @@ def grad_cam(
         # The next layer may write into this one's output, and so it gets a copy.
         with cam, _hooked(layer, lambda module, args, out: out.clone()):
             maps = torch.from_numpy(cam(inputs, _targets(scores, labels)))
+        maps[torch.from_numpy(cam.alike)] = 1
     if maps.shape[-2:] != images.shape[-2:]:
         maps = F.interpolate(maps[None], images.shape[-2:], mode="bilinear")[0]
     return maps
@@ -82,14 +93,17 @@ def grad_cam(
 def strongest(model: nn.Module, images: Tensor) -> list[int]:
     """For each image the class, other than SSD's background, that the model is surest of.
 
-    ``images`` are those of :func:`grad_cam`; ValueError if they are of another shape or dtype.
+    ``model`` and ``images`` are those of :func:`grad_cam`; ValueError if they are others.
     """
     _check_images(images, "strongest")
+    model = _uncompiled(model)
     if len(images) == 0:
         return []
     with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
-        scored, inputs = _scored(model, images)
-        return _strongest(scored(inputs))
+        scored, inputs = _scored(model, images, "strongest")
+        scores = scored(inputs)
+        _check_scores(scores, model, len(inputs), "strongest")
+        return _strongest(scores)
 
 
 def deepest_block(model: nn.Module) -> nn.Module:
@@ -108,11 +122,32 @@ def deepest_block(model: nn.Module) -> nn.Module:
     return stages[max(stages)][-1]
 
 
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped, of which alone it can be told whether it is an SSD."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _check_images(images: Tensor, caller: str) -> None:
-    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3:
+        got = _told(images)
+    elif not images.is_floating_point():
+        got = f"{images.dtype} {_told(images)}"
+    else:
+        return
+    raise ValueError(f"{caller}: images must be floating-point [N, 3, H, W], got {got}")
+
+
+def _told(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_scores(scores: Any, model: nn.Module, images: int, caller: str) -> None:
+    dimensions = 3 if isinstance(model, SSD) else 2  # of default boxes, or of images
+    if not isinstance(scores, Tensor) or scores.dim() != dimensions or len(scores) != images:
         raise ValueError(
-            f"{caller}: images must be floating-point [N, 3, H, W], got"
-            f" {images.dtype} {list(images.shape)}"
+            f"{caller}: expected a classifier that gives [{images}, classes], or torchvision's SSD,"
+            f" got a {type(model).__name__} that gives {_told(scores)}; wrap it in a module that"
+            " gives a score for each class"
         )
 
 
@@ -153,16 +188,24 @@ def _check_outputs(outputs: list[Any], layer: nn.Module, images: int) -> None:
             f" {len(outputs)} times; pass another layer="
         )
     (output,) = outputs
-    shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if not isinstance(output, Tensor) or output.dim() != 4 or len(output) != images:
         raise ValueError(
             f"grad_cam: expected a layer that gives [{images}, C, H, W], got a {name} that gives"
-            f" {shape}; pass another layer="
+            f" {_told(output)}; pass another layer="
         )
 
 
 class _GradCAM(GradCAM):
-    """The library's GradCAM, which fails on None if the layer got no gradient, with an error."""
+    """The library's GradCAM, which fails on None if the layer got no gradient, with an error; and
+    which images' maps are positive and the same everywhere, of which it makes 0."""
+
+    alike: NDArray[np.bool_]
+
+    def get_cam_image(self, *arguments: Any) -> NDArray[np.float32]:
+        maps: NDArray[np.float32] = super().get_cam_image(*arguments)
+        least = maps.min((1, 2))
+        self.alike = (least > 0) & (least == maps.max((1, 2)))
+        return maps
 
     def get_cam_weights(
         self,
@@ -180,10 +223,15 @@ class _GradCAM(GradCAM):
         return super().get_cam_weights(input_tensor, target_layers, targets, activations, grads)
 
 
-def _scored(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+def _scored(model: nn.Module, images: Tensor, caller: str) -> tuple[nn.Module, Tensor]:
     """A network that maps a batch to scores, [N, classes] or [N, boxes, classes], and the batch,
     a copy of the images."""
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError(
+            f"{caller}: expected a model with parameters, whose device and dtype its images are"
+            f" brought to, got a {type(model).__name__} without; give it one"
+        )
     images = images.detach().to(parameter.device, copy=True)
     if isinstance(model, SSD):
         # Not in half precision, in which images cannot be resized everywhere.

@@ -137,8 +137,10 @@ def load(path: Path) -> dict[str, Any]:
     """The contents of a file of ``save``, on the CPU; ValueError if it is no such file."""
     stored = read(path)
     if not isinstance(stored, dict) or not {"format", "step", "model", "classes"} <= set(stored):
+        other = "weights alone" if path.suffix == ".safetensors" else "another file of torch.save"
         raise ValueError(
-            f"{path}: expected a checkpoint of `da_ops train`, got another file of torch.save"
+            f"{path}: expected a checkpoint of `da_ops train`, got {other}; give the {LAST} of a"
+            " run, or its folder"
         )
     if stored["format"] != FORMAT:
         raise ValueError(

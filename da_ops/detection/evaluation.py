@@ -31,6 +31,7 @@ def evaluate(
     """Average precision over a data set, the images shared among all processes.
 
     Args:
+        model: of any dtype; images are brought to it.
         dataset: items as of :class:`da_ops.detection.voc.VOCDetection`.
         classes: names without the background, in the order of the labels.
         plus_one: see :class:`da_ops.detection.metric.VOCEvaluator`.
@@ -42,14 +43,14 @@ def evaluate(
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
     loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=collate)
     batches = started(loader)
-    training = model.training
+    training, dtype = model.training, next(model.parameters()).dtype
     world.agree(model)
     model.eval()
     try:
         hidden = None if progress and world.first else True  # None: hidden where there is no tty
         bar = tqdm(batches, "evaluation", len(loader), leave=False, disable=hidden)
         for images, targets in bar:
-            found = model([image.to(world.device) for image in images])
+            found = model([image.to(world.device, dtype) for image in images])
             found = [{name: value.cpu() for name, value in one.items()} for one in found]
             evaluator.update(found, targets)
     finally:

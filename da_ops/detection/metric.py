@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 State = dict[str, np.ndarray]
@@ -21,7 +22,7 @@ class VOCEvaluator:
     that the order of the images makes no difference.
 
     Args:
-        classes: names of the classes, without the background; label 1 is the first.
+        classes: names of the classes, each once, without the background; label 1 is the first.
         iou_threshold: least overlap.
         plus_one: add 1 to widths and heights, for boxes of which x2 and y2 are the last pixels
             inside, as in VOC's files. Boxes of this library end at the edges of pixels, and without
@@ -34,6 +35,8 @@ class VOCEvaluator:
         if not 0 < iou_threshold <= 1:
             raise ValueError(f"iou_threshold must be above 0 and at most 1, got {iou_threshold}")
         self.classes = tuple(classes)
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes: expected each name once, got {list(self.classes)}")
         self.iou_threshold = iou_threshold
         self.plus_one = plus_one
         self._positives = np.zeros(len(self.classes) + 1, np.int64)  # by label
@@ -51,11 +54,13 @@ class VOCEvaluator:
 
         Args:
             predictions: for each image ``boxes`` [D, 4], ``scores`` [D] and ``labels`` [D].
-            targets: for each image ``boxes`` [K, 4], ``labels`` [K] and ``difficult`` [K]. Boxes
-                are x1 y1 x2 y2 in the units of the predictions.
+            targets: for each image ``boxes`` [K, 4], ``labels`` [K] and ``difficult`` [K]; without
+                the last, as torchvision's targets are, none is difficult. Boxes are x1 y1 x2 y2 in
+                the units of the predictions.
 
         Raises:
-            ValueError: lengths that do not match, an unknown label, or a score that is no number.
+            ValueError: lengths that do not match, an unknown label or one that is no integer, or a
+                score that is no number.
         """
         if len(predictions) != len(targets):
             raise ValueError(
@@ -63,9 +68,12 @@ class VOCEvaluator:
                 f"{len(targets)} targets"
             )
         for prediction, target in zip(predictions, targets):
+            if "difficult" not in target:
+                none = torch.zeros(len(target["labels"]), dtype=torch.bool)
+                target = {**target, "difficult": none}
             self._add(
-                *self._arrays(prediction, "prediction", "scores", np.float64),
-                *self._arrays(target, "target", "difficult", np.bool_),
+                *self._arrays(prediction, "prediction", "scores", torch.float64),
+                *self._arrays(target, "target", "difficult", torch.bool),
             )
 
     def compute(self) -> dict[str, Any]:
@@ -150,12 +158,18 @@ class VOCEvaluator:
         self._right.append(right[counts])
 
     def _arrays(
-        self, found: Mapping[str, Any], what: str, third: str, dtype: type
+        self, found: Mapping[str, Any], what: str, third: str, dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Boxes, labels and a third thing, checked."""
-        boxes = np.asarray(found["boxes"].detach().cpu(), np.float64)
-        labels = np.asarray(found["labels"].cpu(), np.int64)
-        other: np.ndarray = np.asarray(found[third].detach().cpu(), dtype)
+        if found["labels"].is_floating_point():
+            raise ValueError(
+                f"a {what}: expected labels of an integer dtype, got {found['labels'].dtype};"
+                " convert them with labels.long()"
+            )
+        # torch converts: NumPy has no bfloat16.
+        boxes: np.ndarray = found["boxes"].detach().cpu().to(torch.float64).numpy()
+        labels: np.ndarray = found["labels"].cpu().to(torch.int64).numpy()
+        other: np.ndarray = found[third].detach().cpu().to(dtype).numpy()
         if boxes.shape != (len(labels), 4) or other.shape != labels.shape or labels.ndim != 1:
             raise ValueError(
                 f"a {what}: expected boxes [K, 4], labels [K] and {third} [K], got "

@@ -135,9 +135,8 @@ class Trainer:
         images = [image for share in self.world.gather(mine) for image in share]
         raise NotFiniteError(
             f"step {self.step}: expected a finite {name}, got {value.item()} on the images"
-            f" {', '.join(images)}. Nothing was written: the last checkpoint is as it was. Look at"
-            " these images and their boxes; if they are right, lower the learning rate, lengthen"
-            " the warm-up, or clip the gradient"
+            f" {', '.join(images)}. Look at these images and their boxes; if they are right, lower"
+            " the learning rate, lengthen the warm-up, or clip the gradient"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .evaluation import evaluate
 from .interrupts import uninterrupted
 from .loading import StepSampler, started, training_loader
 from .logs import Log
-from .optimisation import Trainer, parameter_groups, stepwise
+from .optimisation import NotFiniteError, Trainer, parameter_groups, stepwise
 from .settings import Settings
 from .voc import VOCDetection, available_splits, read_classes
 
@@ -68,7 +68,7 @@ def train(
         ValueError: ``resume``, with other settings or data than the run was started with; settings,
             weights or data that cannot make a run. Nothing is written then.
         RuntimeError: the settings' backend cannot serve here. Nothing is written then, either.
-        NotFiniteError: the loss is not finite; ``last.pt`` is as it was.
+        NotFiniteError: the loss is not finite; ``last.pt``, if it is there, is as it was.
     """
     for name, steps in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if steps < 0:
@@ -106,7 +106,10 @@ def train(
         batches = started(loader)
         with Recorder(out, run, trainer) as recorder:
             for batch in batches:
-                values = trainer.update(batch)
+                try:
+                    values = trainer.update(batch)
+                except NotFiniteError as error:
+                    raise NotFiniteError(f"{error}. {kept(out)}") from error
                 recorder.step(values)
                 last = trainer.step == settings.steps
                 if eval_every and (last or trainer.step % eval_every == 0):
@@ -118,6 +121,13 @@ def train(
                     recorder.evaluation(found)
                 if last or (checkpoint_every and trainer.step % checkpoint_every == 0):
                     recorder.checkpoint()
+
+
+def kept(out: Path) -> str:
+    """What a run that stopped has left, and what its folder is good for."""
+    last = out / LAST
+    there = f"{last} is as it was" if last.exists() else f"no checkpoint is in {out} yet"
+    return f"Nothing was written: {there}. Other settings need another --out, or this one emptied"
 
 
 def check_servable(settings: Settings, world: World) -> None:

@@ -73,6 +73,7 @@ class VOCDetection(Dataset[tuple[tv_tensors.Image, Target]]):
             many. Decodes every image once, at construction.
 
     Raises:
+        ValueError: ``splits`` are no pairs.
         FileNotFoundError: no such folder or split; the message lists the splits that exist.
         BadFileError: a file of the data set that cannot be used, if not ``skip_bad``.
     """
@@ -88,6 +89,11 @@ class VOCDetection(Dataset[tuple[tv_tensors.Image, Target]]):
     ) -> None:
         self.root = devkit(root)
         self.splits = tuple(splits)
+        if any(isinstance(pair, str) or len(pair) != 2 for pair in self.splits):
+            raise ValueError(
+                'splits: expected a (year, split) each, as in [("2007", "trainval")], got'
+                f" {splits!r}"
+            )
         self.classes = tuple(classes)
         self.transforms = transforms
         self.annotations: dict[str, Annotation] = {}

@@ -21,6 +21,14 @@ from ..reference import accumulation_dtype
 from . import frequencies as dct
 
 
+def _check_maps(x: Tensor, channels: int) -> None:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(
+            f"attention: x must be [N, {channels}, H, W], as the layer was made for, got"
+            f" {list(x.shape)}"
+        )
+
+
 class SEModule(nn.Module):
     """Squeeze and excitation: ``x * sigmoid(fc2(relu(fc1(mean over H, W))))``, without biases.
 
@@ -46,7 +54,8 @@ class SEModule(nn.Module):
         super().__init__()
         name = type(self).__name__
         channels = positive_int(f"{name}: channels", channels)
-        if not 1 <= reduction <= channels:
+        reduction = positive_int(f"{name}: reduction", reduction)
+        if reduction > channels:
             raise ValueError(
                 f"{name}: reduction must be between 1 and channels={channels}, got {reduction}; "
                 "pass a smaller reduction"
@@ -60,6 +69,8 @@ class SEModule(nn.Module):
         return x.mean((2, 3), keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):  # what FX traces is none
+            _check_maps(x, self.fc2.out_channels)
         pooled = self._pooled(x)
         if isinstance(x, Tensor):  # a graph of FX takes x in the parameters' dtype alone
             pooled = pooled.to(self.fc1.weight.dtype)
@@ -172,7 +183,8 @@ class SGEModule(nn.Module):
     ) -> None:
         super().__init__()
         channels = positive_int("SGEModule: channels", channels)
-        if groups < 1 or channels % groups:
+        groups = positive_int("SGEModule: groups", groups)
+        if channels % groups:
             raise ValueError(
                 f"SGEModule: channels must be a multiple of groups, got channels={channels} and "
                 f"groups={groups}; pass groups that divide it"
@@ -183,6 +195,8 @@ class SGEModule(nn.Module):
         self.bias = nn.Parameter(torch.ones(groups, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):  # what FX traces is none
+            _check_maps(x, self.channels)
         grouped = x.unflatten(1, (self.groups, -1))  # [N, groups, C / groups, H, W], a view
         mean = grouped.mean((3, 4), keepdim=True)
         t = _accumulated_sum(grouped * mean)
@@ -221,12 +235,14 @@ class ECAModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        channels = positive_int("ECAModule: channels", channels)
+        self.channels = channels = positive_int("ECAModule: channels", channels)
         k = _adaptive_kernel_size(channels) if kernel_size is None else kernel_size
         k = odd_int("ECAModule: kernel_size", k)
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):  # what FX traces is none
+            _check_maps(x, self.channels)
         pooled = x.mean((2, 3))
         if isinstance(x, Tensor):  # a graph of FX takes x in the parameters' dtype alone
             pooled = pooled.to(self.conv.weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.transforms.v2.functional import resize
 
+from ..checks import positive_int
 from . import resnet
 from .blocks import residual_blocks
 from .fuse import FUSIBLE
@@ -26,6 +28,8 @@ MAPPINGS = {"c4": ("layer3",), "c3c4c5": ("layer2", "layer3", "layer4")}
 _EXTRA_WIDTHS = (512, 512)  # of the second and third feature map
 _DEEP_WIDTH = 256  # of all that follow
 _SMALL_BOX = 14  # pixels; the least side of a square box if there are too few maps for the paper's
+_GIVEN = ("backbone", "anchor_generator", "size", "num_classes", "head", "kwargs")  # by ssd
+_OPTIONS = [name for name in inspect.signature(SSD).parameters if name not in _GIVEN]
 
 
 def ssd(
@@ -46,7 +50,8 @@ def ssd(
     """A single-shot detector on a ResNet, for square images of ``size`` pixels.
 
     The first feature map has a cell every 8 pixels; each further one has half as many a side,
-    rounded up, until 3 or fewer are left, which become 1: 38, 19, 10, 5, 3, 1 at 300. With four
+    rounded up, until 3 or fewer are left, which become 1: 38, 19, 10, 5, 3, 1 at 300. Only with
+    ``mapping="c3c4c5"`` from 33 to 48 pixels they become 2, in layer4: 6, 3, 2 at 48. With four
     default boxes a cell on the first map and the last two, six on the others, that is 8,732 at 300
     and 24,564 at 512. Scales are those of VOC: .1 of the image side, then from .2 in equal steps
     to 1.05; from 512 pixels on .07, then from .15. Where there are fewer than six maps, up to 192
@@ -85,11 +90,17 @@ def ssd(
         raise ValueError(f"backbone must be one of {', '.join(_EXPANSION)}, got {backbone!r}")
     if mapping not in MAPPINGS:
         raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {mapping!r}")
+    if unknown := [name for name in kwargs if name not in _OPTIONS]:
+        raise ValueError(
+            f"ssd: expected options of torchvision's SSD, {', '.join(_OPTIONS)}, got"
+            f" {', '.join(unknown)}; leave out what is none"
+        )
+    num_classes, size = positive_int("num_classes", num_classes), positive_int("size", size)
     if num_classes < 2:
         raise ValueError(
             f"num_classes counts the background and must be at least 2, got {num_classes}"
         )
-    sides = feature_sides(size)
+    sides = feature_sides(size, mapping)
     taken = MAPPINGS[mapping]
     stages = [f"layer{number}" for number in range(1, int(taken[-1][-1]) + 1)]
     if transformer not in (None, *stages):
@@ -129,8 +140,10 @@ ssd300 = partial(ssd, size=300)
 ssd300.__doc__ = """:func:`ssd` for images of 300 pixels."""
 
 
-def feature_sides(size: int) -> list[int]:
+def feature_sides(size: int, mapping: str = "c4") -> list[int]:
     """Cells a side of each feature map for images of ``size`` pixels: 38, 19, 10, 5, 3, 1 at 300.
+
+    See :func:`ssd` for the rule, and for what ``mapping`` changes in it.
 
     Raises:
         ValueError: ``size`` is less than 32.
@@ -140,6 +153,8 @@ def feature_sides(size: int) -> list[int]:
     sides = [-(-size // 8)]
     while sides[-1] > 1:
         sides.append(-(-sides[-1] // 2) if sides[-1] > 3 else 1)
+    if mapping == "c3c4c5" and sides[1] == 3:
+        sides[2] = 2  # layer4 halves 3 cells to 2, and no stage follows
     return sides
 
 

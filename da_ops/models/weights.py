@@ -23,6 +23,7 @@ _WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep a 
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's prefix, anywhere in a key
 _PARALLEL = "module."  # DistributedDataParallel's and averaged models' prefix of each key
 _COUNTER = "n_averaged"  # a key of averaged models
+_TEXT = re.compile(rb"[\t\n\r\x20-\x7e\x80-\xff]+")  # without control characters
 # Types of mere data that training scripts keep beside the weights. Other versions of Python have
 # other names for paths; a path of another system is read as a pure one.
 _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -99,7 +100,7 @@ def _state_dict(weights: Weights, name: str) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{name}: weights must be one of {', '.join(known.__members__)} or a file, got "
-            f"{str(path)!r}, which is neither"
+            f"{os.fspath(weights)!r}, which is neither"
         )
     return _unwrapped(read(path), str(path)), str(path)
 
@@ -126,17 +127,28 @@ def read(path: Path, *, mmap: bool = False) -> Any:
         raise
     except Exception as error:  # of many kinds, none of which names the file
         raise ValueError(
-            f"{path}: expected a checkpoint, got a file that cannot be read as one: {_why(error)}"
+            f"{path}: expected a checkpoint, got a file that cannot be read as one:"
+            f" {_why(error, path)}"
         ) from error
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, path: Path) -> str:
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
         return (
             f"it holds a {found[1]}, and reading that could run code. If you trust the file, load"
             " it with torch.load(..., weights_only=False) and save its state dict by itself"
         )
+    with path.open("rb") as file:
+        start = file.read(256)
+    if not start:
+        return "it is empty; write or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is Git LFS's pointer to the file; fetch that with `git lfs pull`"
+    if _TEXT.fullmatch(start):
+        return "it is text, perhaps a web page instead of a download; look into it"
+    if "weights_only" in text:  # PyTorch's advice would run whatever the file holds
+        return "its bytes are not what torch.save writes of tensors and plain data"
     return text.partition("\n")[0] or type(error).__name__
 
 
