@@ -93,7 +93,7 @@ def ssd(
     if unknown := [name for name in kwargs if name not in _OPTIONS]:
         raise ValueError(
             f"ssd: expected options of torchvision's SSD, {', '.join(_OPTIONS)}, got"
-            f" {', '.join(unknown)}; leave out what is none"
+            f" {', '.join(unknown)}; leave these out"
         )
     num_classes, size = positive_int("num_classes", num_classes), positive_int("size", size)
     if num_classes < 2:
