@@ -216,6 +216,32 @@ class TestCommandLine:
         assert not text
         assert complaint.strip()
 
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            ("1x2x3x4 --device abacus", "got 'abacus': "),
+            ("1x2x3x4 --device xpu", "got 'xpu': "),
+            ("1x2x3x4 --device mps", "got 'mps': "),
+            ("1x2x3x4 --device sm_123456789012345678901234567890", "from 'sm_75' on"),
+            ("1x2x3x4 --order none", "order='none' goes with a tail"),
+            ("99999999999999999999x1x1x1", "of at most 281474976710656 elements, got '9999"),
+        ],
+    )
+    def test_what_torch_cannot_make_is_told_in_a_line(self, capsys, monkeypatch, arguments, told):
+        def refused(*sizes, device, **options):
+            if device in ("xpu", "mps"):  # as a torch without it says it
+                error = NotImplementedError if device == "mps" else AssertionError
+                raise error("Could not run\n" + 50 * "its table of kernels\n")
+            return empty(*sizes, device=device, **options)
+
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", refused)
+        status, text, complaint = run(capsys, "explain", *arguments.split())
+        assert status in (1, 2) and not text
+        *usage, line = complaint.splitlines()
+        assert told in line and line.startswith("da-ops")
+        assert not usage or usage[0].startswith("usage: ")
+
     def test_runs_as_a_module(self):
         done = subprocess.run(
             [sys.executable, "-m", "da_ops", "--version"],
