@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -145,13 +146,23 @@ def choose(option: str, text: str, known: list[str]) -> tuple[str, ...]:
 
 def from_options(options: argparse.Namespace) -> list[Case]:
     """The preset's cases, cut down to, or replaced by, what the options ask for."""
-    layouts = choose("--layouts", options.layouts or ",".join(LAYOUTS), list(LAYOUTS))
-    dtypes = choose("--dtypes", options.dtypes, list(DTYPES)) if options.dtypes else None
-    regimes = choose("--regimes", options.regimes, list(REGIMES)) if options.regimes else None
-    subjects = choose("--subjects", options.subjects or ",".join(ASKED), list(ASKED))
+
+    def chosen(option: str, known: Iterable[str]) -> tuple[str, ...] | None:
+        text = getattr(options, option)
+        return None if text is None else choose(f"--{option}", text, list(known))
+
+    layouts = chosen("layouts", LAYOUTS) or tuple(LAYOUTS)
+    dtypes, regimes = chosen("dtypes", DTYPES), chosen("regimes", REGIMES)
+    subjects = chosen("subjects", ASKED) or tuple(ASKED)
     launches = LAUNCHES if options.device == "cuda" else LAUNCHES[:1]
-    if options.shapes:
+    if options.shapes is not None:
         shapes, kinds = parse_shapes(options.shapes), dtypes or ("float32",)
+        for n, c, h, w in shapes if "tail" in subjects else ():
+            if n * h * w == 1:
+                raise BenchmarkError(
+                    "--shapes: expected more than one value a channel, for the tail's norm to have"
+                    f" statistics of, got 1x{c}x1x1; --subjects layer measures the layer alone"
+                )
         return [
             Case(shape, ASKED[subject], dtype, layouts, regimes or ("warm",), launches=launches)
             for subject, shape, dtype in product(subjects, shapes, kinds)

@@ -19,16 +19,23 @@ def load(path: Path) -> Results:
 
 def load_folder(folder: Path) -> dict[str, dict[str, Results]]:
     """All results of a folder by device: {"amd-epyc": {"op": ..., "network": ...}}. Those of `make
-    gpu` are {"nvidia-h200": {"gpu": ..., "op": ..., "network": ...}}."""
+    gpu` are {"nvidia-h200": {"gpu": ..., "op": ..., "network": ...}}. What a file holds is what it
+    says, however it is named."""
     found: dict[str, dict[str, Results]] = {}
-    for kind in KINDS:
-        for path in sorted(folder.glob(f"*-{kind}.json")):
-            found.setdefault(path.name.removesuffix(f"-{kind}.json"), {})[kind] = load(path)
+    gpus: dict[str, dict[str, Results]] = {}
     for path in sorted(folder.glob("*.json")):
-        if not path.stem.endswith(tuple(f"-{kind}" for kind in (*KINDS, ABLATION))):
-            gpu = load(path)
-            found[path.stem] = {"gpu": gpu, **{kind: gpu[kind] for kind in KINDS if kind in gpu}}
-    return dict(sorted(found.items()))
+        results = environment.read_results(path, *KINDS, "gpu", ABLATION)
+        kind = results["kind"]
+        if kind == ABLATION:
+            continue
+        if kind == "gpu":
+            parts = {part: results[part] for part in KINDS if part in results}
+            gpus[path.stem] = {"gpu": results, **parts}
+        else:
+            found.setdefault(path.stem.removesuffix(f"-{kind}"), {})[kind] = results
+    for device, together in found.items():
+        found[device] = {kind: together[kind] for kind in KINDS if kind in together}
+    return dict(sorted({**found, **gpus}.items()))
 
 
 def counted(folder: Path) -> dict[str, dict[str, Results]]:

@@ -85,12 +85,12 @@ def contenders_for(options: argparse.Namespace) -> tuple[list[str], dict[str, st
     """Names of all contenders on this device, and why the backends left out are not usable."""
     known = ["eager", *rivals.compile_names(options.device)]
     chosen = tuple(name for name in known if options.preset == "full" or name != rivals.SLOW)
-    if options.rivals:
+    if options.rivals is not None:
         chosen = cases.choose("--rivals", options.rivals, known)
     import da_ops
 
     reasons = da_ops.backends()
-    if options.backends:
+    if options.backends is not None:
         wanted = cases.choose("--backends", options.backends, list(reasons))
     else:
         worth = fused.BACKENDS[options.device]
@@ -115,6 +115,10 @@ def prepare(options: argparse.Namespace) -> None:
         if options.threads < 1:
             raise BenchmarkError(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    if options.budget is not None and not options.budget >= 0:  # nor nan
+        raise BenchmarkError(f"--budget: expected at least 0, got {options.budget:g}")
+    if not options.seconds > 0:
+        raise BenchmarkError(f"--seconds: expected more than 0, got {options.seconds:g}")
     there = torch.cuda.is_available()
     options.device = options.device or ("cuda" if there else "cpu")
     if options.device == "cuda" and not there:
@@ -244,7 +248,8 @@ def command(
         return 128 + signal.SIGINT
     save(results)
     report.show(path)
-    return 0 if all(c["passed"] for c in results["summary"]["checks"] if c["must"]) else 1
+    passed = [c["passed"] for c in results["summary"]["checks"] if c["must"]]
+    return 0 if all(each is None or each for each in passed) else 1
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,9 @@ da::Problem problem(const py::tuple& shape, bool channels_last, const std::strin
   da::Problem p;
   p.n = shape[0].cast<int64_t>(), p.c = shape[1].cast<int64_t>();
   p.h = shape[2].cast<int64_t>(), p.w = shape[3].cast<int64_t>();
+  if (p.n < 0 || p.c < 1 || p.h < 1 || p.w < 1)  // planners divide by C, H and W
+    throw py::value_error("shape: expected N of at least 0, and C, H and W of at least 1; got " +
+                          std::string(py::str(shape)));
   p.channels_last = channels_last;
   if (!da::parse(dtype, p.dtype)) throw py::value_error("unknown dtype " + dtype);
   if (order == "none")  // of the residual tail

@@ -51,7 +51,7 @@ def check_arguments(x: Tensor, parameters: Unnamed, order: str, gate: str) -> No
     Every call comes here, and so a message is made only when it is needed.
     """
     conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias = parameters
-    channels = _check_x(x)
+    channels = check_x(x)
     if order not in ORDERS or gate not in GATES:
         check_options(order, gate)
     spatial, channel = order != "channel", order != "spatial"
@@ -96,7 +96,7 @@ def check_arguments(x: Tensor, parameters: Unnamed, order: str, gate: str) -> No
         shared = own
 
 
-def _check_x(x: Tensor) -> int:
+def check_x(x: Tensor) -> int:
     """C of ``x``; TypeError or ValueError unless it is a feature map."""
     if not isinstance(x, Tensor):
         raise TypeError(f"da_attention: x must be a torch.Tensor, got {type(x).__name__}")

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, NAMES, faster, passed_over, select, unserved
-from .backends.base import Call, Direction, Plan
+from .backends.base import Call, Direction, Pass, Plan
 from .backends.choice import CHOICE, without_kernel
 from .backends.cuda import OLDEST
 from .backends.tail import MODES, floor, fused_plan, modules_plan, plain_plan
 from .backends.tuned import PLANS
-from .checks import check_options
+from .checks import check_options, check_x
+from .layout import dense
 from .module import DAModule
 from .residual.functional import fusible_now, takes_batch, unfused_modules
 from .residual.module import DAResidual
@@ -206,23 +207,31 @@ def explain(
     known.
 
     Raises:
-        TypeError: ``layer`` is another module.
-        ValueError: ``x`` is no such tensor, or an argument has none of the values above.
+        TypeError: ``x``, ``layer`` or ``norm`` is of another type, or ``x`` of another dtype.
+        ValueError: ``x`` is no such tensor, ``layer`` is for other channels, or an argument has
+            none of the values above.
         RuntimeError: the plan cannot be made here, for want of the compiled planner.
     """
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"da_attention: x must be a tensor [N, C, H, W], got {got}")
+    channels = check_x(x)
     layer, norm, tail = _parts(layer, norm, tail)
     if layer is not None:
         order, gate, backend = layer.order, layer.gate, layer.backend
+        _check_channels(layer, channels, x)
     elif norm is not None:
         order = "none"
     if tail is None and not shortcut:
         raise ValueError("da_attention: shortcut=False goes with a tail; name it or give a norm")
+    if tail is None and order == "none":
+        raise ValueError(
+            "da_attention: order='none' goes with a tail; name it, as by tail='training' or "
+            "--tail training, or give a norm"
+        )
+    backend = str(backend)  # what is no text names none, and is refused as such
     bare = tail is not None and order == "none"
     check_options("channel" if bare else order, gate)
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    seen = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    served = dense(seen)  # what the kernels get: x itself, or a copy
+    channels_last = not served.is_contiguous()
     call = Call(tuple(x.shape), x.dtype, channels_last, order, "sigmoid" if bare else gate)
     unusable, passed = None, {}
     if device is not None:
@@ -254,6 +263,9 @@ def explain(
         if backend == "auto" and device is None:
             plan = _with_the_faster(plan, chosen, call, x.device)
         plan = plan if tail is None else modules_plan(plan, tail, shortcut=shortcut)
+    fused = why is None and (layer is None or layer.unfused() is None)
+    if fused and served is not seen:
+        plan = _with_the_copy(plan, call)
     if tail is None:
         return Explanation(*told, plan)
     with_attention, without = (
@@ -270,6 +282,10 @@ def _parts(
         raise TypeError(
             "da_attention: layer must be a DAModule, a DAResidual or None, got "
             f"{type(layer).__name__}"
+        )
+    if norm is not None and not isinstance(norm, nn.Module):
+        raise TypeError(
+            f"da_attention: norm must be an nn.Module or None, got {type(norm).__name__}"
         )
     modules = [module for module in (layer, norm) if module is not None]
     attention = layer.attention if isinstance(layer, DAResidual) else layer
@@ -294,6 +310,16 @@ def _parts(
             f"da_attention: tail must be one of {', '.join(map(repr, MODES))}; got {tail!r}"
         )
     return attention, norm, tail
+
+
+def _check_channels(layer: DAModule, channels: int, x: Tensor) -> None:
+    """Raise ValueError unless a call of the layer takes so many channels; most gates take any."""
+    weight = layer.gate_weight if layer.gate == "affine" else None
+    if weight is not None and weight.numel() != channels:
+        raise ValueError(
+            f"da_attention: x must have the layer's {weight.numel()} channels, got shape "
+            f"{list(x.shape)}"
+        )
 
 
 def _passed_over(name: str, device: str, tail: str | None) -> str:
@@ -328,9 +354,18 @@ def _with_the_faster(plan: Plan, chosen: str, call: Call, device: torch.device) 
     return Plan(first.forward, second.backward, {**details, **tuned})
 
 
-def _capability(device: str) -> int:
-    digits = device.removeprefix("sm_")
-    if digits == device or not digits.isdecimal() or int(digits) < OLDEST:
+def _with_the_copy(plan: Plan, call: Call) -> Plan:
+    """The plan, with the copy that is made first where x is in neither layout of the kernels."""
+    layout = "channels_last" if call.channels_last else "contiguous"
+    copy, own = Pass(f"copy to {layout}", 1, 1), plan.forward
+    return replace(plan, forward=Direction((copy, *own.passes), 2 + own.moved))
+
+
+def _capability(device: object) -> int:
+    digits = device.removeprefix("sm_") if isinstance(device, str) else ""
+    # No architecture has more than three, and the planner takes no number of any size.
+    known = digits != device and digits.isdecimal() and len(digits) <= 3
+    if not known or int(digits) < OLDEST:
         raise ValueError(
             "da_attention: device must be an NVIDIA architecture from 'sm_75' on, such as 'sm_90'; "
             f"got {device!r}"

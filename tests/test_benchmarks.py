@@ -248,6 +248,17 @@ def test_blocks_of_a_page(op_file, network_file, tmp_path, monkeypatch, capsys):
     assert page.read_text() == "no markers"
 
 
+@pytest.mark.parametrize("kind", ["op", "network"])
+def test_files_are_what_they_say_however_they_are_named(
+    kind, op_file, network_file, tmp_path, capsys
+):
+    file = op_file if kind == "op" else network_file
+    (tmp_path / "mine.json").write_text(file.read_text())
+    assert report.main(["--results", str(tmp_path)]) == 0
+    assert report.text(report.load(file)) in capsys.readouterr().out
+    assert list(report.load_folder(tmp_path)["mine"]) == [kind]
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99, "kind": "op"}'])
 def test_a_results_file_that_is_none(content, tmp_path, capsys):
     (tmp_path / "x-op.json").write_text(content)
@@ -272,6 +283,16 @@ def test_no_results(tmp_path, capsys):
         ["--rivals", "jax"],
         ["--backends", "none"],
         ["--threads", "0"],
+        ["--budget", "-1"],
+        ["--budget", "nan"],
+        ["--seconds", "0"],
+        ["--seconds", "nan"],
+        ["--shapes="],
+        ["--layouts="],
+        ["--rivals="],
+        ["--backends="],
+        ["--shapes", "1x1x1x1"],
+        ["--shapes", "4x2x3x3,1x7x1x1", "--subjects", "tail"],
         ["--preset", "quick", "--dtypes", "float16"],
     ],
 )
@@ -279,6 +300,19 @@ def test_bad_options(arguments, tmp_path, capsys):
     assert op.main([*arguments, *CPU, "--output", str(tmp_path / "x-op.json")]) == 2
     assert capsys.readouterr().err.startswith("benchmarks.op: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--budget", "-1"], ["--seconds", "-1"]])
+def test_bad_options_of_networks(options, tmp_path, capsys):
+    assert network.main([*options, *CPU, "--output", str(tmp_path / "x.json")]) == 2
+    name = options[0]
+    assert f"benchmarks.network: {name}: expected" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_value_a_channel_is_enough_for_the_layer():
+    options = op.parser().parse_args([*CPU, "--shapes", "1x3x1x1", "--subjects", "layer"])
+    assert [case.shape for case in cases.from_options(options)] == [(1, 3, 1, 1)]
 
 
 def test_presets():

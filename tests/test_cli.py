@@ -101,6 +101,16 @@ def test_negative_intervals_are_refused(data, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("path", ["nowhere/x.png", "."])
+def test_a_picture_that_could_not_be_written_is_refused_before_networks_are_read(
+    path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["cam", "no-image.png", "--da", "no-network", "--out", path]) == 1
+    told = f"da-ops: --out: expected a file in a folder that exists, got {path}\n"
+    assert capsys.readouterr().err == told
+
+
 def test_variables_that_are_set_to_nothing_are_not_set(data, tmp_path, monkeypatch, choice):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DA_OPS_BACKEND"):
         monkeypatch.setenv(name, "")

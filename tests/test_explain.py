@@ -12,6 +12,7 @@ import torch
 
 import da_ops
 from da_ops import cli
+from da_ops.layout import dense
 from da_ops.reference import GATES, ORDERS
 
 from .cases import CASES, DTYPES, LAYOUTS
@@ -75,11 +76,84 @@ def test_nothing_is_computed():
         (torch.empty(1, 2, 3, 4), {"order": "both"}),
         (torch.empty(1, 2, 3, 4), {"gate": "se"}),
         (torch.empty(1, 2, 3, 4), {"backend": "tpu"}),
+        (torch.empty(1, 2, 3, 4), {"backend": ["cpu"]}),
+        (torch.empty(1, 2, 3, 4), {"order": "none"}),
+        (torch.empty(1, 2, 3, 4), {"device": torch.device("cuda")}),
+        (torch.empty(1, 2, 3, 4), {"device": 90}),
+        (torch.empty(1, 2, 3, 4), {"device": "sm_" + "9" * 30}),
+        (torch.empty(1, 2, 3, 4), {"norm": "batch"}),
+        (torch.empty(1, 2, 3, 4), {"layer": da_ops.DAModule(99)}),
+        (torch.empty(1, 2, 3, 4), {"layer": da_ops.DAResidual(99)}),
     ],
 )
 def test_explain_refuses(x, options):
     with pytest.raises((TypeError, ValueError), match=r"^da_attention: "):
         da_ops.explain(x, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"tail": "training"}, {"device": "sm_90"}])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(2, 0, 5, 7),
+        torch.empty(2, 3, 0, 7),
+        torch.empty(2, 3, 5, 0),
+        torch.empty(2, 3, 5, 7, dtype=torch.int32),
+        torch.empty(2, 3, 5, 7, dtype=torch.complex64),
+        torch.zeros(2, 3, 5, 7).to_sparse(),
+    ],
+)
+def test_explain_refuses_what_a_call_refuses(x, options):
+    layer = da_ops.DAModule(3)
+    with pytest.raises((TypeError, ValueError)) as of_call:
+        layer(x)
+    with pytest.raises(type(of_call.value)) as told:
+        da_ops.explain(x, **options)
+    assert str(told.value) == str(of_call.value)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "eca", "sigmoid"])
+def test_a_layer_that_takes_any_channels_is_explained_for_any(gate):
+    layer, x = da_ops.DAModule(99, gate=gate), torch.empty(1, 2, 3, 4)
+    assert layer(x).shape == x.shape
+    assert da_ops.explain(x, layer=layer).call.gate == gate
+
+
+WHOLE = torch.empty(2, 8, 9, 10)
+LAST = WHOLE.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("x", "layout", "copied"),
+    [
+        (WHOLE[:, :, 1:], "contiguous", True),
+        (WHOLE[..., ::2], "contiguous", True),
+        (WHOLE[:, :6], "contiguous", True),
+        (WHOLE[1:], "contiguous", False),
+        (WHOLE.transpose(2, 3), "contiguous", True),
+        (LAST[:, :6], "channels_last", True),
+        (LAST[:, :, 1:], "channels_last", True),
+        (LAST[1:], "channels_last", False),
+    ],
+)
+def test_the_layout_is_that_of_what_the_kernels_read(x, layout, copied):
+    """And the copy of a view that is in neither is told, and counted."""
+    assert (dense(x) is not x) == copied
+    y = da_ops.DAModule(x.shape[1])(x)
+    assert y.is_contiguous(memory_format=LAYOUTS[layout])
+    size = x.numel() * x.element_size()
+    for options in ({}, {"tail": "training"}, {"backend": "eager"}, {"device": "sm_90"}):
+        answer = da_ops.explain(x, **options)
+        told, plain = answer.to_dict(), da_ops.explain(dense(x), **options).to_dict()
+        assert told["layout"] == layout
+        more = told["forward"]["bytes_moved"] - plain["forward"]["bytes_moved"]
+        fused = options != {"tail": "training"} or told["tail"]["unfused"] is None
+        assert more == (2 * size if copied and fused else 0)
+        assert (f"copy to {layout}" in str(answer)) == (copied and fused)
+        assert told["backward"] == plain["backward"]
+    layer = da_ops.DAModule(x.shape[1])
+    layer.conv.register_forward_hook(print)  # in plain operations, which need no copy
+    assert "copy" not in str(da_ops.explain(x, layer=layer))
 
 
 def run(capsys, *arguments):
@@ -141,6 +215,32 @@ class TestCommandLine:
         assert status not in (0, None)
         assert not text
         assert complaint.strip()
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            ("1x2x3x4 --device abacus", "got 'abacus': "),
+            ("1x2x3x4 --device xpu", "got 'xpu': "),
+            ("1x2x3x4 --device mps", "got 'mps': "),
+            ("1x2x3x4 --device sm_123456789012345678901234567890", "from 'sm_75' on"),
+            ("1x2x3x4 --order none", "order='none' goes with a tail"),
+            ("99999999999999999999x1x1x1", "of at most 281474976710656 elements, got '9999"),
+        ],
+    )
+    def test_what_torch_cannot_make_is_told_in_a_line(self, capsys, monkeypatch, arguments, told):
+        def refused(*sizes, device, **options):
+            if device in ("xpu", "mps"):  # as a torch without it says it
+                error = NotImplementedError if device == "mps" else AssertionError
+                raise error("Could not run\n" + 50 * "its table of kernels\n")
+            return empty(*sizes, device=device, **options)
+
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", refused)
+        status, text, complaint = run(capsys, "explain", *arguments.split())
+        assert status in (1, 2) and not text
+        *usage, line = complaint.splitlines()
+        assert told in line and line.startswith("da-ops")
+        assert not usage or usage[0].startswith("usage: ")
 
     def test_runs_as_a_module(self):
         done = subprocess.run(

@@ -162,3 +162,27 @@ def test_the_instruction_set_is_the_one_asked_for(fused_cpu):
             assert done.returncode == 0, done.stderr
             bits[name] = done.stdout
     assert len(set(bits.values())) == len(bits), bits
+
+
+# Two threads, for what one of them threw would be told of twice.
+REFUSED = """
+import torch, da_ops
+torch.set_num_threads(2)
+x, norm = torch.randn(4, 64, 56, 56), torch.nn.BatchNorm2d(64)
+for call in (
+    da_ops.DAModule(64),
+    lambda x: da_ops.residual_attention(x, None, norm, None),
+    da_ops.explain,
+):
+    try:
+        call(x)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["AVX2", "avx9000"])
+def test_an_instruction_set_that_is_none_is_refused(fused_cpu, name):
+    done = under(name, "-c", REFUSED)
+    refusal = f"DA_OPS_CPU_ISA: expected generic, avx2 or avx512; got {name}"
+    assert done.stdout.splitlines() == [refusal] * 3 and not done.stderr

@@ -325,6 +325,18 @@ def test_explain_prints_any_architecture(capsys):
     assert re.search(r"396 at once: less than a wave, \d+% of it in use", small)
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0), (-1, 1, 1, 1)])
+def test_planners_refuse_what_they_cannot_divide_by(shape):
+    call = shape, False, "float32", "spatial_channel"
+    for plan in (
+        lambda: planners.cpu(*call, 1),
+        lambda: planners.cuda(*call, "affine", 90, 0),
+        lambda: planners.cuda_tail(*call, "affine", True, True, 90),
+    ):
+        with pytest.raises(ValueError, match="expected N of at least 0, and C, H and W"):
+            plan()
+
+
 @pytest.mark.parametrize("device", ["sm_70", "sm90", "sm_x", "cuda"])
 def test_an_architecture_that_is_none(device):
     with pytest.raises(ValueError, match=r"^da_attention: device must be an NVIDIA architecture"):

@@ -235,7 +235,11 @@ def test_command_line(capsys, store, planted):
     [
         ((), "expected shapes such as"),
         (("4x8x5",), "expected NxCxHxW"),
-        (("4x8x5x5", "--threads", "0"), "--threads must be at least 1, got 0"),
+        (("4x8x5x5", "--threads", "0"), "--threads must be at least 1, and at most 2147483647"),
+        (("4x8x5x5", "--threads", "3000000000"), "2147483647; got 3000000000"),
+        (("4x8x5x5", "--seconds", "-1"), "seconds must be at least 0, got -1.0"),
+        (("4x8x5x5", "--seconds", "nan", "--dry"), "seconds must be at least 0, got nan"),
+        (("4x8x5x5", "--device", "sm_90"), "device must be 'cpu' or 'cuda', got 'sm_90'"),
         (("4x8x5x5", "--device", "meta"), "device must be 'cpu' or 'cuda', got 'meta'"),
     ],
 )
@@ -264,6 +268,7 @@ def test_tune_refuses_what_it_cannot_run(planted, monkeypatch):
         ((3,), r"expected a module, or a shape \[N, C, H, W\]"),
         ((0, 8, 5, 5), "each of N, C, H and W must be a positive int, got 0"),
         ("4x8x5x5", "expected a module"),
+        (torch.ones(1, 2, 3, 4), r"; got a tensor of \[1, 2, 3, 4\]$"),
         (torch.nn.Identity(), "a module needs its inputs"),
         ((torch.nn.Identity(), torch.ones(1, 2, 3, 4)), "made no call of the compiled kernels"),
     ],

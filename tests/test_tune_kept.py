@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_later_processes_use_what_was_kept(store):
     put()
     put("", backward=True)
     assert PLANS.save()
-    assert os.listdir(store.parent) == [store.name]
+    assert sorted(os.listdir(store.parent)) == [".tuned.json.lock", store.name]
     told, warned = another_process(store, IN_FORCE)
     assert told == str([str(Tuned(PLAN, 0.8, 0.7, 0.9)), "the default, nothing was faster"])
     assert "slabs=1 slab_rows=3 (0.80 of the default's time, 0.70 to 0.90)" in told
@@ -273,6 +274,39 @@ def test_a_home_that_cannot_be_written_to(store, monkeypatch, caplog):
     assert len(caplog.records) == 1
     assert "set DA_OPS_CACHE to a folder" in caplog.text
     assert PLANS.in_force()
+
+
+def test_two_that_save_at_once_lose_nothing(store, monkeypatch):
+    """The second one reads the file when the first has written it."""
+    both, read = threading.Barrier(2), tuned.Plans._read
+
+    def slow_read(plans):
+        found = read(plans)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)  # until the other one has read, too, which must not come about
+        return found
+
+    monkeypatch.setattr(tuned.Plans, "_read", slow_read)
+    saving = [tuned.Plans(), tuned.Plans()]
+    for plans, backward in zip(saving, (False, True)):
+        plans._plans[tuned.key("cpu", call(), backward)] = Tuned(PLAN)
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(tuned.Plans.save, saving)) == [True, True]
+    assert len(read(PLANS)) == 2
+
+
+def test_a_save_that_fails_leaves_nothing_behind(store, monkeypatch, caplog):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    put()
+    assert PLANS.save()
+    before = store.read_text()
+    monkeypatch.setattr(os, "replace", full)
+    assert not PLANS.save()
+    assert "cannot be written: No space left" in caplog.text
+    assert store.read_text() == before
+    assert {path.name for path in store.parent.iterdir()} == {store.name, ".tuned.json.lock"}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
 
 #include "sizes.h"
 
@@ -50,9 +50,12 @@ const char* name(Isa isa) {
 
 Isa instruction_set() {
   static const Isa chosen = [] {
-    const char* wish = std::getenv("DA_OPS_CPU_ISA");
-    for (Isa isa : {Isa::generic, Isa::avx2})
-      if (wish && isa < widest() && !std::strcmp(wish, name(isa))) return isa;
+    const char* set = std::getenv("DA_OPS_CPU_ISA");
+    const std::string wish = set ? set : "";
+    for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512})
+      if (wish == name(isa)) return std::min(isa, widest());
+    if (!wish.empty())
+      throw std::runtime_error("DA_OPS_CPU_ISA: expected generic, avx2 or avx512; got " + wish);
     return widest();
   }();
   return chosen;
@@ -72,6 +75,7 @@ bool parse(const std::string& text, Limits& limits) {
 }
 
 Plan plan(const Problem& problem, const Machine& machine, int tensors) {
+  instruction_set();  // refused here, if it is, before threads need it
   const Limits& limits = machine.limits;
   Plan p{};
   p.shared_work = limits.shared_work;

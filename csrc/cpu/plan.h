@@ -12,7 +12,8 @@ namespace da::cpu {
 
 enum class Isa { generic, avx2, avx512 };
 
-// The widest instruction set that this machine has and DA_OPS_CPU_ISA (a name) allows.
+// The widest instruction set that this machine has and DA_OPS_CPU_ISA (a name) allows; throws where
+// it names none.
 Isa instruction_set();
 const char* name(Isa isa);
 

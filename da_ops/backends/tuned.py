@@ -13,8 +13,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -25,6 +25,11 @@ import torch
 
 from . import driver
 from .base import Call
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("da_ops")
 
@@ -223,15 +228,10 @@ class Plans:
     def save(self) -> bool:
         """Add the plans in force to the file; False, and a warning once, if that cannot be."""
         path = file()
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            others = {k: tuned for k, tuned in self._read().items() if k not in self._refused}
-            kept = {k: tuned for k, tuned in self._plans.items() if not tuned.at_first_call}
-            records = [_record(key, tuned) for key, tuned in {**others, **kept}.items()]
-            text = json.dumps({"version": VERSION, "plans": records}, indent=1)
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(text + "\n")
-            os.replace(unfinished, path)
+            with _alone(path):
+                self._add_to(path)
         except OSError as error:
             self._tell(
                 f"tuned plans serve this process alone, {path} cannot be written: "
@@ -239,6 +239,18 @@ class Plans:
             )
             return False
         return True
+
+    def _add_to(self, path: Path) -> None:
+        others = {k: tuned for k, tuned in self._read().items() if k not in self._refused}
+        kept = {k: tuned for k, tuned in self._plans.items() if not tuned.at_first_call}
+        records = [_record(key, tuned) for key, tuned in {**others, **kept}.items()]
+        text = json.dumps({"version": VERSION, "plans": records}, indent=1)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            unfinished.write_text(text + "\n")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Take all plans out of force and delete their file.
@@ -279,6 +291,16 @@ class Plans:
         if what not in self._told:
             self._told.add(what)
             logger.warning("da_ops: %s", what)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Meanwhile no other process is in here for this file, where the system can see to that."""
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        if fcntl is not None:
+            with suppress(OSError):  # some network drives have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _record(key: Key, tuned: Tuned) -> dict[str, Any]:

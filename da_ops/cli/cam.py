@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .files import check_file
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
@@ -33,6 +35,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _cam(args: argparse.Namespace) -> int:
     from ..detection.figures import draw_comparison, load_network
 
+    check_file("--out", args.out)
     given = ((args.plain, None), (args.da, "da"))
     networks = [load_network(name, args.backbone, kind) for name, kind in given if name]
     if not networks:

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .files import check_file
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
@@ -38,8 +40,8 @@ def _eval(args: argparse.Namespace) -> int:
     classes = read_classes(args.data)
     check_classes(classes, detector, args.data)
     dataset = evaluation_set(args.data, classes, split=args.split, skip_bad=args.skip_bad)
-    if args.json and not args.json.parent.is_dir():
-        raise FileNotFoundError(f"--json: expected a file in a folder that exists, got {args.json}")
+    if args.json:
+        check_file("--json", args.json)
     with join() as world:
         found = evaluate(
             detector.model.to(world.device),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import textwrap
 
 import torch
 
@@ -11,6 +13,7 @@ from ..explain import explain
 from ..reference import GATES, ORDERS
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+_MOST = 2**48  # elements, more than any machine holds, and few enough for sums in 64 bits
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -45,14 +48,8 @@ def add_call(
 
 
 def _explain(args: argparse.Namespace) -> int:
-    # Never touched, and so never really allocated.
     architecture = args.device if args.device.startswith("sm_") else None
-    x = torch.empty(
-        args.shape,
-        dtype=getattr(torch, args.dtype),
-        device="meta" if architecture else args.device,
-        memory_format=LAYOUTS[args.layout],
-    )
+    x = _untouched(args, "meta" if architecture else args.device)
     answer = explain(
         x,
         order=args.order,
@@ -66,11 +63,35 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _untouched(args: argparse.Namespace, device: str) -> torch.Tensor:
+    """Such an x, never touched, and so never really allocated; ValueError where there can be none.
+
+    What torch says of a device that it cannot use is an AssertionError, or goes on for pages.
+    """
+    try:
+        return torch.empty(
+            args.shape,
+            dtype=getattr(torch, args.dtype),
+            device=device,
+            memory_format=LAYOUTS[args.layout],
+        )
+    except (AssertionError, RuntimeError) as error:
+        said = textwrap.shorten(str(error).partition("\n")[0], 200, placeholder=" ...")
+        raise ValueError(
+            "explain: expected --device cpu, cuda or another on which torch can make the tensor, or"
+            f" an architecture such as sm_90; got {device!r}: {said}"
+        ) from None
+
+
 def shape(text: str) -> tuple[int, ...]:
     """NxCxHxW as numbers."""
     sizes = tuple(int(part) for part in text.split("x") if part.isdecimal())
     if len(sizes) != 4 or len(text.split("x")) != 4 or min(sizes[1:]) < 1:
         raise argparse.ArgumentTypeError(
             f"expected NxCxHxW, for example 64x256x56x56, got {text!r}"
+        )
+    if math.prod(sizes) > _MOST:
+        raise argparse.ArgumentTypeError(
+            f"expected NxCxHxW of at most {_MOST} elements, got {text!r}"
         )
     return sizes

@@ -10,6 +10,8 @@ import torch
 from .. import tuning
 from .explain import LAYOUTS, add_call, shape
 
+_MOST_THREADS = 2**31 - 1  # that torch can count
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
@@ -32,8 +34,11 @@ def _tune(args: argparse.Namespace) -> int:
     if not args.shapes and not args.forget:
         raise ValueError("tune: expected shapes such as 16x256x56x56, or --forget; got neither")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"tune: --threads must be at least 1, got {args.threads}")
+        if not 1 <= args.threads <= _MOST_THREADS:
+            raise ValueError(
+                f"tune: --threads must be at least 1, and at most {_MOST_THREADS}; "
+                f"got {args.threads}"
+            )
         torch.set_num_threads(args.threads)
     if args.forget:
         tuning.forget()

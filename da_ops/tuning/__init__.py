@@ -101,10 +101,12 @@ def tune(
         RuntimeError: the compiled kernels cannot serve the device; an environment variable has
             chosen the plan already; or the default plan itself fails.
     """
+    if not seconds >= 0:  # nor nan
+        raise ValueError(f"da_ops.tune: seconds must be at least 0, got {seconds}")
     if isinstance(what, nn.Module):
         calls = _calls(what, inputs)
     else:
-        calls = [(_call(what, dtype, memory_format, order, gate), torch.device(device))]
+        calls = [(_call(what, dtype, memory_format, order, gate), _device(device))]
     found = []
     for call, on in calls:
         for is_backward in (False, True)[: 1 + backward]:
@@ -129,7 +131,7 @@ def forget() -> None:
 def _tune(call: Call, device: torch.device, backward: bool, seconds: float) -> Direction:
     backend = device.type
     if backend not in ENVIRONMENT:
-        raise ValueError(f"da_ops.tune: device must be 'cpu' or 'cuda', got {str(device)!r}")
+        raise _no_device(device)
     if (reason := backends()[backend]) is not None:
         raise RuntimeError(f"da_ops.tune: backend {backend!r} cannot serve: {reason}")
     if backend == "cuda" and device.index is None:
@@ -145,6 +147,18 @@ def _tune(call: Call, device: torch.device, backward: bool, seconds: float) -> D
     return decided(key(backend, call, backward, device), outcome)
 
 
+def _device(device: torch.device | str) -> torch.device:
+    """The device; ValueError where torch knows none of this name."""
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise _no_device(device) from None
+
+
+def _no_device(device: torch.device | str) -> ValueError:
+    return ValueError(f"da_ops.tune: device must be 'cpu' or 'cuda', got {str(device)!r}")
+
+
 def _call(
     shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, order: str, gate: str
 ) -> Call:
@@ -155,7 +169,8 @@ def _call(
     """
     check_options(order, gate)
     if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 4:
-        raise ValueError(f"da_ops.tune: expected a module, or a shape [N, C, H, W]; got {shape!r}")
+        got = f"a tensor of {list(shape.shape)}" if isinstance(shape, Tensor) else repr(shape)
+        raise ValueError(f"da_ops.tune: expected a module, or a shape [N, C, H, W]; got {got}")
     if dtype not in PROMISED:
         known = ", ".join(str(each).removeprefix("torch.") for each in PROMISED)
         raise ValueError(f"da_ops.tune: dtype must be one of {known}; got {dtype}")
