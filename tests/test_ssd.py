@@ -262,7 +262,7 @@ def test_mapping_c4_ends_after_layer3_at_a_stride_of_8():
         ({"num_classes": 2.5}, "num_classes must be a positive int, got 2.5"),
         (
             {"score_tresh": 0.9},
-            "SSD, image_mean, .* score_thresh, .* got score_tresh; leave out",
+            "SSD, image_mean, .* score_thresh, .* got score_tresh; leave these out",
         ),
         ({"_skip_resize": True}, "options of torchvision's SSD, .* got _skip_resize"),
         ({"head": None}, "options of torchvision's SSD, .* got head"),
