@@ -71,7 +71,7 @@ def summarise(records: list[dict[str, Any]], device: str = "cpu") -> dict[str, A
             few(wrong) or f"all of {len(results)} contenders, {len(failed)} failed"
             if results
             else "not measured",
-            must=True,
+            must=bool(results),
         )
     ]
     if device == "cpu":

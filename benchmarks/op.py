@@ -248,8 +248,7 @@ def command(
         return 128 + signal.SIGINT
     save(results)
     report.show(path)
-    passed = [c["passed"] for c in results["summary"]["checks"] if c["must"]]
-    return 0 if all(each is None or each for each in passed) else 1
+    return 0 if all(c["passed"] for c in results["summary"]["checks"] if c["must"]) else 1
 
 
 def main(arguments: list[str] | None = None) -> int:

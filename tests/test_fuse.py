@@ -136,28 +136,26 @@ def test_what_a_hook_has_kept_of_a_convolution_is_not_written_over(which):
     torch.testing.assert_close(*kept, rtol=1e-8, atol=1e-8)
 
 
-class KeepsOfFunctions(TorchFunctionMode):
+class Keeps:
+    """A mode that keeps what convolutions give."""
+
     def __init__(self):
         super().__init__()
         self.kept = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def call(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function is nn.functional.conv2d:
+        if function in (nn.functional.conv2d, torch.ops.aten.convolution.default):
             self.kept.append(result)
         return result
 
 
-class KeepsOfOperators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.kept = []
+class KeepsOfFunctions(Keeps, TorchFunctionMode):
+    __torch_function__ = Keeps.call
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.convolution.default:
-            self.kept.append(result)
-        return result
+
+class KeepsOfOperators(Keeps, TorchDispatchMode):
+    __torch_dispatch__ = Keeps.call
 
 
 @pytest.mark.parametrize("keeps", [KeepsOfFunctions, KeepsOfOperators])

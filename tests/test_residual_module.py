@@ -186,31 +186,3 @@ def test_a_frozen_norm_passes_gradients_where_its_input_is_infinite(with_shortcu
     ours, theirs = (torch.autograd.grad(out, u, dout)[0] for out in (ours, theirs))
     assert theirs.isfinite().all()
     torch.testing.assert_close(ours, theirs)
-
-
-def outcome(function, *args):
-    try:
-        return function(*args).tolist()
-    except ValueError as error:
-        return str(error)
-
-
-def test_a_norm_without_eps_is_refused_as_the_module_does(caplog):
-    u, shortcut, _ = tensors()
-    norm = norm_of(eps=0.0)
-    results = [outcome(f, u, shortcut, norm, None) for f in (residual_attention, one_by_one)]
-    assert results[0] == results[1]
-    assert "the norm's eps is 0.0, expected more than 0" in caplog.text
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ["running_mean", "running_var"])
-def test_statistics_that_are_to_be_learned_are_the_modules_own_affair(name, training):
-    u, shortcut, _ = tensors()
-    norm = norm_of().train(training)
-    getattr(norm, name).requires_grad_()
-    with pytest.raises(RuntimeError, match=name) as theirs:
-        one_by_one(u, shortcut, norm, None)
-    with pytest.raises(RuntimeError) as ours:
-        residual_attention(u, shortcut, norm, None)
-    assert str(ours.value) == str(theirs.value)

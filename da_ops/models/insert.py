@@ -64,7 +64,7 @@ def insert_attention(
             "or Bottleneck of a ResNet, ResNeXt or Wide-ResNet), found none in "
             f"{type(model).__name__}"
         )
-    layers, factors = [], []
+    layers, factors, users = [], [], _users(model)
     for name, block in blocks:  # everything that can fail comes before the first change
         conv, norm, present, *_ = tail_of(block)
         if present is not None:
@@ -82,7 +82,7 @@ def insert_attention(
         layer.train(block.training)
         layers.append(layer)
         if preserve_function:
-            _check_foldable(norm, name, model)
+            _check_foldable(norm, name, users)
             factors.append(_make_constant(layer))
 
     for (_, block), layer in zip(blocks, layers):
@@ -95,7 +95,15 @@ def insert_attention(
     return fuse(model) if fused else model
 
 
-def _check_foldable(norm: nn.Module, block: str, model: nn.Module) -> None:
+def _users(model: nn.Module) -> Counter[int]:
+    """How many modules have a module or parameter, by its id, as their own."""
+    users: Counter[int] = Counter()
+    for module in model.modules():
+        users.update(map(id, (*module._modules.values(), *module._parameters.values())))
+    return users
+
+
+def _check_foldable(norm: nn.Module, block: str, users: Counter[int]) -> None:
     known = isinstance(norm, (_BatchNorm, nn.GroupNorm, FrozenBatchNorm2d))
     # One with children, as timm's with an activation, need not be linear in weight and bias.
     linear = known and not list(norm.children())
@@ -105,9 +113,6 @@ def _check_foldable(norm: nn.Module, block: str, model: nn.Module) -> None:
             f"weight and bias at the end of each residual branch, got {norm} in {block}; use "
             "preserve_function=False"
         )
-    users: Counter[int] = Counter()
-    for module in model.modules():
-        users.update(map(id, (*module._modules.values(), *module._parameters.values())))
     if any(users[id(part)] > 1 for part in (norm, norm.weight, norm.bias)):
         raise ValueError(
             "insert_attention: preserve_function=True needs a normalisation of its own at the end "
