@@ -28,9 +28,11 @@ struct Problem {
   }
   bool spatial() const { return masks(order).pixels; }
   bool channel() const { return masks(order).channels; }
-  // An image is a matrix: channels x pixels in NCHW, pixels x channels in NHWC.
-  int64_t rows() const { return channels_last ? pixels() : c; }
-  int64_t cols() const { return channels_last ? c : pixels(); }
+  // An image is a matrix: channels x pixels in NCHW, pixels x channels in NHWC. With one pixel a
+  // channel the channels are dense in either layout.
+  bool by_pixel() const { return channels_last || pixels() == 1; }
+  int64_t rows() const { return by_pixel() ? pixels() : c; }
+  int64_t cols() const { return by_pixel() ? c : pixels(); }
   int64_t gate_weights() const {
     if (!channel() || gate == Gate::sigmoid) return 0;
     return gate == Gate::affine ? c : gate == Gate::scalar ? 1 : kernel_size;

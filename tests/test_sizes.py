@@ -58,9 +58,17 @@ def test_any_slabs(fused_cpu, limits, order, gate, layout, shape):
         assert_promised(call, call.results(backend=fused_cpu))
 
 
-def chosen(limits, shape=(2, 64, 8, 8), dtype="float32", layout="contiguous", threads=2, tensors=2):
+def chosen(
+    limits,
+    shape=(2, 64, 8, 8),
+    dtype="float32",
+    layout="contiguous",
+    threads=2,
+    tensors=2,
+    order="spatial_channel",
+):
     last = layout == "channels_last"
-    return plan(shape, last, dtype, "spatial_channel", threads, limits, tensors=tensors)
+    return plan(shape, last, dtype, order, threads, limits, tensors=tensors)
 
 
 def test_where_the_ways_part():
@@ -96,12 +104,31 @@ def test_every_image_and_row_has_its_place(threads, layout):
     for n in range(1, 12):
         for edge in (1, 3, 8, 40):
             p = chosen(text(shared=0), (n, 67, edge, edge), layout=layout, threads=threads)
-            rows = edge * edge if layout == "channels_last" else 67
+            rows = edge * edge if layout == "channels_last" or edge == 1 else 67
             assert p["slabs"] * p["slab_rows"] >= rows > (p["slabs"] - 1) * p["slab_rows"]
             # Whole images for each thread; a last round for less than half of them is shared out.
             last = n % threads
             shared = n if n < threads else 0 if 2 * last >= threads else last
             assert p["whole_images"] == n - shared
+
+
+@pytest.mark.parametrize("order", ["spatial_channel", "channel", "none"])
+def test_one_pixel_is_a_row_of_channels_in_either_layout(order):
+    contiguous, last = (
+        chosen(text(joint=0), (4, 3000, 1, 1), layout=layout, order=order) for layout in LAYOUTS
+    )
+    assert contiguous == last
+    assert contiguous["slabs"] == 1 and contiguous["sum_together"]
+
+
+def test_few_long_rows_are_shared_out():
+    """One by one, if nobody adds up their columns: those of a single image, too."""
+    for channels, edge, slabs in ((2, 300, 2), (8, 300, 8), (8, 100, 2), (64, 112, 16)):
+        shape = (1, channels, edge, edge)
+        for order in ("channel", "none"):
+            assert chosen(text(), shape, order=order)["slabs"] == slabs
+        assert chosen(text(), shape)["slabs"] == -(-channels // 8)
+    assert chosen(text(), (1, 64, 56, 56), order="none")["slabs"] == 8  # of what a thread is worth
 
 
 def python(code, **environment):

@@ -79,8 +79,7 @@ void backward(const Problem& problem, const Plan& plan, const Pool& pool,
     if (problem.spatial()) image.spatial_mask(m, spatial_mask), by_pixel = spatial_mask;
     if (problem.channel()) image.channel_mask(g, channel_mask), by_channel = channel_mask;
     A *more_ds = image.map(3), *more_dc = image.vector(3);
-    A* const columns[] = {problem.channels_last ? dc : ds,
-                          problem.channels_last ? more_dc : more_ds};
+    A* const columns[] = {problem.by_pixel() ? dc : ds, problem.by_pixel() ? more_dc : more_ds};
     const T* next = following < 0 ? nullptr : dy + following * size;
 
     const auto over = [&](const Pass& pass, const auto& slab, Axes) {

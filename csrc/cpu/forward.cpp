@@ -14,7 +14,7 @@ void forward(const Problem& problem, const Plan& plan, const Pool& pool,
     A *m = channel_mean + n * pixels, *g = pooled + n * c;
     A *spatial_mask = image.map(0), *sums_by_pixel = image.map(1);
     A *channel_mask = image.vector(0), *sums_by_channel = image.vector(1);
-    A* const columns[] = {problem.channels_last ? sums_by_channel : sums_by_pixel};
+    A* const columns[] = {problem.by_pixel() ? sums_by_channel : sums_by_pixel};
     // The first pass reads x from memory. The last one fetches the next x: to write takes it longer
     // than to read.
     const Schedule& passes = schedule(problem.order, false);

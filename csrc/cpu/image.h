@@ -74,7 +74,7 @@ class Image {
   template <size_t kColumns, class Over, class Channels, class Pixels>
   void walk(const Schedule& passes, A* const (&columns)[kColumns], Over over, Channels channels,
             Pixels pixels) {
-    const bool last = p_.channels_last;
+    const bool last = p_.by_pixel();
     Axes done = kNone;
     Walk way = Walk::backwards;
     for (const Pass* pass = passes.begin(); pass != passes.end(); pass++) {
@@ -129,7 +129,7 @@ class Image {
     const Sides<const A> weights = sides(by_channel, by_pixel);
     const Sides<A> sums = sides(sums_by_channel, sums_by_pixel);
     kernels_.residual.reduce(u + at, from_row(ahead, at), of_channels(centre, r), slab.n, p_.cols(),
-                             p_.channels_last, sums.col ? weights.row + r : nullptr, weights.col,
+                             p_.by_pixel(), sums.col ? weights.row + r : nullptr, weights.col,
                              sums.row ? sums.row + r : nullptr, sums.col ? columns : nullptr,
                              plan_.sums);
   }
@@ -158,7 +158,7 @@ class Image {
                const A* spatial_mask, const A* channel_term, const A* spatial_term, Axes outer) {
     const Sides<const A> scales = sides(channel_mask, spatial_mask);
     const Sides<const A> biases = sides(channel_term, spatial_term);
-    const bool rows = p_.channels_last ? outer.pixels : outer.channels;
+    const bool rows = p_.by_pixel() ? outer.pixels : outer.channels;
     const Outer side = !outer.any() ? Outer::none : rows ? Outer::rows : Outer::cols;
     const int64_t r = slab.r, at = r * p_.cols();
     kernels_.combine(dy + at, from_row(ahead, at), dx + at, slab.n, p_.cols(), scales.row + r,
@@ -171,13 +171,13 @@ class Image {
                const Affine<A>& x, const A* spatial_mask) {
     const int64_t r = slab.r, at = r * p_.cols();
     kernels_.residual.rectify(u + at, from_row(shortcut, at), from_row(ahead, at), out + at, slab.n,
-                              p_.cols(), p_.channels_last, from(x, r), of_pixels(spatial_mask, r),
+                              p_.cols(), p_.by_pixel(), from(x, r), of_pixels(spatial_mask, r),
                               plan_.stores);
   }
 
   // The sums of a whole image; what depends on its size is set here.
   void gradients(Gradients<T> all) {
-    const bool last = p_.channels_last;
+    const bool last = p_.by_pixel();
     A* const cols[] = {last ? all.sums : all.pixel_sums, last ? all.products : nullptr};
     each_summed_slab(Walk::forwards, cols, [&](int64_t r, int64_t n, A* const* partial) {
       Gradients<T> g = all;
@@ -203,7 +203,7 @@ class Image {
       const auto c = [&](const A* values) { return of_channels(values, r); };
       const auto p = [&](const A* values) { return of_pixels(values, r); };
       kernels_.residual.combine(
-          d + at, u + at, du + at, n, p_.cols(), p_.channels_last,
+          d + at, u + at, du + at, n, p_.cols(), p_.by_pixel(),
           {c(t.scale), c(t.bias), c(t.outer), c(t.slope), c(t.offset), from(t.x, r), p(t.mask),
            p(t.pixel_bias), p(t.pixel_outer), t.rectify, t.masked, t.batch},
           plan_.du_stores);
@@ -306,7 +306,7 @@ class Image {
   };
   template <class V>
   Sides<V> sides(V* of_channels, V* of_pixels) const {
-    return p_.channels_last ? Sides<V>{of_pixels, of_channels} : Sides<V>{of_channels, of_pixels};
+    return p_.by_pixel() ? Sides<V>{of_pixels, of_channels} : Sides<V>{of_channels, of_pixels};
   }
 
   // An image from an element on, or null.
@@ -314,10 +314,10 @@ class Image {
 
   // An array by channel, or by pixel, from a slab's first row on.
   const A* of_channels(const A* values, int64_t r) const {
-    return p_.channels_last ? values : values + r;
+    return p_.by_pixel() ? values : values + r;
   }
   const A* of_pixels(const A* values, int64_t r) const {
-    return p_.channels_last ? values + r : values;
+    return p_.by_pixel() ? values + r : values;
   }
   Affine<A> from(const Affine<A>& x, int64_t r) const {
     return {of_channels(x.centre, r), of_channels(x.scale, r), of_channels(x.bias, r)};

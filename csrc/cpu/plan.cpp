@@ -12,8 +12,6 @@
 namespace da::cpu {
 namespace {
 
-constexpr int64_t kBlockRows = 8;  // what the kernels sum in registers
-
 Isa widest() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -43,6 +41,13 @@ int64_t last_level_cache_bytes() {
 }
 
 }  // namespace
+
+int64_t block_rows(const Problem& problem, const Limits& limits) {
+  int64_t rows = 8;  // what the kernels sum in registers
+  if (problem.by_pixel() || problem.spatial()) return rows;
+  while (rows > 1 && rows / 2 * problem.cols() >= limits.shared_work) rows /= 2;
+  return rows;
+}
 
 const char* name(Isa isa) {
   return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "generic";
@@ -87,9 +92,9 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   p.whole_images = 2 * last >= p.threads ? problem.n : problem.n - last;
   if (problem.n < p.threads) p.whole_images = 0;
 
-  const int64_t least = limits.slabs * kBlockRows;
+  const int64_t block = block_rows(problem, limits), least = limits.slabs * block;
   const int64_t blocks = (problem.rows() + least - 1) / least;
-  p.slab_rows = std::min(blocks * kBlockRows, limits.slab_rows);
+  p.slab_rows = std::min(blocks * block, limits.slab_rows);
   p.slabs = (problem.rows() + p.slab_rows - 1) / p.slab_rows;
 
   // Rows of middling length are read faster one after the other than side by side; the kernels take

@@ -57,8 +57,12 @@ struct Plan {
 
 // Whether channels are rows and their masks are made one by one: passes may then share a slab.
 inline bool may_join(const Problem& p) {
-  return !p.channels_last && p.channel() && p.gate != Gate::eca;
+  return !p.by_pixel() && p.channel() && p.gate != Gate::eca;
 }
+
+// Rows that one thread takes together. Those of channels whose columns nobody adds up are shared
+// out one by one where they are long.
+int64_t block_rows(const Problem& problem, const Limits& limits);
 
 // `tensors` of the size of x are what a call reads or writes: those of the layer's forward, if not
 // said otherwise.

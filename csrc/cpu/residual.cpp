@@ -8,22 +8,24 @@ namespace da::cpu {
 template <class T>
 void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u, double* mean,
                 double* variance) {
-  // A part is an image's slab: of channels, or of pixels, of which there is then one more set of
-  // moments for each.
-  const int64_t rows = p.rows(), aimed_at = 32, block = 8, most = 256;
-  const int64_t least = std::max<int64_t>(aimed_at / std::max<int64_t>(p.n, 1), 1) * block;
+  // The batch is one matrix of pixels, or one of channels for each image. A part is a slab of one,
+  // and has moments of all channels, or of its own.
+  const bool by_pixel = p.by_pixel();
+  const int64_t matrices = by_pixel ? 1 : p.n, rows = by_pixel ? p.n * p.pixels() : p.c;
+  const int64_t block = by_pixel ? 8 : 1, aimed_at = 32, most = 256;
+  const int64_t least = std::max<int64_t>(aimed_at / std::max<int64_t>(matrices, 1), 1) * block;
   const int64_t part_rows = std::min((rows + least - 1) / least * block, most);
-  const int64_t parts = (rows + part_rows - 1) / part_rows;
-  const int64_t sets = p.channels_last ? parts : 1;  // of an image
-  std::vector<double> means(p.n * sets * p.c), squares(means.size());
+  const int64_t parts = (rows + part_rows - 1) / part_rows;  // of a matrix
+  const int64_t sets = by_pixel ? parts : p.n;               // of moments of all channels
+  std::vector<double> means(sets * p.c), squares(means.size());
   const auto rows_of = [&](int64_t part) { return std::min(part_rows, rows - part * part_rows); };
 
   const auto sum = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const int64_t n = i / parts, part = i % parts, r = part * part_rows;
-      const int64_t at = p.channels_last ? i * p.c : n * p.c + r;
-      kernels<T>().residual.moments(u + (n * rows + r) * p.cols(), rows_of(part), p.cols(),
-                                    p.channels_last, means.data() + at, squares.data() + at);
+      const int64_t part = i % parts, r = i / parts * rows + part * part_rows;
+      const int64_t at = by_pixel ? part * p.c : r;
+      kernels<T>().residual.moments(u + r * p.cols(), rows_of(part), p.cols(), by_pixel,
+                                    means.data() + at, squares.data() + at);
     }
   };
   // The sets' moments, combined in order (Chan et al., 1979).
@@ -31,8 +33,8 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
     std::fill(mean + begin, mean + end, 0.);
     std::fill(variance + begin, variance + end, 0.);
     double before = 0;
-    for (int64_t i = 0; i < p.n * sets; i++) {
-      const double count = p.channels_last ? rows_of(i % parts) : p.pixels();
+    for (int64_t i = 0; i < sets; i++) {
+      const double count = by_pixel ? rows_of(i) : p.pixels();
       const double share = count / (before + count);
       const double *more = means.data() + i * p.c, *more_squares = squares.data() + i * p.c;
       for (int64_t c = begin; c < end; c++) {
@@ -44,8 +46,8 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
     }
     for (int64_t c = begin; c < end; c++) variance[c] /= before;
   };
-  if (plan.threads == 1) return sum(0, p.n * parts), combine(0, p.c);
-  pool.each(p.n * parts, sum);
+  if (plan.threads == 1) return sum(0, matrices * parts), combine(0, p.c);
+  pool.each(matrices * parts, sum);
   pool.each(p.c, combine);
 }
 
@@ -72,7 +74,7 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     A *spatial_mask = image.map(0), *sums_by_pixel = image.map(1);
     A *channel_mask = image.vector(0), *sums_by_channel = image.vector(1);
     A *scale = image.vector(2), *bias = image.vector(3);  // the channel mask's x
-    A* const columns[] = {problem.channels_last ? sums_by_channel : sums_by_pixel};
+    A* const columns[] = {problem.by_pixel() ? sums_by_channel : sums_by_pixel};
     std::copy_n(norm.scale.data(), c, scale);
     std::copy_n(norm.bias.data(), c, bias);
     A pooled_weight = 1;  // the mean of what the pooling multiplies pixels by

@@ -34,10 +34,9 @@ inline int64_t round_up(int64_t count, int64_t size) { return ceil_div(count, si
 // Sets channels_last, rows and cols.
 template <class Plan>
 void set_matrix(Plan& m, const Problem& p) {
-  // With one pixel a channel the channels are dense in either layout.
-  m.channels_last = p.channels_last || p.pixels() == 1;
-  m.rows = m.channels_last ? p.pixels() : p.c;
-  m.cols = m.channels_last ? p.c : p.pixels();
+  m.channels_last = p.by_pixel();
+  m.rows = p.rows();
+  m.cols = p.cols();
 }
 
 // Whether an image can be read by vectors of so many elements: a vector may reach into the next
