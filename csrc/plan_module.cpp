@@ -64,7 +64,7 @@ py::list schedule(const da::Schedule& schedule) {
 
 py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtype,
              const std::string& order, int64_t threads, const std::string& limits, int tensors) {
-  const da::Problem p = problem(shape, channels_last, dtype, order);
+  const da::Problem p = da::cpu::joined(problem(shape, channels_last, dtype, order));
   da::cpu::Machine machine{threads, {}};
   if (!da::cpu::parse(limits, machine.limits)) throw py::value_error(da::cpu::kLimits + limits);
   const da::cpu::Plan plan = da::cpu::plan(p, machine, tensors);

@@ -121,6 +121,19 @@ def test_one_pixel_is_a_row_of_channels_in_either_layout(order):
     assert contiguous["slabs"] == 1 and contiguous["sum_together"]
 
 
+def test_small_images_without_attention_are_one_matrix():
+    """Of their pixels, where these are rows: threads share out the batch, not its images."""
+    shape = (16, 512, 7, 7)
+    small = chosen(text(), shape, layout="channels_last", order="none")
+    assert small["whole_images"] == 0 and small["slabs"] * small["slab_rows"] >= 16 * 49
+    others = [
+        chosen(text(), shape, order="none"),
+        chosen(text(), shape, layout="channels_last", order="channel"),
+        chosen(text(), (16, 512, 8, 8), layout="channels_last", order="none"),
+    ]
+    assert all(other["whole_images"] == 16 for other in others)
+
+
 def test_few_long_rows_are_shared_out():
     """One by one, if nobody adds up their columns: those of a single image, too."""
     for channels, edge, slabs in ((2, 300, 2), (8, 300, 8), (8, 100, 2), (64, 112, 16)):

@@ -38,15 +38,19 @@ class Image {
         weights_(weights),
         pool_(pool),
         stride_(padded(problem.cols())),
-        bands_((problem.h + kBand - 1) / kBand),
-        scratch_(capacity(problem, plan, pool, columns)),
+        bands_(problem.spatial() ? (problem.h + kBand - 1) / kBand : 0),
+        plane_elements_(problem.spatial() ? plane_size(problem.h, problem.w) : 0),
+        map_elements_(problem.order == Order::none ? 0 : problem.pixels()),
+        scratch_((pool ? plan.slabs : 1) * columns * stride_ + 2 * padded(plane_elements_) +
+                 padded(bands_ * kSpatialSums) + padded(std::max(problem.c, problem.pixels())) +
+                 kMaps * padded(map_elements_) + kVectors * padded(problem.c)),
         partial_(scratch_.take((pool ? plan.slabs : 1) * columns * stride_)),
-        plane_(scratch_.take(plane_size(problem.h, problem.w))),
-        second_plane_(scratch_.take(plane_size(problem.h, problem.w))),
+        plane_(scratch_.take(plane_elements_)),
+        second_plane_(scratch_.take(plane_elements_)),
         band_sums_(scratch_.take(bands_ * kSpatialSums)),
         ones_(scratch_.take(std::max(problem.c, problem.pixels()))),
         column_sums_(plan.slabs > kGroup ? columns * stride_ : 0) {
-    for (A*& map : maps_) map = scratch_.take(problem.pixels());
+    for (A*& map : maps_) map = scratch_.take(map_elements_);
     for (A*& vector : vectors_) vector = scratch_.take(problem.c);
     std::fill_n(ones_, std::max(p_.c, p_.pixels()), A(1));
   }
@@ -293,12 +297,6 @@ class Image {
   static constexpr int64_t kBand = 8;    // rows of a map whose tap sums are one partial sum
   static constexpr int kMaps = 4, kVectors = 4;
 
-  static int64_t capacity(const Problem& p, const Plan& plan, const Pool* pool, int columns) {
-    return padded((pool ? plan.slabs : 1) * columns * padded(p.cols())) +
-           2 * padded(plane_size(p.h, p.w)) + padded((p.h + kBand - 1) / kBand * kSpatialSums) +
-           padded(std::max(p.c, p.pixels())) + kMaps * padded(p.pixels()) + kVectors * padded(p.c);
-  }
-
   // What belongs to the matrix's rows and to its columns.
   template <class V>
   struct Sides {
@@ -391,7 +389,7 @@ class Image {
   const Weights<A>& weights_;
   const Pool* pool_;
   const Kernels<T>& kernels_ = kernels<T>();
-  int64_t stride_, bands_;
+  int64_t stride_, bands_, plane_elements_, map_elements_;
   Scratch<A> scratch_;
   A *partial_, *plane_, *second_plane_, *band_sums_, *ones_, *maps_[kMaps], *vectors_[kVectors];
   std::vector<double> column_sums_;

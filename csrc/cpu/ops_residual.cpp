@@ -37,9 +37,10 @@ void keep_running(const Tensor& running, const std::vector<double>& of_batch, do
 }
 
 // Writes to `out`, which may be u.
-ResidualOutputs forward_into(const Tensor& out, const Problem& p, const Tensor& u,
+ResidualOutputs forward_into(const Tensor& out, const Problem& problem, const Tensor& u,
                              const Parameter& shortcut, const GivenNorm& given_norm,
                              const Running& running, const Arguments& given) {
+  const Problem p = joined(problem);
   return with_storage(u.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
@@ -106,9 +107,9 @@ std::vector<Tensor> residual_backward_cpu(
     const std::string& gate) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
-  const Problem p = describe_residual_backward(
+  const Problem p = joined(describe_residual_backward(
       dout, out, u, {address(norm_weight), address(norm_bias), &mean, &var}, given, channel_mean,
-      pooled, order, gate);
+      pooled, order, gate));
   return with_storage(u.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;

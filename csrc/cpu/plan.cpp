@@ -49,6 +49,16 @@ int64_t block_rows(const Problem& problem, const Limits& limits) {
   return rows;
 }
 
+Problem joined(const Problem& problem) {
+  constexpr int64_t small = 64;  // pixels
+  if (problem.order != Order::none || !problem.by_pixel() || problem.pixels() >= small)
+    return problem;
+  Problem p = problem;
+  p.h = p.n * p.pixels(), p.w = p.n = 1;
+  p.channels_last = true;
+  return p;
+}
+
 const char* name(Isa isa) {
   return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "generic";
 }

@@ -64,6 +64,10 @@ inline bool may_join(const Problem& p) {
 // out one by one where they are long.
 int64_t block_rows(const Problem& problem, const Limits& limits);
 
+// The same call as one image, if it is of small ones that lie by pixel and of order none: then what
+// is made for an image would take longer than its pixels, and none of it differs between images.
+Problem joined(const Problem& problem);
+
 // `tensors` of the size of x are what a call reads or writes: those of the layer's forward, if not
 // said otherwise.
 Plan plan(const Problem& problem, const Machine& machine, int tensors = 2);

@@ -121,20 +121,20 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
 
 namespace {
 
-// Each image's maps that backward's second read needs, [n][padded]: masks, ones where there are
-// none, and the terms that flow back through them.
+// The maps that backward's second read needs: masks, and the terms that flow back through them;
+// each image's, padded, or for all images ones and zeros where there are none.
 template <class A>
 struct Kept {
-  int64_t pixels, channels;  // padded
+  int64_t pixels, channels;  // from one image to the next
   std::vector<A> spatial_mask, pixel_term, channel_mask, channel_term;
 
   explicit Kept(const Problem& p)
-      : pixels(padded(p.pixels())),
-        channels(padded(p.c)),
-        spatial_mask(p.n * pixels, A(1)),
-        pixel_term(p.n * pixels),
-        channel_mask(p.n * channels, A(1)),
-        channel_term(p.n * channels) {}
+      : pixels(p.spatial() ? padded(p.pixels()) : 0),
+        channels(p.channel() ? padded(p.c) : 0),
+        spatial_mask(p.spatial() ? p.n * pixels : padded(p.pixels()), A(1)),
+        pixel_term(spatial_mask.size()),
+        channel_mask(p.channel() ? p.n * channels : padded(p.c), A(1)),
+        channel_term(channel_mask.size()) {}
 };
 
 }  // namespace

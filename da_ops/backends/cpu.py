@@ -44,9 +44,8 @@ def _plan_of(call: Call, walks: Walks, *, tail: bool = False) -> Plan:
 def _planned(call: Call, limits: str, tensors: int) -> dict[str, Any]:
     """The plan of a call that reads and writes so many tensors of the size of x."""
     dtype = str(call.dtype).removeprefix("torch.")
-    order = "channel" if call.order == "none" else call.order  # no plan depends on the order
-    shape = call.shape, call.channels_last, dtype, order
-    return dict(native.planner().cpu(*shape, torch.get_num_threads(), limits, tensors))
+    kind = call.shape, call.channels_last, dtype, call.order
+    return dict(native.planner().cpu(*kind, torch.get_num_threads(), limits, tensors))
 
 
 BACKEND = Backend(
