@@ -43,8 +43,8 @@ class Image {
         partial_(scratch_.take((pool ? plan.slabs : 1) * columns * stride_)),
         plane_(scratch_.take(plane_size(problem.h, problem.w))),
         second_plane_(scratch_.take(plane_size(problem.h, problem.w))),
-        band_sums_(scratch_.take(bands_ * kSpatialSums)),
         ones_(scratch_.take(std::max(problem.c, problem.pixels()))),
+        band_sums_(bands_ * kSpatialSums),
         column_sums_(plan.slabs > kGroup ? columns * stride_ : 0) {
     for (A*& map : maps_) map = scratch_.take(problem.pixels());
     for (A*& vector : vectors_) vector = scratch_.take(problem.c);
@@ -282,7 +282,7 @@ class Image {
     each(bands_, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         kernels_.tap_sums(second_plane_, plane_, p_.w, i * kBand, std::min(p_.h, (i + 1) * kBand),
-                          band_sums_ + i * kSpatialSums);
+                          band_sums_.data() + i * kSpatialSums);
     });
     std::fill_n(sums, kSpatialSums, 0.);
     for (int64_t i = 0; i < bands_; i++)
@@ -295,8 +295,8 @@ class Image {
 
   static int64_t capacity(const Problem& p, const Plan& plan, const Pool* pool, int columns) {
     return padded((pool ? plan.slabs : 1) * columns * padded(p.cols())) +
-           2 * padded(plane_size(p.h, p.w)) + padded((p.h + kBand - 1) / kBand * kSpatialSums) +
-           padded(std::max(p.c, p.pixels())) + kMaps * padded(p.pixels()) + kVectors * padded(p.c);
+           2 * padded(plane_size(p.h, p.w)) + padded(std::max(p.c, p.pixels())) +
+           kMaps * padded(p.pixels()) + kVectors * padded(p.c);
   }
 
   // What belongs to the matrix's rows and to its columns.
@@ -393,8 +393,8 @@ class Image {
   const Kernels<T>& kernels_ = kernels<T>();
   int64_t stride_, bands_;
   Scratch<A> scratch_;
-  A *partial_, *plane_, *second_plane_, *band_sums_, *ones_, *maps_[kMaps], *vectors_[kVectors];
-  std::vector<double> column_sums_;
+  A *partial_, *plane_, *second_plane_, *ones_, *maps_[kMaps], *vectors_[kVectors];
+  std::vector<double> band_sums_, column_sums_;
 };
 
 }  // namespace da::cpu
