@@ -25,7 +25,6 @@ using ivec = vec<typename Integer<A>::type>;
 
 typedef uint16_t u16vec __attribute__((vector_size(DA_VECTOR_BYTES / 2)));
 typedef uint32_t u32vec __attribute__((vector_size(DA_VECTOR_BYTES)));
-constexpr int64_t kFloats = Vector<float>::lanes;
 
 template <class To, class From>
 DA_INLINE To bits(const From& from) {
