@@ -141,7 +141,7 @@ struct Part {
   T elements[Vector<accumulate_t<T>>::lanes];
 };
 
-// The first n < lanes elements, zeros after them.
+// The first n <= lanes elements, zeros after them.
 template <class T>
 DA_INLINE vec<accumulate_t<T>> load_part(const T* p, int64_t n) {
 #if DA_VECTOR_BYTES == 64
