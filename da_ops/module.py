@@ -266,7 +266,8 @@ def _folded_bias(conv_bias: Any, dilated_bias: Any, merge_weight: Any, bias: Any
     return bias
 
 
-def _adaptive_kernel_size(channels: int, gamma: int = 2, b: int = 1) -> int:
-    """ECA-Net's rule: the odd number at or above (log2(channels) + b) / gamma, rounded down."""
-    k = int(abs((math.log2(channels) + b) / gamma))
+def _adaptive_kernel_size(channels: int) -> int:
+    """ECA-Net's rule with gamma 2 and b 1: ``(log2(channels) + 1) / 2``, rounded down and then, if
+    that is even, one more."""
+    k = int((math.log2(channels) + 1) / 2)
     return k if k % 2 else k + 1

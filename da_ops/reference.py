@@ -107,7 +107,8 @@ def da_attention(
 ) -> Tensor:
     """The operator with reductions in float32 (float64 for float64) and one rounding at the end.
 
-    Arguments, shapes and errors are those of :func:`da_ops.da_attention`, less ``backend``.
+    Arguments and shapes are those of :func:`da_ops.da_attention`, less ``backend``; nothing checks
+    them here.
     """
     parameters = Parameters(
         conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from da_ops.accuracy import PARAMETERS, PROMISED
+from da_ops.accuracy import PARAMETERS, PROMISED, TIMES_PLAIN
 from da_ops.parameters import Parameters
 from da_ops.reference import da_attention, formula
 from da_ops.residual import reference
@@ -167,12 +167,10 @@ def make_tail(
     return Tail(u, added if shortcut else None, norm, parameters, call.dy, order, gate)
 
 
-def assert_as_good_as_steps(
-    tails: Sequence[Tail], answers: Sequence[dict[str, Tensor]], *, times: float = 2.0
-) -> None:
-    """The errors of answers to several calls are at most so many times those of the modules one
-    after the other in the same dtype, or as small as the layer's promise. All calls' numbers are
-    taken together: a gradient that cancels in one of them decides nothing."""
+def assert_as_good_as_steps(tails: Sequence[Tail], answers: Sequence[dict[str, Tensor]]) -> None:
+    """The errors of answers to several calls are at most twice those of the modules one after the
+    other in the same dtype, or as small as the layer's promise. All calls' numbers are taken
+    together: a gradient that cancels in one of them decides nothing."""
 
     def error(got: Sequence[dict[str, Tensor]], name: str) -> float:
         return distance(*(torch.stack([draw[name].double() for draw in of]) for of in (got, want)))
@@ -182,5 +180,5 @@ def assert_as_good_as_steps(
     steps = [tail.results(in_steps) for tail in tails]
     for name in want[0]:
         found, beside = error(answers, name), error(steps, name)
-        allowed = max(times * beside, PROMISED[answers[0][name].dtype])
+        allowed = max(TIMES_PLAIN * beside, PROMISED[answers[0][name].dtype])
         assert found <= allowed, (name, found, beside)

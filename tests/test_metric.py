@@ -37,8 +37,8 @@ def evaluate(*images, classes=("a",), **options):
     return evaluator.compute()
 
 
-def square(x, side=10.0):
-    return (x, 0.0, x + side, side)
+def square(x):
+    return (x, 0.0, x + 10.0, 10.0)
 
 
 def test_right_wrong_right_of_three():

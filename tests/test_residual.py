@@ -298,10 +298,13 @@ def test_strides_of_any_kind(backend, device):
     assert_equal(other.results(by(backend)), tail.results(by(backend)))
 
 
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
-def test_gradcheck(fused_cpu, batch, shortcut):
+def test_gradcheck(fused_cpu, batch, shortcut, strided):
     tail = make_tail((2, 3, 4, 5), dtype=torch.float64, batch=batch)
+    if strided:  # so that the kernels get a copy of u
+        tail.u = tail.u.transpose(2, 3).contiguous().transpose(2, 3)
     inputs = [
         t.requires_grad_() for t in (tail.u, tail.shortcut, tail.norm.weight, tail.norm.bias)
     ] + [p.requires_grad_() for p in tail.parameters.values()]

@@ -96,6 +96,7 @@ def test_where_the_ways_part():
     assert not chosen(text(joint=0), layout="channels_last")["joint"]
     assert chosen(text(slabs=4))["slab_rows"] == 16
     assert chosen(text(slabs=1, slab_rows=60))["slabs"] == 2
+    assert chosen(text(slabs=1, slab_rows=10**6), (1, 9000, 2, 2))["slab_rows"] == 1024
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -6,7 +6,7 @@
 namespace da::cpu {
 namespace {
 
-// Sums the images' shares of the gate's gradients in double and in a fixed order, rounded to A.
+// Sums the images' shares of the gate's gradients in double and in a fixed order.
 template <class A>
 void gate_gradients(const Problem& p, const A* dt, const A* pooled, double* d_weight,
                     double* d_bias) {
@@ -32,8 +32,8 @@ void gate_gradients(const Problem& p, const A* dt, const A* pooled, double* d_we
       }
     }
   }
-  for (int64_t i = 0; i < p.gate_weights(); i++) d_weight[i] = A(weight[i]);
-  for (int64_t i = 0; p.gate != Gate::eca && i < p.gate_weights(); i++) d_bias[i] = A(bias[i]);
+  std::copy(weight.begin(), weight.end(), d_weight);
+  if (p.gate != Gate::eca) std::copy(bias.begin(), bias.end(), d_bias);
 }
 
 }  // namespace

@@ -42,20 +42,20 @@ class Image {
         plane_elements_(problem.spatial() ? plane_size(problem.h, problem.w) : 0),
         map_elements_(problem.order == Order::none ? 0 : problem.pixels()),
         scratch_((pool ? plan.slabs : 1) * columns * stride_ + 2 * padded(plane_elements_) +
-                 padded(bands_ * kSpatialSums) + padded(std::max(problem.c, problem.pixels())) +
-                 kMaps * padded(map_elements_) + kVectors * padded(problem.c)),
+                 padded(std::max(problem.c, problem.pixels())) + kMaps * padded(map_elements_) +
+                 kVectors * padded(problem.c)),
         partial_(scratch_.take((pool ? plan.slabs : 1) * columns * stride_)),
         plane_(scratch_.take(plane_elements_)),
         second_plane_(scratch_.take(plane_elements_)),
-        band_sums_(scratch_.take(bands_ * kSpatialSums)),
         ones_(scratch_.take(std::max(problem.c, problem.pixels()))),
+        band_sums_(bands_ * kSpatialSums),
         column_sums_(plan.slabs > kGroup ? columns * stride_ : 0) {
     for (A*& map : maps_) map = scratch_.take(map_elements_);
     for (A*& vector : vectors_) vector = scratch_.take(problem.c);
     std::fill_n(ones_, std::max(p_.c, p_.pixels()), A(1));
   }
 
-  // Arrays for the caller: by pixel, by channel, and of ones by either.
+  // Arrays for the caller: by pixel where there is attention, by channel, and of ones by either.
   A* map(int i) const { return maps_[i]; }
   A* vector(int i) const { return vectors_[i]; }
   const A* ones() const { return ones_; }
@@ -286,7 +286,7 @@ class Image {
     each(bands_, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         kernels_.tap_sums(second_plane_, plane_, p_.w, i * kBand, std::min(p_.h, (i + 1) * kBand),
-                          band_sums_ + i * kSpatialSums);
+                          band_sums_.data() + i * kSpatialSums);
     });
     std::fill_n(sums, kSpatialSums, 0.);
     for (int64_t i = 0; i < bands_; i++)
@@ -391,8 +391,8 @@ class Image {
   const Kernels<T>& kernels_ = kernels<T>();
   int64_t stride_, bands_, plane_elements_, map_elements_;
   Scratch<A> scratch_;
-  A *partial_, *plane_, *second_plane_, *band_sums_, *ones_, *maps_[kMaps], *vectors_[kVectors];
-  std::vector<double> column_sums_;
+  A *partial_, *plane_, *second_plane_, *ones_, *maps_[kMaps], *vectors_[kVectors];
+  std::vector<double> band_sums_, column_sums_;
 };
 
 }  // namespace da::cpu

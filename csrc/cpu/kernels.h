@@ -148,7 +148,7 @@ struct Kernels {
 
   // sums[t] = sum_p dz[p] m[p + t] over both convolutions' taps, then sum_p dz[p]; bordered planes,
   // rows begin <= i < end.
-  void (*tap_sums)(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, A* sums);
+  void (*tap_sums)(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, double* sums);
 
   ResidualKernels<T> residual;
 };

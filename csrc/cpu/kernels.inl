@@ -145,25 +145,35 @@ void sigmoid(A* values, int64_t n) {
   if (i < n) store_part(values + i, sigmoid_of(load_part(values + i, n - i)), n - i);
 }
 
+// Columns are taken in pieces, each of which A adds up without losing much of what comes last.
 template <class A>
-void tap_sums(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, A* sums) {
+void tap_sums(const A* dz, const A* m, int64_t w, int64_t begin, int64_t end, double* sums) {
+  constexpr int64_t lanes = Vector<A>::lanes, kPiece = 4 * kChunk * lanes;
   const int64_t stride = plane_stride(w);
-  vec<A> total[kSpatialSums] = {};
-  for (int64_t i = begin; i < end; i++) {
-    const int64_t row = (i + kReach) * stride + kReach;
-    for (int half = 0; half < 2; half++) {  // nine sums at a time: they fit the registers
-      vec<A> sum[kTaps] = {}, all = {};
-      for (int64_t j = 0; j < w; j += Vector<A>::lanes) {
-        const vec<A> d = load(dz + row + j);
-        for_taps(m + row + j, stride, half ? kReach : 1,
-                 [&](int t, const A* p) DA_LAMBDA_INLINE { sum[t] += d * load(p); });
-        all += d;
+  for (int t = 0; t < kSpatialSums; t++) sums[t] = 0;
+  for (int64_t left = 0; left < w; left += kPiece) {
+    const int64_t right = left + kPiece < w ? left + kPiece : w;
+    vec<A> total[kSpatialSums] = {};
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t row = (i + kReach) * stride + kReach;
+      for (int half = 0; half < 2; half++) {  // nine sums at a time: they fit the registers
+        vec<A> sum[kTaps] = {}, all = {};
+        for (int64_t j = left; j < right; j += lanes) {
+          const vec<A> d = load(dz + row + j);
+          for_taps(m + row + j, stride, half ? kReach : 1,
+                   [&](int t, const A* p) DA_LAMBDA_INLINE { sum[t] += d * load(p); });
+          all += d;
+        }
+        for (int t = 0; t < kTaps; t++) total[half * kTaps + t] += sum[t];
+        if (half) total[2 * kTaps] += all;
       }
-      for (int t = 0; t < kTaps; t++) total[half * kTaps + t] += sum[t];
-      if (half) total[2 * kTaps] += all;
+    }
+    for (int t = 0; t < kSpatialSums; t++) {
+      A sum;
+      sum_lanes<1, A>(total + t, &sum);
+      sums[t] += sum;
     }
   }
-  for (int t = 0; t < kSpatialSums; t++) sum_lanes<1, A>(total + t, sums + t);
 }
 
 #include "residual.inl"

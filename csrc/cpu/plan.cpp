@@ -104,7 +104,8 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
 
   const int64_t block = block_rows(problem, limits), least = limits.slabs * block;
   const int64_t blocks = (problem.rows() + least - 1) / least;
-  p.slab_rows = std::min(blocks * block, limits.slab_rows);
+  constexpr int64_t most = 1024;  // whose sums by column lose little in float32
+  p.slab_rows = std::min({blocks * block, limits.slab_rows, most});
   p.slabs = (problem.rows() + p.slab_rows - 1) / p.slab_rows;
 
   // Rows of middling length are read faster one after the other than side by side; the kernels take

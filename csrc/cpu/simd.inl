@@ -25,7 +25,6 @@ using ivec = vec<typename Integer<A>::type>;
 
 typedef uint16_t u16vec __attribute__((vector_size(DA_VECTOR_BYTES / 2)));
 typedef uint32_t u32vec __attribute__((vector_size(DA_VECTOR_BYTES)));
-constexpr int64_t kFloats = Vector<float>::lanes;
 
 template <class To, class From>
 DA_INLINE To bits(const From& from) {
@@ -142,7 +141,7 @@ struct Part {
   T elements[Vector<accumulate_t<T>>::lanes];
 };
 
-// The first n < lanes elements, zeros after them.
+// The first n <= lanes elements, zeros after them.
 template <class T>
 DA_INLINE vec<accumulate_t<T>> load_part(const T* p, int64_t n) {
 #if DA_VECTOR_BYTES == 64

@@ -57,6 +57,7 @@ class ResidualFunction(torch.autograd.Function):
     residual tail with its hand-written backward; ``(out, mean, var)`` where ``statistics`` is true:
     the batch's, empty where the norm has its own.
 
+    ``u`` is dense; a copy made here would not be part of the graph that double backward follows.
     The shortcut may be None. The six parameters are those of :class:`da_ops.DAFunction`; there are
     none with the order "none". Running statistics are updated within forward: checkpointing stops
     to compute again as soon as what is kept is there, and they come before that, as with
@@ -75,7 +76,6 @@ class ResidualFunction(torch.autograd.Function):
         norm_bias: Tensor | None,
         *parameters: Tensor | None,
     ) -> Any:
-        u = dense(u)
         out, mean, var, *maps = compute(call, u, shortcut, norm_weight, norm_bias, *parameters)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -192,7 +192,7 @@ def fused(
     served = CHOICE.for_tails(backend, u.device.type)
     call: Call = (served, order, gate, eps, norm_mean, norm_var, None)
     given = () if order == "none" else parameters
-    return ResidualFunction.apply(call, True, u, shortcut, norm_weight, norm_bias, *given)
+    return ResidualFunction.apply(call, True, dense(u), shortcut, norm_weight, norm_bias, *given)
 
 
 # One node to Dynamo, as da_ops::attention is. A graph that torch.compile keeps on disk is found by
