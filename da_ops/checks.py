@@ -105,6 +105,11 @@ def check_x(x: Tensor) -> int:
             "da_attention: x must be float16, bfloat16, float32 or float64, got "
             f"{_name(x.dtype)}; convert it with x.float()"
         )
+    if x.is_nested:
+        raise ValueError(
+            "da_attention: x must be one tensor [N, C, H, W], got a nested tensor; call the layer "
+            "with each image of x.unbind() as a batch of one"
+        )
     if x.layout is not torch.strided:
         raise ValueError(
             f"da_attention: x must be a strided tensor, got layout {x.layout}; use x.to_dense()"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,12 @@ def x(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
 
 
+def nested(layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a prototype
+        return torch.nested.nested_tensor([x(5, 6, 7), x(5, 4, 7)], layout=layout)
+
+
 one = torch.ones(1)
 five = torch.ones(5)
 CONV, MERGE = torch.ones(1, 1, 3, 3), torch.ones(1, 2, 1, 1)
@@ -108,6 +115,8 @@ BAD_X = {
         "float8_e5m2",
     ),
     "sparse": (changed(x=x(2, 5, 6, 7).to_sparse()), ValueError, "x", "strided", "sparse"),
+    "nested": (changed(x=nested(torch.strided)), ValueError, "x", "one tensor", "nested"),
+    "jagged": (changed(x=nested(torch.jagged)), ValueError, "x", "one tensor", "nested"),
     "no channels": (changed(x=x(2, 0, 6, 7)), ValueError, "x", "at least 1", "[2, 0, 6, 7]"),
     "no rows": (changed(x=x(2, 5, 0, 7)), ValueError, "x", "at least 1", "[2, 5, 0, 7]"),
     "no columns": (changed(x=x(2, 5, 6, 0)), ValueError, "x", "at least 1", "[2, 5, 6, 0]"),

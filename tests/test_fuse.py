@@ -330,7 +330,10 @@ def test_what_comes_before_the_last_convolution_does_not_matter(options):
     ("call", "message"),
     [
         (lambda: fuse(nn.Conv2d(1, 1, 1)), r"fuse: .* residual blocks .* found none in Conv2d"),
-        (lambda: fuse(tv.ResNet(OwnBlock, SMALL)), r"found none in ResNet"),
+        (
+            lambda: fuse(tv.ResNet(OwnBlock, SMALL)),
+            r"found none in ResNet but OwnBlock, a subclass, .*; call fuse before .* fully_shard",
+        ),
         (
             lambda: models.resnet18("se", fused=True),
             r"resnet18: fused=True goes with DA or without attention, got attention='se'; leave",

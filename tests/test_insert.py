@@ -252,7 +252,11 @@ PRESERVE = {"preserve_function": True}
     ("network", "options", "message"),
     [
         (lambda: nn.Conv2d(1, 1, 1), {}, r"residual blocks .* found none in Conv2d"),
-        (lambda: tv.ResNet(OwnBlock, SMALL), {}, r"found none in ResNet"),
+        (
+            lambda: tv.ResNet(OwnBlock, SMALL),
+            {},
+            r"found none in ResNet but OwnBlock, a subclass, .*; call insert_attention before",
+        ),
         (
             lambda: insert_attention(NETWORKS["basic"](), "eca"),
             {},

@@ -124,6 +124,21 @@ def residual_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if type(module) in known)
 
 
+def no_blocks(caller: str, model: nn.Module) -> ValueError:
+    """The error of ``caller``, which found no residual blocks in ``model``."""
+    found = f"none in {type(model).__name__}"
+    derived = [type(m).__name__ for m in model.modules() if isinstance(m, tuple(_blocks()))]
+    if derived:
+        found += (
+            f" but {derived[0]}, a subclass, which may compute something else; call {caller} "
+            "before what makes it one, such as fully_shard"
+        )
+    return ValueError(
+        f"{caller}: model must have residual blocks of torchvision or timm (BasicBlock or "
+        f"Bottleneck of a ResNet, ResNeXt or Wide-ResNet), found {found}"
+    )
+
+
 def residual_networks(model: nn.Module) -> Iterator[Any]:
     """The same of whole networks, of which ``model`` may be one."""
     ours = _networks()

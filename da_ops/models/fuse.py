@@ -8,7 +8,16 @@ from collections import defaultdict
 from torch import nn
 
 from ..residual import functional
-from .blocks import Tail, fused_modules, own, residual_blocks, residual_networks, stem_of, tail_of
+from .blocks import (
+    Tail,
+    fused_modules,
+    no_blocks,
+    own,
+    residual_blocks,
+    residual_networks,
+    stem_of,
+    tail_of,
+)
 
 logger = logging.getLogger("da_ops")
 
@@ -43,10 +52,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     blocks = list(residual_blocks(model))
     if not blocks:
-        raise ValueError(
-            "fuse: model must have residual blocks of torchvision or timm (BasicBlock or Bottleneck"
-            f" of a ResNet, ResNeXt or Wide-ResNet), found none in {type(model).__name__}"
-        )
+        raise no_blocks("fuse", model)
     left = defaultdict(list)
     for name, block in blocks:
         if (reason := _unfit(tail_of(block))) is not None:

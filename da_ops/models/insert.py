@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ..module import DAModule
 from .attention import ECAModule, SEModule, SGEModule, make_attention
-from .blocks import BasicBlock, Bottleneck, residual_blocks, set_attention, tail_of
+from .blocks import BasicBlock, Bottleneck, no_blocks, residual_blocks, set_attention, tail_of
 from .fuse import check_fusible, fuse
 
 __all__ = ["BasicBlock", "Bottleneck", "insert_attention"]  # networks were pickled with the blocks
@@ -59,11 +59,7 @@ def insert_attention(
     check_fusible(fused, attention, "insert_attention")
     blocks = list(residual_blocks(model))
     if not blocks:
-        raise ValueError(
-            "insert_attention: model must have residual blocks of torchvision or timm (BasicBlock "
-            "or Bottleneck of a ResNet, ResNeXt or Wide-ResNet), found none in "
-            f"{type(model).__name__}"
-        )
+        raise no_blocks("insert_attention", model)
     layers, factors, users = [], [], _users(model)
     for name, block in blocks:  # everything that can fail comes before the first change
         conv, norm, present, *_ = tail_of(block)
