@@ -307,6 +307,12 @@ class TestBackends:
         choice.forget()
         assert choice.select("auto", "cpu") == fused_cpu
 
+    def test_forgotten_while_it_is_chosen(self, choice, monkeypatch, fused_cpu):
+        """As by another thread, for which a backend turned out not to work."""
+        monkeypatch.delenv("DA_OPS_BACKEND", raising=False)
+        monkeypatch.setattr(choice, "_broken", lambda *_: choice.forget())
+        assert choice.select("auto", "cpu") == fused_cpu
+
 
 # Says which backend "auto" takes for two calls, and what it logged.
 CHOOSE = """
