@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,17 @@ def _digest(backend: str) -> str:
     return digest.hexdigest()
 
 
+def find_triton() -> ModuleSpec | None:
+    """Triton, which takes long to import; None where it is not installed, or where a module that
+    somebody made stands in for it."""
+    with suppress(ValueError):
+        return find_spec("triton")
+    return None
+
+
 def _triton() -> Path | None:
-    """The file that says which version of Triton there is, which takes long to import."""
-    found = find_spec("triton")
+    """The file that says which version of Triton there is."""
+    found = find_triton()
     return Path(found.origin) if found and found.origin else None
 
 
