@@ -95,7 +95,7 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "tail_scale, backward, rows": (HotLoop("du", (4, 0, 2), 1, 12, 4, (62, 33, 29)),),
     "tail_scale, backward, cols": (HotLoop("du", (4, 0, 2), 1, 4, 4, (57, 30, 22)),),
     "tail_scale, rectified, rows": (HotLoop("du", (4, 0, 2), 1, 14, 4, (74, 39, 31)),),
-    "tail_scale, rectified, cols": (HotLoop("du", (4, 0, 2), 1, 4, 4, (69, 35, 24)),),
+    "tail_scale, rectified, cols": (HotLoop("du", (4, 0, 2), 1, 4, 4, (69, 35, 26)),),
     "chip_forward": (
         HotLoop("sums of x", (0, 4, 0), 3, 6, 0, (56, 35, 0), times=2),
         HotLoop("y, whole", (0, 4, 4), 1, 4, 0, (49, 19, 0), times=1),

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from build_tools import cuda_report
-from build_tools.cuda import CudaCompiler, find_cuda
+from build_tools.cuda import CudaCompiler, find_cuda, include_folders
 from build_tools.machine_code import Function
 from da_ops.backends.native import build_record
+
+from .simt.build import CXX
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -210,3 +212,78 @@ def test_a_planted_fault_is_found_in_the_machine_code(fault, tmp_path, monkeypat
         assert bool(faults) == (kernel in told), faults
         for part in told.get(kernel, []):
             assert any(part in fault for fault in faults), faults
+
+
+# Launches
+
+# Two threads launch a kernel with different amounts of shared memory: in a runtime of our own, the
+# second one in the midst of the first one's launch.
+TWO_THREADS = """
+#include <cuda_runtime_api.h>
+
+constexpr int kMost = 227 << 10;
+int permitted = 48 << 10, launched = 0;
+
+int launch_with(size_t shared_bytes);
+
+extern "C" {
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return ""; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = kMost, cudaSuccess;
+}
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+  if (value > kMost) return cudaErrorInvalidValue;
+  return permitted = value, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel*) {
+  if (launched++ == 0 && launch_with(50 << 10) != cudaSuccess) return cudaErrorUnknown;
+  return int(config->dynamicSmemBytes) <= permitted ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+#define __CUDACC__
+#include "cuda/simt/launch.cuh"
+
+void kernel() {}
+int launch_with(size_t shared_bytes) {
+  simt::Launch launch{1, 32};
+  launch.shared_bytes = shared_bytes;
+  return simt::launch(launch, kernel);
+}
+
+int main() {
+  const bool both = launch_with(100 << 10) == cudaSuccess && launched == 2;
+  const bool too_much = launch_with(228 << 10) == cudaErrorInvalidValue;
+  return both && too_much ? 0 : 1;
+}
+"""
+# Of simt.cuh, what launch.cuh needs, for a compiler that knows no GPU.
+ONLY_LAUNCH = """
+#pragma once
+#include <cstddef>
+namespace simt {
+struct Launch {
+  unsigned grid, block;
+  size_t shared_bytes;
+  void* stream;
+  unsigned team;
+  bool cluster, early;
+};
+}
+"""
+
+
+@pytest.mark.skipif(CUDA.home is None, reason="needs CUDA's headers")
+def test_threads_that_launch_a_kernel_do_not_take_memory_from_each_other(tmp_path):
+    fake = tmp_path / "cuda" / "simt" / "simt.cuh"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(ONLY_LAUNCH)
+    (tmp_path / "two.cpp").write_text(TWO_THREADS)
+    folders = [tmp_path, ROOT / "csrc", *include_folders(CUDA.home)]
+    includes = [f"-I{folder}" for folder in folders]
+    run(CXX, "-std=c++17", "-w", *includes, tmp_path / "two.cpp", "-o", tmp_path / "two")
+    run(tmp_path / "two")

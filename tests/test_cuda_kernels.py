@@ -232,6 +232,15 @@ def test_on_chip_many_chunks_of_many_images(kernels, team, kept, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_chip_a_ring_holds_whole_chunks_in_each_place(kernels, layout):
+    """Slabs of a whole chunk and a short one, but the last block's of the whole one alone, which
+    comes to either place."""
+    calls = [make((2, 100, 10, 10), dtype=torch.float16, layout=layout)]
+    team = OnChip("counter", 3, kept=0)
+    check(calls, results(kernels(), calls, on_chip=team, limits=text(chip_rows=8)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("team", TEAMS[:2], ids=name)
 def test_on_chip_odd_sizes(kernels, team, layout):
     """Rows shorter than a vector, one pixel, one channel, no whole number of vectors, primes."""

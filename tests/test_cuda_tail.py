@@ -103,6 +103,18 @@ def test_without_a_shortcut(kernels, order, gate, batch, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_a_frozen_norm_passes_gradients_where_its_input_is_infinite(kernels, shortcut, layout):
+    tail = make_tail(order="none", layout=layout, batch=False, affine=False, shortcut=shortcut)
+    tail.u[0, 0, 0, :2] = torch.tensor([torch.inf, -torch.inf])
+    for aligned in (True, False):
+        (got,) = results(kernels(), [tail], aligned=aligned)
+        want = tail.truth()["d_u"]
+        assert want.isfinite().all()
+        torch.testing.assert_close(got["d_u"].double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("order", "gate"), FEW_TAILS)
 def test_every_pass_sees_the_same_sign(kernels, order, gate, layout):
     """Where ReLU's argument is but rounding, both passes of backward let through what forward did:

@@ -9,13 +9,14 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import da_ops
-from da_ops.backends import BACKENDS, NAMES, unserved
+from da_ops.backends import BACKENDS, NAMES, native, unserved
 from da_ops.reference import GATES, ORDERS
 
 from .cases import make
@@ -315,6 +316,12 @@ class TestBackends:
         choice.forget()
         assert choice.select("auto", "cpu") == fused_cpu
 
+    def test_forgotten_while_it_is_chosen(self, choice, monkeypatch, fused_cpu):
+        """As by another thread, for which a backend turned out not to work."""
+        monkeypatch.delenv("DA_OPS_BACKEND", raising=False)
+        monkeypatch.setattr(choice, "_broken", lambda *_: choice.forget())
+        assert choice.select("auto", "cpu") == fused_cpu
+
 
 # Says which backend "auto" takes for two calls, and what it logged.
 CHOOSE = """
@@ -353,6 +360,47 @@ def choose(wish):
         check=True,
     )
     return json.loads(done.stdout)
+
+
+WITHOUT_MEMORY = """
+import resource, torch
+from da_ops.backends import BACKENDS
+cpu = BACKENDS["cpu"]
+x, maps, nothing = torch.empty(1, 1, 1, 2**28), torch.empty(0), (None,) * 6
+norm = torch.ones(1), None, torch.ones(1), torch.ones(1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+for call in (
+    lambda: cpu.forward(x, nothing, "channel", "sigmoid"),
+    lambda: cpu.backward(x, x, nothing, maps, torch.ones(1, 1), "channel", "sigmoid"),
+    lambda: cpu.residual_forward(x, None, *norm, 1e-5, *nothing, "none", "sigmoid"),
+):
+    try:
+        call()
+    except torch.OutOfMemoryError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs limits of a process")
+def test_want_of_memory_is_pytorchs_error():
+    """Not what the library knows of it, which is where it was compiled."""
+    if da_ops.backends()["cpu"] is not None:
+        pytest.skip(da_ops.backends()["cpu"])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY], cwd=ROOT, capture_output=True, text=True
+    )
+    told = "Out of memory. da_ops: there is none for the results of a call with "
+    assert done.stdout.splitlines() == [f"{told}1x1x1x268435456 float32 on cpu"] * 3, done.stderr
+
+
+def test_want_of_memory_on_a_gpu_is_told_in_the_words_that_others_look_for():
+    x = SimpleNamespace(is_cuda=True, shape=(1, 2), dtype=torch.float16, device="cuda:0")
+    native.name_want_of_memory(RuntimeError("an illegal memory access was encountered"), x)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"^CUDA out of memory\. .* 1x2 float16 on cuda:0"
+    ):
+        native.name_want_of_memory(RuntimeError("aoti_torch_empty_strided( dim, ...) failed"), x)
 
 
 class TestAuto:

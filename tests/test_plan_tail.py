@@ -11,7 +11,17 @@ from da_ops.backends.tail import tail_walks
 from da_ops.reference import ORDERS
 
 from .cases import LAYOUTS
-from .test_plan import ARCHITECTURES, BATCHES, BYTES, MANY, STAGES, TABLE, filled, simulated
+from .test_plan import (
+    ARCHITECTURES,
+    BATCHES,
+    BYTES,
+    MANY,
+    STAGES,
+    TABLE,
+    filled,
+    shared_kib,
+    simulated,
+)
 from .test_plan import launches as of_layer
 
 planners = pytest.importorskip("da_ops._plan")
@@ -89,6 +99,18 @@ def test_networks_take_few_launches_and_vectors(layout, dtype, sm):
             assert len(p["forward"]) <= 7 and len(p["backward"]) <= 9
             for step in p["forward"] + p["backward"]:
                 assert step["shared_bytes"] <= (64 if dtype == "float64" else 48) * 1024
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_one_row_or_column_fit_in_shared_memory(layout, dtype, sm):
+    """The pixels around a band are several times as many as its own."""
+    for order, n, size in product(ORDERS, (1, 256), ((1, 4096), (4096, 1), (1, 2**31), (2**31, 1))):
+        p = launches((n, 8, *size), layout, dtype, order, sm=sm)
+        for step in p["forward"] + p["backward"]:
+            at_once = 2 if step["name"] in ("masks", "terms of dx") else 1
+            assert at_once * (step["shared_bytes"] + 1024 * (sm >= 80)) <= shared_kib(sm) * 1024
 
 
 def test_norm_and_relu_are_one_launch_but_for_a_batchs_statistics():

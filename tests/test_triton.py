@@ -286,11 +286,13 @@ def python(code, **environment):
     return done.stdout
 
 
-def test_without_triton():
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch, da_ops
+@pytest.mark.parametrize("instead", ["None", "types.ModuleType('triton')"])
+def test_without_triton(instead):
+    """Or with a module that stands in for it, but has no spec."""
+    code = f"""
+import sys, types, torch
+sys.modules["triton"] = {instead}
+import da_ops
 print(da_ops.DAModule(4)(torch.ones(1, 4, 3, 3)).shape, da_ops.backends()["triton"])
 """
     assert "pip install triton" in python(code)

@@ -123,6 +123,19 @@ def test_threads_see_the_one_plan_or_the_other():
         coming.result()
 
 
+def test_a_plan_may_come_while_others_are_gone_through():
+    """As from another thread's first call."""
+    key = put()
+
+    class Followed(Tuned):
+        @property
+        def other(self):
+            PLANS._plans[replace(key, threads=99)] = Tuned("")
+
+    PLANS._plans[key] = Followed(PLAN)
+    assert not PLANS.by_others("cpu") and len(PLANS.in_force()) == 2
+
+
 def another_process(store, program):
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300,

@@ -68,14 +68,16 @@ class Choice:
             RuntimeError: ``asked`` is not usable here, or not for this device.
         """
         if asked == "auto":
-            if device_type not in self._chosen:
-                name, why = self._best(device_type)
+            chosen = self._chosen.get(device_type)  # another thread may forget it at any time
+            if chosen is None:
+                chosen, why = self._best(device_type)
                 if torch.compiler.is_compiling():
-                    return name  # a traced call cannot log: the next one that is not will
-                self._chosen[device_type] = name
-                level = logging.WARNING if self._broken(name, device_type) else logging.INFO
-                logger.log(level, "da_ops: backend %r for %s tensors (%s)", name, device_type, why)
-            return self._chosen[device_type]
+                    return chosen  # a traced call cannot log: the next one that is not will
+                self._chosen[device_type] = chosen
+                level = logging.WARNING if self._broken(chosen, device_type) else logging.INFO
+                told = "da_ops: backend %r for %s tensors (%s)"
+                logger.log(level, told, chosen, device_type, why)
+            return chosen
         if asked not in self.backends:
             raise ValueError(
                 f"da_attention: backend must be 'auto' or one of "

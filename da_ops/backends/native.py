@@ -69,7 +69,11 @@ def planner() -> Any:
 
 
 def forward(x: Tensor, parameters: Unnamed, order: str, gate: str) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.da_ops.forward.default(x, *parameters, order, gate)
+    try:
+        return torch.ops.da_ops.forward.default(x, *parameters, order, gate)
+    except RuntimeError as error:
+        name_want_of_memory(error, x)
+        raise
 
 
 def backward(
@@ -82,7 +86,12 @@ def backward(
     gate: str,
 ) -> Gradients:
     conv, dilated, merge, bias, gate_weight, gate_bias = parameters
-    out = torch.ops.da_ops.backward.default(dy, x, *parameters, channel_mean, pooled, order, gate)
+    maps = channel_mean, pooled
+    try:
+        out = torch.ops.da_ops.backward.default(dy, x, *parameters, *maps, order, gate)
+    except RuntimeError as error:
+        name_want_of_memory(error, x)
+        raise
     return (  # written out: a loop takes a microsecond longer
         out[0],
         None if conv is None else out[1],
@@ -96,7 +105,30 @@ def backward(
 
 def operator(name: str) -> Any:
     """The operator of this name; None where no library has been loaded that defines it."""
-    return getattr(torch.ops.da_ops, name).default if hasattr(torch.ops.da_ops, name) else None
+    if not hasattr(torch.ops.da_ops, name):
+        return None
+    found = getattr(torch.ops.da_ops, name).default
+
+    def call(x: Tensor, *arguments: Any) -> Any:
+        try:
+            return found(x, *arguments)
+        except RuntimeError as error:
+            name_want_of_memory(error, x)
+            raise
+
+    return call
+
+
+def name_want_of_memory(error: RuntimeError, x: Tensor) -> None:
+    """Raise what PyTorch raises where memory is short, if it was: of an allocation that fails, a
+    library learns no more than that it did."""
+    if "aoti_torch_empty_strided" not in str(error):
+        return
+    size = "x".join(map(str, x.shape))
+    raise torch.OutOfMemoryError(
+        f"{'CUDA out' if x.is_cuda else 'Out'} of memory. da_ops: there is none for the results of "
+        f"a call with {size} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    ) from error
 
 
 def fake_forward(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,17 @@ def _digest(backend: str) -> str:
     return digest.hexdigest()
 
 
+def find_triton() -> ModuleSpec | None:
+    """Triton, which takes long to import; None where it is not installed, or where a module that
+    somebody made stands in for it."""
+    with suppress(ValueError):
+        return find_spec("triton")
+    return None
+
+
 def _triton() -> Path | None:
-    """The file that says which version of Triton there is, which takes long to import."""
-    found = find_spec("triton")
+    """The file that says which version of Triton there is."""
+    found = find_triton()
     return Path(found.origin) if found and found.origin else None
 
 
@@ -219,10 +228,11 @@ class Plans:
 
     def by_others(self, backend: str) -> bool:
         """Whether another backend was found faster for any call of this one."""
-        return any(k.backend == backend and t.other for k, t in self._plans.items())
+        return any(k.backend == backend and t.other for k, t in self.in_force().items())
 
     def in_force(self) -> dict[Key, Tuned]:
-        """All of them, those that found the default best among them."""
+        """All of them, those that found the default best among them: a copy, for while one goes
+        through it first calls on other threads may add to them."""
         return dict(self._plans)
 
     def save(self) -> bool:
@@ -242,7 +252,7 @@ class Plans:
 
     def _add_to(self, path: Path) -> None:
         others = {k: tuned for k, tuned in self._read().items() if k not in self._refused}
-        kept = {k: tuned for k, tuned in self._plans.items() if not tuned.at_first_call}
+        kept = {k: tuned for k, tuned in self.in_force().items() if not tuned.at_first_call}
         records = [_record(key, tuned) for key, tuned in {**others, **kept}.items()]
         text = json.dumps({"version": VERSION, "plans": records}, indent=1)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -258,7 +268,7 @@ class Plans:
         Raises:
             OSError: the file is there, and cannot be deleted.
         """
-        for key in self._plans:
+        for key in self.in_force():
             self.try_out(key, "")
         self._plans.clear()
         self.changed()

@@ -43,12 +43,16 @@ Bands bands(const Problem& p, const Tiling& t, int pixels) {
   return b;
 }
 
-int one_wave(const Problem& p, const Device& device) {
+Bands one_wave(const Problem& p, const Tiling& t, const Device& device) {
   const int64_t slots = int64_t(device.multiprocessors) * kMapsPerSm;
   const int64_t of_image = std::max<int64_t>(slots / std::max<int64_t>(p.n, 1), 1);
   const int64_t pixels = round_up(ceil_div(p.pixels(), of_image), kWarp);
   const int64_t most = kMost / (p.dtype == Dtype::float64 ? 8 : 4);
-  return static_cast<int>(std::clamp<int64_t>(pixels, kThreads, most));
+  Bands b = bands(p, t, static_cast<int>(std::clamp<int64_t>(pixels, kThreads, most)));
+  // The window on pixels of an image of one row, or of one column, is several times as large.
+  const auto room = static_cast<size_t>(shared_limit(device.sm, kMapsPerSm));
+  while (b.pixels > kThreads && maps_bytes(p, b) > room) b = bands(p, t, b.pixels - kWarp);
+  return b;
 }
 
 Between between(const Problem& p, const Device& device, const Plan& plan, Axes needed, Made made,

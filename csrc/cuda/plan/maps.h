@@ -9,9 +9,9 @@ namespace da::cuda {
 
 // How the axes are cut up, with bands of so many pixels.
 Bands bands(const Problem& problem, const Tiling& tiling, int pixels = kThreads);
-// Pixels of a band such that one wave of blocks is enough, if a block's memory holds so many: the
+// With bands of so many that one wave of blocks is enough, if the blocks' memory holds so many: the
 // fewer bands, the fewer rows that lie around them.
-int one_wave(const Problem& problem, const Device& device);
+Bands one_wave(const Problem& problem, const Tiling& tiling, const Device& device);
 
 // The axes whose maps a launch makes, of those that a pass needs made, and by what count; and
 // warps' instructions for those that the pass makes itself. `more`: the axes whose sums are in two

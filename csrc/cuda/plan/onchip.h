@@ -126,8 +126,11 @@ struct OnChip {
   DA_HD int padded_rows() const {
     return (slab_rows + round_rows() - 1) / round_rows() * round_rows() + by_super_row;
   }
-  // Rows that so many places of chunks hold.
-  DA_HD int rows_of(int places) const { return places >= chunks ? slab_rows : places * chunk_rows; }
+  // Rows that the places of chunks hold. A slab's last chunk may have fewer than the others; but of
+  // two places of a ring either may hold any chunk, for a team's last block may have fewer chunks.
+  DA_HD int rows_of(int kept, int ring) const {
+    return ring < 2 && kept + ring >= chunks ? slab_rows : (kept + ring) * chunk_rows;
+  }
   // Channels that a block needs before and after its own; a team's only block has all.
   DA_HD int margin() const { return blocks == 1 ? 0 : gate_reach; }
 };
@@ -158,8 +161,8 @@ DA_HD ChipMemory carve(const OnChip& chip, unsigned char* base) {
   };
   const auto floats = [&](int count) { return bytes(count * sizeof(float)); };
   ChipMemory memory;
-  memory.x = bytes(vectors(chip.rows_of(chip.kept + chip.ring) * row_bytes));
-  memory.dy = bytes(vectors(chip.rows_of(chip.kept_dy + chip.ring_dy) * row_bytes));
+  memory.x = bytes(vectors(chip.rows_of(chip.kept, chip.ring) * row_bytes));
+  memory.dy = bytes(vectors(chip.rows_of(chip.kept_dy, chip.ring_dy) * row_bytes));
   memory.row_mask = floats(chip.padded_rows());
   memory.col_mask = floats(chip.cols);
   memory.row_term = floats(chip.backward ? chip.padded_rows() : 0);

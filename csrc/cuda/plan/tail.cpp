@@ -189,7 +189,7 @@ TailPlan tail_plan(const Problem& problem, TailKind kind, const Device& device, 
   TailPlan plan{};
   plan.tiling = tile(unmasked, device, aligned, limits, {kFewPerSm, kManyPerSm});
   plan.tiling.complete();
-  plan.bands = bands(problem, plan.tiling, one_wave(problem, device));
+  plan.bands = one_wave(problem, plan.tiling, device);
   // Where there would be fewer blocks than multiprocessors, more threads share a channel's sums.
   constexpr int kMany = 8, kFew = 4;
   plan.norm_channels = ceil_div(problem.c, kMany) < device.multiprocessors ? kFew : kMany;

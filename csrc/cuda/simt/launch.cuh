@@ -19,14 +19,21 @@ inline int settled(cudaError_t error) {
   return error;
 }
 
+// Allows the kernel what the launch needs. Of shared memory all that a block of the current device
+// can have: a kernel is set one number, and another thread might be about to launch it with more.
 template <class... P>
 cudaError_t permit(const Launch& launch, void (*kernel)(P...)) {
   constexpr size_t unasked = 48 << 10;
   constexpr unsigned portable = 8;
   cudaError_t error = cudaSuccess;
-  if (launch.shared_bytes > unasked)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(launch.shared_bytes));
+  if (launch.shared_bytes > unasked) {
+    int device = 0, most = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (error == cudaSuccess && launch.cluster && launch.team > portable)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error;

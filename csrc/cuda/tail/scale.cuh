@@ -137,7 +137,9 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
           if constexpr (backward) {
             if constexpr (rectified) d[j] = passed(d[j], scaled(deviation, channel(1), channel(6)));
             const A dx = (d[j] * channel(1) + channel(2)) * pixel(0) + pixel(1) * channel(3);
-            v[j] = dx + (deviation * channel(4) + channel(5));
+            v[j] = dx + channel(5);
+            // A frozen norm's slopes are 0, which an infinite u would make no number of.
+            if (!rectified || args.batch) v[j] = simt::fma(deviation, channel(4), v[j]);
           } else {
             const A sum = scaled(deviation, channel(1), channel(2)) * pixel(0) + d[j];
             v[j] = sum < 0 ? A(0) : sum;  // a NaN stays one

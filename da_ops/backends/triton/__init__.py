@@ -7,7 +7,6 @@ on, since `da_ops::forward` is there only where a compiled library is.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -23,12 +22,13 @@ from ...residual import reference as residual
 from .. import eager, native, schedule
 from ..base import Backend, Call, Direction, Gradients, Pass, Plan
 from ..choice import CHOICE
+from ..tuned import find_triton
 from . import tiles
 from .run import INTERPRETED, TritonFailed
 
 
 def _reason() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if find_triton() is None:
         return "Triton is not installed: pip install triton"
     return None
 
