@@ -146,3 +146,15 @@ def _refuse(name: str, p: object, shape: tuple[int, ...], x: Tensor) -> NoReturn
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def name_want_of_memory(error: Exception, x: Tensor) -> None:
+    """Raise what PyTorch raises where memory is short, if it was: of an allocation that fails, a
+    library learns no more than that it did."""
+    if "aoti_torch_empty_strided" not in str(error):
+        return
+    size = "x".join(map(str, x.shape))
+    raise torch.OutOfMemoryError(
+        f"{'CUDA out' if x.is_cuda else 'Out'} of memory. da_ops: there is none for the results of "
+        f"a call with {size} {_name(x.dtype)} on {x.device}"
+    ) from error

@@ -1,9 +1,7 @@
-"""What is refused, with which words, and before anything is computed; the choice of a backend."""
+"""What is refused, with which words, and before anything is computed."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import warnings
@@ -16,7 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import da_ops
-from da_ops.backends import BACKENDS, NAMES, native, unserved
+from da_ops.backends import BACKENDS, NAMES, unserved
+from da_ops.checks import name_want_of_memory
 from da_ops.reference import GATES, ORDERS
 
 from .cases import make
@@ -323,57 +322,20 @@ class TestBackends:
         assert choice.select("auto", "cpu") == fused_cpu
 
 
-# Says which backend "auto" takes for two calls, and what it logged.
-CHOOSE = """
-import json, logging, torch
-logs = []
-handler = logging.Handler()
-handler.emit = lambda record: logs.append((record.levelname, record.getMessage()))
-logging.getLogger("da_ops").addHandler(handler)
-logging.getLogger("da_ops").setLevel(logging.DEBUG)
-import da_ops
-from da_ops.backends import select
-layer, error = da_ops.DAModule(4), None
-try:
-    for _ in range(2):
-        layer(torch.ones(1, 4, 3, 3))
-        da_ops.DAModule(4)(torch.ones(1, 4, 3, 3))
-    chosen = select("auto", "cpu")
-    layer(torch.ones(1, 4, 3, 3, device="cpu"))
-except Exception as caught:
-    chosen, error = None, [type(caught).__name__, str(caught)]
-print(json.dumps({"chosen": chosen, "logs": logs, "error": error}))
-"""
-
-
-def choose(wish):
-    environment = {k: v for k, v in os.environ.items() if k != "DA_OPS_BACKEND"}
-    if wish is not None:
-        environment["DA_OPS_BACKEND"] = wish
-    done = subprocess.run(
-        [sys.executable, "-c", CHOOSE],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    return json.loads(done.stdout)
-
-
 WITHOUT_MEMORY = """
-import resource, torch
+import resource, torch, da_ops
 from da_ops.backends import BACKENDS
 cpu = BACKENDS["cpu"]
-x, maps, nothing = torch.empty(1, 1, 1, 2**28), torch.empty(0), (None,) * 6
-norm = torch.ones(1), None, torch.ones(1), torch.ones(1)
+x, maps, nothing = torch.ones(1, 1, 1, 2**26), torch.empty(0), (None,) * 6
+norm = torch.nn.BatchNorm2d(1)
+out = da_ops.residual_attention(x.detach().requires_grad_(), None, norm, None)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
 for call in (
     lambda: cpu.forward(x, nothing, "channel", "sigmoid"),
     lambda: cpu.backward(x, x, nothing, maps, torch.ones(1, 1), "channel", "sigmoid"),
-    lambda: cpu.residual_forward(x, None, *norm, 1e-5, *nothing, "none", "sigmoid"),
+    lambda: da_ops.residual_attention(x, None, norm, None),
+    lambda: out.backward(x),
 ):
     try:
         call()
@@ -391,53 +353,13 @@ def test_want_of_memory_is_pytorchs_error():
         [sys.executable, "-c", WITHOUT_MEMORY], cwd=ROOT, capture_output=True, text=True
     )
     told = "Out of memory. da_ops: there is none for the results of a call with "
-    assert done.stdout.splitlines() == [f"{told}1x1x1x268435456 float32 on cpu"] * 3, done.stderr
+    assert done.stdout.splitlines() == [f"{told}1x1x1x67108864 float32 on cpu"] * 4, done.stderr
 
 
 def test_want_of_memory_on_a_gpu_is_told_in_the_words_that_others_look_for():
     x = SimpleNamespace(is_cuda=True, shape=(1, 2), dtype=torch.float16, device="cuda:0")
-    native.name_want_of_memory(RuntimeError("an illegal memory access was encountered"), x)
+    name_want_of_memory(RuntimeError("an illegal memory access was encountered"), x)
     with pytest.raises(
         torch.OutOfMemoryError, match=r"^CUDA out of memory\. .* 1x2 float16 on cuda:0"
     ):
-        native.name_want_of_memory(RuntimeError("aoti_torch_empty_strided( dim, ...) failed"), x)
-
-
-class TestAuto:
-    @pytest.mark.parametrize("wish", [None, "auto", ""])
-    def test_takes_the_best_usable(self, wish):
-        answer = choose(wish)
-        usable = [name for name in ("cpu", "eager") if da_ops.backends()[name] is None]
-        assert answer["chosen"] == usable[0]
-        [(level, message)] = answer["logs"]  # once
-        assert level == "INFO"
-        assert repr(usable[0]) in message
-        assert "not 'cuda': " in message  # and why not the better ones
-
-    @pytest.mark.parametrize("wish", ["eager", "cpu"])
-    def test_obeys_the_environment(self, wish):
-        if da_ops.backends()[wish] is not None:
-            pytest.skip(da_ops.backends()[wish])
-        answer = choose(wish)
-        assert answer["chosen"] == wish
-        [(level, message)] = answer["logs"]
-        assert level == "INFO"
-        assert repr(wish) in message
-        assert "DA_OPS_BACKEND" in message
-
-    def test_environment_with_an_unknown_name(self):
-        error, message = choose("tpu")["error"]
-        assert error == "ValueError"
-        assert message.startswith("da_attention: ")
-        assert "'tpu'" in message
-        assert "DA_OPS_BACKEND" in message  # nobody wrote backend="tpu"
-
-    def test_environment_with_an_unusable_name(self):
-        unusable = [name for name, reason in da_ops.backends().items() if reason is not None]
-        if not unusable:
-            pytest.skip("every backend is usable here")
-        error, message = choose(unusable[0])["error"]
-        assert error == "RuntimeError"
-        assert message.startswith("da_attention: ")
-        assert unserved(unusable[0], "cpu") in message
-        assert "DA_OPS_BACKEND" in message
+        name_want_of_memory(RuntimeError("aoti_torch_empty_strided( dim, ...) failed"), x)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_arguments
+from ..checks import check_arguments, name_want_of_memory
 from ..layout import empty_gradient
 from ..parameters import Unnamed
 from .base import Gradients
@@ -105,30 +105,7 @@ def backward(
 
 def operator(name: str) -> Any:
     """The operator of this name; None where no library has been loaded that defines it."""
-    if not hasattr(torch.ops.da_ops, name):
-        return None
-    found = getattr(torch.ops.da_ops, name).default
-
-    def call(x: Tensor, *arguments: Any) -> Any:
-        try:
-            return found(x, *arguments)
-        except RuntimeError as error:
-            name_want_of_memory(error, x)
-            raise
-
-    return call
-
-
-def name_want_of_memory(error: RuntimeError, x: Tensor) -> None:
-    """Raise what PyTorch raises where memory is short, if it was: of an allocation that fails, a
-    library learns no more than that it did."""
-    if "aoti_torch_empty_strided" not in str(error):
-        return
-    size = "x".join(map(str, x.shape))
-    raise torch.OutOfMemoryError(
-        f"{'CUDA out' if x.is_cuda else 'Out'} of memory. da_ops: there is none for the results of "
-        f"a call with {size} {str(x.dtype).removeprefix('torch.')} on {x.device}"
-    ) from error
+    return getattr(torch.ops.da_ops, name).default if hasattr(torch.ops.da_ops, name) else None
 
 
 def fake_forward(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends.base import Backend
 from ..backends.choice import CHOICE
+from ..checks import name_want_of_memory
 from ..function import needs_formula
 from ..layout import dense, like
 from ..parameters import SCHEMA, Parameters, Unnamed
@@ -112,12 +113,17 @@ class ResidualFunction(torch.autograd.Function):
             u = dense(u)  # hooks on saved tensors may have laid them out anew
             out = None if out is None else like(out, u)
             maps = channel_mean.contiguous(), pooled.contiguous()
-            found = iter(
-                backend.residual_backward(
-                    like(dout, u), out, u, weight, bias, mean, var, batch, eps,
-                    *(parameters or _NONE), *maps, order, gate,
-                )
-            )  # fmt: skip
+            six = parameters or _NONE
+            try:
+                found = iter(
+                    backend.residual_backward(
+                        like(dout, u), out, u, weight, bias, mean, var, batch, eps,
+                        *six, *maps, order, gate,
+                    )
+                )  # fmt: skip
+            except RuntimeError as error:
+                name_want_of_memory(error, u)
+                raise
         return (
             None,
             None,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.choice import CHOICE
-from ..checks import check_arguments
+from ..checks import check_arguments, name_want_of_memory
 from ..function import name_what_is_wrong, transformed
 from ..layout import dense, device_type
 from ..module import DAModule
@@ -121,9 +121,10 @@ def _fused(
         # Where caches are cold, autograd's own part takes a small call longer than the kernel.
         new = running is None and made_by is not None and makes_anew(made_by)
         return compute(call, dense(u), shortcut, weight, bias, *parameters, overwrite=new)[0]
-    except Exception:
+    except Exception as error:
         if refuses and not _fits(u, shortcut, norm, own):
             return None
+        name_want_of_memory(error, u)
         if attention is not None:
             name_what_is_wrong(u, parameters, order, gate)
         raise
