@@ -75,7 +75,8 @@ test-versions: test-oldest $(NEWEST)/stamps/env-test  ## the same on the newest,
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(WORKERS) $(VERSION_TESTS)
 
 simt: $(STAMPS)/env-test $(BUILT)  ## run the CUDA sources on the CPU, under sanitizers
-	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests/test_simt.py tests/test_cuda_kernels.py
+	OMP_NUM_THREADS=1 DA_OPS_TEST_FULL=1 $(PYTEST) tests/test_simt.py tests/test_cuda_kernels.py \
+		tests/test_cuda_on_chip.py
 
 # On the GPU if there is one, else on the CPU, unless DEVICE names either.
 ON := $(if $(DEVICE),--device $(DEVICE))

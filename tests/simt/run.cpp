@@ -1,5 +1,5 @@
 // Runs the CUDA backend on the CPU: calls from stdin, their results to stdout, in the order
-// below; test_cuda_kernels.py writes the one and reads the other.
+// below; calls.py and tails.py write the one and read the other.
 #include "cuda/launch.cuh"
 #include "cuda/plan/cache.cpp"
 #include "cuda/plan/choose.cpp"
