@@ -38,7 +38,7 @@ PYTEST = $(PY) -m pytest $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
 VERSION_TESTS := $(patsubst %,tests/test_%.py,versions operator accuracy shapes sizes isolation \
-  autograd module children distributed ecosystem compile errors explain reference triton)
+  autograd module children distributed ecosystem compile errors choice explain reference triton)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
