@@ -261,7 +261,7 @@ int main() {
   return both && too_much ? 0 : 1;
 }
 """
-# Of simt.cuh, what launch.cuh needs, for a compiler that knows no GPU.
+# The part of simt.cuh that launch.cuh needs, for a compiler that knows no GPU.
 ONLY_LAUNCH = """
 #pragma once
 #include <cstddef>

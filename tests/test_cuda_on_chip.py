@@ -23,7 +23,7 @@ TEAMS = [
     OnChip("cluster", blocks=3),
 ]
 HALF_AND_SINGLE = [pair for pair in DTYPE_PAIRS if pair[0] != torch.float64]
-# Where not all are kept, eight chunks of x, eight of dy.
+# A call of eight chunks of x and eight of dy, for teams that do not keep all of them.
 CHUNKS = (2, 256, 16, 16)
 
 

@@ -162,7 +162,7 @@ class Kernels:
         self.next = 0
         self.calls = 0  # of a sample; not yet known
         self.ready: set[str] = set()  # plans
-        # Of no method, whose cache would keep this object and its tensors for a while.
+        # A function: the cache of a method would keep this object and its tensors for a while.
         exact = partial(_exact, job, self.parameters, self.inputs[0])
         self.exact = lru_cache(math.ceil(_KEPT / _CHUNK))(exact)
         self.default: dict[str, Tensor] = {}
