@@ -99,7 +99,7 @@ def build(name: str, plain: Tail, u: torch.Tensor) -> Tail:
 def unfused(norm: nn.Module, attention: nn.Module | None, backend: str, device: str) -> str | None:
     """Why this tail is not what a contender of this backend promises, if it is not."""
     from da_ops.backends.choice import CHOICE
-    from da_ops.residual.functional import unfused
+    from da_ops.residual.fusible import unfused
 
     chosen = CHOICE.for_tails("auto", device).name
     if attention is None and backend != chosen:

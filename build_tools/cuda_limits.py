@@ -92,6 +92,8 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
     "tail_sums, rectified, cols": (HotLoop("d", (4, 0, 0), 1, 4, 4, (72, 51, 37)),),
     "tail_scale, forward, rows": (HotLoop("out", (8, 0, 4), 1, 12, 8, (53, 27, 22)),),
     "tail_scale, forward, cols": (HotLoop("out", (8, 0, 4), 1, 4, 8, (52, 25, 19)),),
+    "tail_scale, normed, rows": (HotLoop("out", (8, 0, 4), 1, 24, 8, (65, 35, 28)),),
+    "tail_scale, normed, cols": (HotLoop("out", (8, 0, 4), 1, 4, 8, (61, 29, 22)),),
     "tail_scale, backward, rows": (HotLoop("du", (4, 0, 2), 1, 12, 4, (62, 33, 29)),),
     "tail_scale, backward, cols": (HotLoop("du", (4, 0, 2), 1, 4, 4, (57, 30, 22)),),
     "tail_scale, rectified, rows": (HotLoop("du", (4, 0, 2), 1, 14, 4, (74, 39, 31)),),
@@ -109,8 +111,8 @@ HOT_LOOPS: dict[str, tuple[HotLoop, ...]] = {
         HotLoop("dx, edges", (0, 1, 1), 3, 2, 0, (66, 37, 0)),
     ),
 }
-# A loop that reads so many numbers in shared memory is the stencil's, over pixels; the vectors that
-# it reads there are its coefficients.
+# A loop that reads so many numbers in shared memory, and stores no vectors, is the stencil's, over
+# pixels; the vectors that it reads there are its coefficients.
 TAPS = 18
 # Instructions of the loops within those of sums, a turn of each, by the sums that a row has: they
 # add its lanes, unrolled.
@@ -161,9 +163,13 @@ def limit_of(hot: HotLoop, size: int, bfloat16: bool) -> int:
 def found_loops(name: str, function: Function) -> Iterator[tuple[HotLoop, list[Loop]]]:
     """The table's loops over vectors, as they are in the code."""
     base, _, vectors = kernel_of(name)
-    loops = [loop for loop in function.loops if len(narrow(loop.way, "shared", True)) < TAPS]
+    loops = [loop for loop in function.loops if not of_stencil(loop)]
     for hot in HOT_LOOPS[base] if vectors else ():
         yield hot, [loop for loop in loops if vectors_of(loop) == hot.vectors]
+
+
+def of_stencil(loop: Loop) -> bool:
+    return len(narrow(loop.way, "shared", True)) >= TAPS and not loop.vectors("global", False)
 
 
 def vectors_of(loop: Loop) -> tuple[int, int, int]:

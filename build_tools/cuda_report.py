@@ -64,7 +64,7 @@ ENUMERATORS = {
     "Fit": ("whole", "split"),
     "Made": ("masks_of_sums", "masks_again", "terms"),
     "TailSums": ("moments", "deviations", "gradients", "rectified"),
-    "TailScale": ("forward", "backward", "rectified"),
+    "TailScale": ("forward", "backward", "rectified", "normed"),
     "ChannelsAre": ("rows", "cols"),
 }
 ARGUMENT = "|".join([*WORDS, r"Li\d+E", r"LN\w+?E\d+E"])  # types, numbers, enumerators

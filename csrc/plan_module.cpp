@@ -178,15 +178,16 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
 
 py::dict cuda_tail(const py::tuple& shape, bool channels_last, const std::string& dtype,
                    const std::string& order, const std::string& gate, bool batch, bool shortcut,
-                   int sm, int multiprocessors, const std::string& wish, int64_t l2_bytes) {
+                   int sm, int multiprocessors, const std::string& wish, int64_t l2_bytes,
+                   bool shortcut_norm, bool shortcut_batch) {
   da::Problem p = problem(shape, channels_last, dtype, order);
   if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
   if (p.gate == da::Gate::eca) p.kernel_size = 3;  // larger ones are planned alike
   const da::cuda::Device device = device_of(sm, multiprocessors, l2_bytes);
   da::cuda::Wish wished;
   if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
-  const da::cuda::TailPlan plan =
-      da::cuda::tail_plan(p, {batch, shortcut}, device, true, wished.limits);
+  const da::cuda::TailKind kind{batch, shortcut, shortcut_norm, shortcut_batch, false};
+  const da::cuda::TailPlan plan = da::cuda::tail_plan(p, kind, device, true, wished.limits);
   const auto steps = [&](const da::cuda::TailDirection& direction) {
     py::list list;
     for (const auto& step : direction.steps)
@@ -225,8 +226,10 @@ PYBIND11_MODULE(_plan, m) {
       "cuda_tail", &cuda_tail, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
       py::arg("order"), py::arg("gate"), py::arg("batch"), py::arg("shortcut"), py::arg("sm"),
       py::arg("multiprocessors") = 0, py::arg("wish") = "", py::arg("l2_bytes") = 0,
+      py::arg("shortcut_norm") = false, py::arg("shortcut_batch") = false,
       "The launches of the CUDA backend's residual tail, as cuda() has them; order \"none\" leaves "
-      "attention out; batch: the norm's statistics are the batch's; shortcut: there is one.");
+      "attention out; batch: the norm's statistics are the batch's; shortcut: there is one; "
+      "shortcut_norm: it goes through a norm; shortcut_batch: whose statistics are the batch's.");
   m.def(
       "schedules",
       [] {

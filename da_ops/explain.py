@@ -18,7 +18,7 @@ from .backends.tuned import PLANS
 from .checks import check_options, check_x
 from .layout import dense
 from .module import DAModule
-from .residual.functional import fusible_now, takes_batch, unfused_modules
+from .residual.fusible import fusible_now, takes_batch, unfused_modules
 from .residual.module import DAResidual
 
 _IN = {"training": "in training", "frozen": "with a frozen norm", "evaluation": "in evaluation"}

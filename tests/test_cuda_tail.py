@@ -32,20 +32,26 @@ def kernels(executable):
     return lambda kind="plain": executable(ROOT / "tests" / "simt" / "tail.cpp", kind)
 
 
+def check_statistics(got, u, prefix=""):
+    var, mean = torch.var_mean(u.double(), (0, 2, 3), correction=0)
+    off = (got.pop(f"{prefix}mean") - mean).abs()
+    assert (off <= 1e-6 * (mean.abs() + var.sqrt())).all()
+    assert ((got.pop(f"{prefix}var") - var).abs() <= 2e-6 * var).all()
+    assert got.pop(f"{prefix}batches") == 42
+    count = u.numel() // u.shape[1]
+    for name, of_batch in (("mean", mean), ("var", var * (count / (count - 1)))):
+        kept = got.pop(f"{prefix}running_{name}")
+        torch.testing.assert_close(
+            kept, (of_batch / 4).to(kept.dtype), rtol=TOLERANCE[kept.dtype] / 10, atol=1e-5
+        )
+
+
 def check(tails, answers):
     for tail, got in zip(tails, answers, strict=True):
         if tail.norm.mean is None:
-            wide = tail.u.double()
-            var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-            assert ((got.pop("mean") - mean).abs() <= 1e-6 * (mean.abs() + var.sqrt())).all()
-            assert ((got.pop("var") - var).abs() <= 2e-6 * var).all()
-            assert got.pop("batches") == 42
-            count = tail.u.numel() // tail.u.shape[1]
-            for name, of_batch in (("mean", mean), ("var", var * (count / (count - 1)))):
-                kept = got.pop(f"running_{name}")
-                torch.testing.assert_close(
-                    kept, (of_batch / 4).to(kept.dtype), rtol=TOLERANCE[kept.dtype] / 10, atol=1e-5
-                )
+            check_statistics(got, tail.u)
+        if tail.shortcut_norm is not None and tail.shortcut_norm.mean is None:
+            check_statistics(got, tail.shortcut, "shortcut_")
         want = tail.truth()
         assert got.keys() == want.keys()
         for name, exact in want.items():

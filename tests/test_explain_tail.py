@@ -16,7 +16,7 @@ from da_ops import DAModule, DAResidual, cli
 from da_ops.backends import BACKENDS
 from da_ops.backends.base import Call
 from da_ops.backends.tail import MODES, fused_plan, tail_walks
-from da_ops.residual import functional
+from da_ops.residual import fusible
 
 from .cases import CASES, DTYPES, LAYOUTS
 
@@ -182,7 +182,7 @@ def test_of_a_layer(backend, device, order, gate, dtype, layout):
     assert (told["dtype"], told["layout"]) == (str(dtype).removeprefix("torch."), layout)
     assert told["tail"]["mode"] == "training"
     able = BACKENDS[backend].residual_forward is not None
-    why = functional.unfused(layer.norm, layer.attention, device)
+    why = fusible.unfused(layer.norm, layer.attention, device)
     assert told["tail"]["unfused"] == why and able == (why is None)
     text = str(answer)
     assert ("fused in one operator" in text) == able and (why or "") in text

@@ -252,6 +252,12 @@ def test_a_fault_is_named(monkeypatch, fault):
     assert any(told in line for line in got), got
 
 
+def test_a_loop_that_stores_vectors_is_no_stencils(monkeypatch):
+    """However many numbers it reads in shared memory."""
+    monkeypatch.setattr(cuda_limits, "TAPS", 0)
+    assert faults(monkeypatch, LISTING) == []
+
+
 def test_more_instructions_than_the_limit_are_a_fault(monkeypatch):
     less = dataclasses.replace(HOT_LOOP, limit=(0, 17, 0))
     assert faults(monkeypatch, LISTING, less) == [
@@ -339,6 +345,7 @@ def test_the_report_has_a_line_for_each_loop(monkeypatch):
         ("scale<bfloat16, 8, true, split>", ("scale, backward, split", 2, True)),
         ("tail_sums<half, 8, moments, rows>", ("tail_sums, moments, rows", 2, True)),
         ("tail_scale<float, 1, true, cols>", ("tail_scale, backward, cols", 4, False)),
+        ("tail_scale<double, 2, normed, rows>", ("tail_scale, normed, rows", 8, True)),
         ("chip_forward<half>", ("chip_forward", 2, True)),
         ("chip_backward<float>", ("chip_backward", 4, True)),
         ("maps<double, terms>", ("maps", 8, False)),

@@ -7,7 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from da_ops.backends.tail import tail_walks
+from da_ops.backends.tail import Step, tail_walks
 from da_ops.reference import ORDERS
 
 from .cases import LAYOUTS
@@ -47,10 +47,12 @@ def launches(
     sm=90,
     multiprocessors=0,
     wish="",
+    **of_shortcut,
 ):
     channels_last = layout == "channels_last"
+    kind = order, "affine", batch, shortcut
     return planners.cuda_tail(
-        shape, channels_last, dtype, order, "affine", batch, shortcut, sm, multiprocessors, wish
+        shape, channels_last, dtype, *kind, sm, multiprocessors, wish, **of_shortcut
     )
 
 
@@ -86,6 +88,24 @@ def test_passes_without_a_shortcut(order, batch):
         assert step["reads"] == 2  # dout, u
     assert (first["writes"], last["writes"]) == (0, 1)
     assert all((step["reads"], step["writes"]) == (1, 0) for step in between)
+
+
+@pytest.mark.parametrize("batch", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("order", [*ORDERS, "none"])
+def test_a_shortcuts_norm_takes_no_pass_forward_and_batch_norms_backward(order, batch):
+    shape = (64, 256, 56, 56)
+    plain = launches(shape, order=order)
+    p = launches(shape, order=order, shortcut_norm=True, shortcut_batch=batch)
+
+    def told(steps):
+        return [(step["name"], step["reads"], step["writes"]) for step in steps]
+
+    assert told(p["forward"]) == told(plain["forward"])
+    before = len(plain["backward"])
+    assert told(p["backward"])[:before] == told(plain["backward"])
+    sums, _, last = told(p["backward"][before:])
+    assert sums[1:] == (2, 0)  # d, the shortcut
+    assert last[1:] == (1 + batch, 1)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
@@ -150,9 +170,11 @@ def test_maps_by_pixel_take_one_wave_and_a_few_channels_fill_a_gpu_too(n):
     assert norm["waves"]["blocks"] == 2048 // 8
 
 
+@pytest.mark.parametrize("shortcut_norm", [True, False])
 @pytest.mark.parametrize("order", [*ORDERS, "none"])
-def test_passes_walk_in_turn_and_find_what_was_read_last(order):
-    p = launches((64, 256, 56, 56), order=order)
+def test_passes_walk_in_turn_and_find_what_was_read_last(order, shortcut_norm):
+    of_shortcut = {"shortcut_norm": shortcut_norm, "shortcut_batch": shortcut_norm}
+    p = launches((64, 256, 56, 56), order=order, **of_shortcut)
     for way in ("forward", "backward"):
         steps = passes(p[way])
         assert steps[-1]["backwards"]
@@ -162,23 +184,26 @@ def test_passes_walk_in_turn_and_find_what_was_read_last(order):
 
 @pytest.mark.parametrize("share", [0.5, 1.5, 2.3, 3.5, 7])
 @pytest.mark.parametrize("order", [*ORDERS, "none"])
-@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("shortcut", [True, False, "normed"])
 @pytest.mark.parametrize("mode", KINDS)
 def test_what_is_expected_in_l2_is_what_a_cache_has(mode, shortcut, order, share):
     """`share`: tensors that there is room for."""
     shape, lines = (16, 256, 32, 32), 200
     size = math.prod(shape) * 2
     p = planners.cuda_tail(
-        shape, False, "float16", order, "affine", KINDS[mode], shortcut, 90, 0, "",
-        int(share * size / 0.7),
+        shape, False, "float16", order, "affine", KINDS[mode], bool(shortcut), 90, 0, "",
+        int(share * size / 0.7), shortcut == "normed", shortcut == "normed",
     )  # fmt: skip
-    for way, walks in tail_walks(order, mode, shortcut=shortcut)._asdict().items():
+    for way, walks in tail_walks(order, mode, shortcut=bool(shortcut))._asdict().items():
         walked = [step for walk in walks for step in walk]
+        if shortcut == "normed" and way == "backward":
+            reads = ("d_shortcut", "shortcut")
+            walked += [Step("sums", reads, ()), Step("combine", reads, ("d_shortcut",))]
         steps = passes(p[way])
         for step, named in zip(steps, walked, strict=True):
             assert (step["reads"], step["writes"]) == (len(named.reads), len(named.writes))
         walk = [step["backwards"] for step in steps]
-        tensors = [(*step.reads, *step.writes) for step in walked]
+        tensors = [list(dict.fromkeys(step.reads + step.writes)) for step in walked]
         want = simulated(tensors, walk, lines, int(share * lines))
         assert [s["in_l2"] / size for s in steps] == pytest.approx(
             [n / lines for n in want], abs=0.03

@@ -183,12 +183,13 @@ def test_a_constant_channel_and_a_weight_of_zero(backend, device, layout):
 
 
 @st.composite
-def tails(draw):
+def tails(draw, shortcut_batches=(None,)):
     dtype, parameter_dtype = draw(st.sampled_from(DTYPE_PAIRS))
     order, gate = draw(st.sampled_from(TAILS))
     shape = (draw(st.integers(1, 5)), draw(CHANNELS), draw(EDGES), draw(EDGES))
     if shape[0] * shape[2] * shape[3] < 4:
         shape = (4, *shape[1:])  # a variance needs some values to be told from none
+    shortcut_batch = draw(st.sampled_from(shortcut_batches))
     return make_tail(
         shape,
         order,
@@ -198,7 +199,8 @@ def tails(draw):
         layout=draw(st.sampled_from(list(LAYOUTS))),
         batch=draw(st.booleans()),
         affine=draw(st.booleans()),
-        shortcut=draw(st.booleans()),
+        shortcut=shortcut_batch is not None or draw(st.booleans()),
+        shortcut_batch=shortcut_batch,
         seed=draw(st.integers(0, 2**31)),
     )
 

@@ -14,7 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import da_ops
 from da_ops.residual import functional
-from da_ops.residual.functional import residual_attention, tail, unfused
+from da_ops.residual.functional import residual_attention, tail
+from da_ops.residual.fusible import unfused
 
 from .test_residual_layer import is_fused, layer_of, norm_of, one_by_one, tensors
 

@@ -16,7 +16,8 @@ from da_ops.backends import BACKENDS, select
 from da_ops.backends.triton import tiles
 from da_ops.backends.triton.run import TritonFailed
 from da_ops.residual import functional
-from da_ops.residual.functional import residual_attention, unfused
+from da_ops.residual.functional import residual_attention
+from da_ops.residual.fusible import unfused
 
 from .cases import FEW_CASES, FULL, LAYOUTS, assert_close, assert_equal
 from .conftest import GPU, need

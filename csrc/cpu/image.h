@@ -3,29 +3,16 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
-#include "kernels.h"
-#include "plan.h"
-#include "resources.h"
+#include "masks.h"
 
 namespace da::cpu {
-
-// The parameters in accumulation precision; zeros for absent ones, the gate's as arrays of the
-// sizes that formula.h says.
-template <class A>
-struct Weights {
-  SpatialWeights<A> spatial;
-  const A* gate;
-  const A* gate_bias;
-};
 
 enum class Walk { forwards, backwards };
 
 template <class T>
-class Image {
+class Image : public Masks<T> {
  public:
   using A = accumulate_t<T>;
 
@@ -33,22 +20,17 @@ class Image {
   // sums by column are made from one read.
   Image(const Problem& problem, const Plan& plan, const Weights<A>& weights, const Pool* pool,
         int columns)
-      : p_(problem),
+      : Masks<T>(problem, plan, weights, pool),
+        p_(problem),
         plan_(plan),
-        weights_(weights),
         pool_(pool),
         stride_(padded(problem.cols())),
-        bands_(problem.spatial() ? (problem.h + kBand - 1) / kBand : 0),
-        plane_elements_(problem.spatial() ? plane_size(problem.h, problem.w) : 0),
         map_elements_(problem.order == Order::none ? 0 : problem.pixels()),
-        scratch_((pool ? plan.slabs : 1) * columns * stride_ + 2 * padded(plane_elements_) +
+        scratch_((pool ? plan.slabs : 1) * columns * stride_ +
                  padded(std::max(problem.c, problem.pixels())) + kMaps * padded(map_elements_) +
                  kVectors * padded(problem.c)),
         partial_(scratch_.take((pool ? plan.slabs : 1) * columns * stride_)),
-        plane_(scratch_.take(plane_elements_)),
-        second_plane_(scratch_.take(plane_elements_)),
         ones_(scratch_.take(std::max(problem.c, problem.pixels()))),
-        band_sums_(bands_ * kSpatialSums),
         column_sums_(plan.slabs > kGroup ? columns * stride_ : 0) {
     for (A*& map : maps_) map = scratch_.take(map_elements_);
     for (A*& vector : vectors_) vector = scratch_.take(problem.c);
@@ -170,132 +152,79 @@ class Image {
   }
 
   // out = relu(x spatial_mask + shortcut), x with the channel mask in it. The shortcut may be null,
-  // and out be u.
+  // and out be u; `of_shortcut` is the norm that the shortcut goes through, or null.
   void rectify(const Slab& slab, const T* u, const T* shortcut, const T* ahead, T* out,
-               const Affine<A>& x, const A* spatial_mask) {
+               const Affine<A>& x, const A* spatial_mask, const Affine<A>* of_shortcut) {
     const int64_t r = slab.r, at = r * p_.cols();
+    const Affine<A> r_affine = of_shortcut ? from(*of_shortcut, r) : Affine<A>{};
     kernels_.residual.rectify(u + at, from_row(shortcut, at), from_row(ahead, at), out + at, slab.n,
                               p_.cols(), p_.by_pixel(), from(x, r), of_pixels(spatial_mask, r),
-                              plan_.stores);
+                              of_shortcut ? &r_affine : nullptr, plan_.stores);
   }
 
-  // The sums of a whole image; what depends on its size is set here.
-  void gradients(Gradients<T> all) {
+  // Arrays of sums by column that gradients() makes, at most.
+  static constexpr int kGradientColumns = 4;
+  // The sums of a whole image; what depends on its size is set here. A second read of other
+  // tensors, which may be of d, goes over each slab while that is near; it may be null.
+  void gradients(const Gradients<T>& first, const Gradients<T>* second) {
     const bool last = p_.by_pixel();
-    A* const cols[] = {last ? all.sums : all.pixel_sums, last ? all.products : nullptr};
+    A* cols[kGradientColumns] = {last ? first.sums : first.pixel_sums,
+                                 last ? first.products : nullptr, nullptr, nullptr};
+    if (last && second) cols[2] = second->sums, cols[3] = second->products;
     each_summed_slab(Walk::forwards, cols, [&](int64_t r, int64_t n, A* const* partial) {
-      Gradients<T> g = all;
-      const int64_t at = r * p_.cols();
-      g.dout += at, g.u += at;
-      if (g.d) g.out += at, g.d += at;
-      g.rows = n, g.cols = p_.cols(), g.channels_last = last, g.stores = plan_.stores;
-      g.x = from(all.x, r), g.mask = of_pixels(all.mask, r);
-      if (last) {
-        g.sums = partial[0], g.products = partial[1];
-        if (g.pixel_sums) g.pixel_sums += r;
-      } else {
-        g.sums += r, g.products += r;
-        g.pixel_sums = g.pixel_sums ? partial[0] : nullptr;
-      }
-      kernels_.residual.gradients(g);
+      const auto read = [&](Gradients<T> g, A* const* columns) {
+        const int64_t at = r * p_.cols();
+        g.dout += at, g.u += at;
+        if (g.d) g.out += at, g.d += at;
+        g.rows = n, g.cols = p_.cols(), g.channels_last = last;
+        g.stores = second ? Stores::cached : plan_.stores;
+        g.x = from(g.x, r), g.mask = of_pixels(g.mask, r);
+        if (last) {
+          g.sums = columns[0], g.products = columns[1];
+          if (g.pixel_sums) g.pixel_sums += r;
+        } else {
+          g.sums += r, g.products += r;
+          g.pixel_sums = g.pixel_sums ? columns[0] : nullptr;
+        }
+        kernels_.residual.gradients(g);
+      };
+      read(first, partial);
+      if (second) read(*second, partial + 2);
     });
   }
 
-  void combine_residual(const T* d, const T* u, T* du, const ResidualTerms<A>& t) {
-    each_slab([&](int64_t r, int64_t n) {
+  // The way back through a norm: du of d and u. It may take d's place.
+  struct Back {
+    const T *d, *u;
+    T* du;
+    ResidualTerms<A> terms;
+  };
+  // Both, or one where the second is null, over each slab in turn.
+  void combine_residual(const Back& first, const Back* second) {
+    const auto make = [&](const Back& back, int64_t r, int64_t n, Stores stores) {
       const int64_t at = r * p_.cols();
+      const ResidualTerms<A>& t = back.terms;
       const auto c = [&](const A* values) { return of_channels(values, r); };
       const auto p = [&](const A* values) { return of_pixels(values, r); };
       kernels_.residual.combine(
-          d + at, u + at, du + at, n, p_.cols(), p_.by_pixel(),
+          back.d + at, back.u + at, back.du + at, n, p_.cols(), p_.by_pixel(),
           {c(t.scale), c(t.bias), c(t.outer), c(t.slope), c(t.offset), from(t.x, r), p(t.mask),
            p(t.pixel_bias), p(t.pixel_outer), t.rectify, t.masked, t.batch},
-          plan_.du_stores);
+          stores);
+    };
+    each_slab([&](int64_t begin, int64_t count) {
+      if (!second) return make(first, begin, count, plan_.du_stores);
+      for (int64_t r = begin; r < begin + count; r += plan_.slab_rows) {
+        const int64_t n = std::min(plan_.slab_rows, begin + count - r);
+        make(first, r, n, plan_.du_stores);
+        make(*second, r, n, Stores::cached);
+      }
     });
-  }
-
-  void spatial_mask(const A* channel_mean, A* mask) {
-    border(channel_mean, plane_);
-    each(p_.h, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
-      kernels_.stencil(plane_, p_.w, begin, end, weights_.spatial.stencil(), mask);
-      kernels_.sigmoid(mask + begin * p_.w, (end - begin) * p_.w);
-    });
-  }
-
-  void channel_mask(const A* pooled, A* mask) { channel_mask(pooled, mask, 0, p_.c); }
-  // The same for the channels from begin to end alone.
-  void channel_mask(const A* pooled, A* mask, int64_t begin, int64_t end) const {
-    with_gate([&](auto gate) {
-      for (int64_t c = begin; c < end; c++)
-        mask[c] =
-            gate_logit<A>(gate, weights_.gate, weights_.gate_bias, p_.kernel_size, pooled, p_.c, c);
-    });
-    kernels_.sigmoid(mask + begin, end - begin);
-  }
-
-  // From dc, the gradients at a channel mask: those of its logits, dt, and the term of dx, dg.
-  void through_channel_mask(const A* dc, const A* mask, A* dt, A* dg) const {
-    through_channel_mask(dc, mask, dt, dg, 0, p_.c);
-  }
-  void through_channel_mask(const A* dc, const A* mask, A* dt, A* dg, int64_t begin,
-                            int64_t end) const {
-    for (int64_t i = begin; i < end; i++) dt[i] = dc[i] * sigmoid_slope(mask[i]);
-    with_gate([&](auto gate) {
-      for (int64_t i = begin; i < end; i++)
-        dg[i] = gate_transposed<A>(gate, weights_.gate, p_.kernel_size, dt, p_.c, i) / p_.pixels();
-    });
-  }
-
-  // From ds, the gradients at the spatial mask of channel_mean m: those of its logits, which take
-  // the place of ds, the parameters' sums, and the term of dx, dm.
-  void through_spatial_mask(A* ds, const A* mask, const A* m, double* sums, A* dm) {
-    for (int64_t i = 0; i < p_.pixels(); i++) ds[i] *= sigmoid_slope(mask[i]);
-    tap_sums(ds, m, sums);
-    stencil(ds, weights_.spatial.transposed_stencil(), dm);
-    for (int64_t i = 0; i < p_.pixels(); i++) dm[i] /= p_.c;
   }
 
  private:
-  // f(gate) with the problem's gate as a constant: a loop over channels then has no branches.
-  template <class F>
-  void with_gate(F f) const {
-    switch (p_.gate) {
-      case Gate::affine:
-        return f(std::integral_constant<Gate, Gate::affine>());
-      case Gate::scalar:
-        return f(std::integral_constant<Gate, Gate::scalar>());
-      case Gate::eca:
-        return f(std::integral_constant<Gate, Gate::eca>());
-      case Gate::sigmoid:
-        return f(std::integral_constant<Gate, Gate::sigmoid>());
-    }
-  }
-
-  // The stencil over a dense map [h, w].
-  void stencil(const A* map, const Stencil<A>& taps, A* out) {
-    border(map, plane_);
-    each(p_.h, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
-      kernels_.stencil(plane_, p_.w, begin, end, taps, out);
-    });
-  }
-
-  // The sums that formula.h's spatial_gradients takes, from dense maps dz and m.
-  void tap_sums(const A* dz, const A* m, double* sums) {
-    border(m, plane_);
-    border(dz, second_plane_);
-    each(bands_, p_.pixels() * kSpatialSums, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        kernels_.tap_sums(second_plane_, plane_, p_.w, i * kBand, std::min(p_.h, (i + 1) * kBand),
-                          band_sums_.data() + i * kSpatialSums);
-    });
-    std::fill_n(sums, kSpatialSums, 0.);
-    for (int64_t i = 0; i < bands_; i++)
-      for (int t = 0; t < kSpatialSums; t++) sums[t] += band_sums_[i * kSpatialSums + t];
-  }
-
   static constexpr int64_t kGroup = 16;  // slabs whose sums are added up in A, and then in double
-  static constexpr int64_t kBand = 8;    // rows of a map whose tap sums are one partial sum
-  static constexpr int kMaps = 4, kVectors = 4;
+  static constexpr int kMaps = 4, kVectors = 6;
 
   // What belongs to the matrix's rows and to its columns.
   template <class V>
@@ -365,11 +294,9 @@ class Image {
       });
   }
 
-  // f(begin, end) over [0, count), shared out where so much `work` is worth waking threads for.
   template <class F>
   void each(int64_t count, int64_t work, F f) const {
-    if (!pool_ || work < plan_.shared_work) return f(0, count);
-    pool_->each(count, f);
+    cpu::each(pool_, plan_, count, work, f);
   }
   template <class F>
   void each_slab(F f) const {
@@ -378,21 +305,15 @@ class Image {
       f(r, std::min(end * plan_.slab_rows, p_.rows()) - r);
     });
   }
-  void border(const A* map, A* plane) const {
-    A* inside = plane + kReach * plane_stride(p_.w) + kReach;
-    for (int64_t i = 0; i < p_.h; i++)
-      std::memcpy(inside + i * plane_stride(p_.w), map + i * p_.w, p_.w * sizeof(A));
-  }
 
   const Problem& p_;
   const Plan& plan_;
-  const Weights<A>& weights_;
   const Pool* pool_;
   const Kernels<T>& kernels_ = kernels<T>();
-  int64_t stride_, bands_, plane_elements_, map_elements_;
+  int64_t stride_, map_elements_;
   Scratch<A> scratch_;
-  A *partial_, *plane_, *second_plane_, *ones_, *maps_[kMaps], *vectors_[kVectors];
-  std::vector<double> band_sums_, column_sums_;
+  A *partial_, *ones_, *maps_[kMaps], *vectors_[kVectors];
+  std::vector<double> column_sums_;
 };
 
 }  // namespace da::cpu

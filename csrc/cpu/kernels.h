@@ -106,9 +106,11 @@ struct ResidualKernels {
                  bool channels_last, const A* row_weight, const A* col_weight, A* row_sums,
                  A* col_sums, Rows how);
 
-  // out = relu(x mask[p] + shortcut), without the sum where `shortcut` is null; out may be u.
+  // out = relu(x mask[p] + shortcut), without the sum where `shortcut` is null. `of_shortcut` is
+  // the norm that the shortcut goes through, or null. out may be u.
   void (*rectify)(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
-                  bool channels_last, const Affine<A>& x, const A* mask, Stores stores);
+                  bool channels_last, const Affine<A>& x, const A* mask,
+                  const Affine<A>* of_shortcut, Stores stores);
 
   void (*gradients)(const Gradients<T>& call);
 

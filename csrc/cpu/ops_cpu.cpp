@@ -23,7 +23,7 @@ struct Wish {
   bool wished;
 };
 
-// That of the environment; read once, since a small call takes a few microseconds.
+// The limits of DA_OPS_CPU_PLAN, which is read once, since a small call takes a few microseconds.
 Wish& wish() {
   static Wish wish([] {
     const char* text = std::getenv("DA_OPS_CPU_PLAN");

@@ -2,6 +2,7 @@
 #include "residual.h"
 
 #include <cmath>
+#include <optional>
 #include <string>
 
 #include "residual_arguments.h"
@@ -36,9 +37,46 @@ void keep_running(const Tensor& running, const std::vector<double>& of_batch, do
   });
 }
 
+// The norm of a shortcut, if it has one.
+template <class A>
+std::optional<Norm<A>> norm_of(const Problem& p, const GivenNorm& norm) {
+  if (!norm.mean) return {};
+  return norm_of<A>(p, norm.weight, norm.bias, *norm.mean, *norm.var, norm.eps);
+}
+template <class A>
+const Norm<A>* or_null(const std::optional<Norm<A>>& norm) {
+  return norm ? &*norm : nullptr;
+}
+
+// The batch's mean and variance, of which running ones take their share.
+template <class T>
+Moments statistics_of(const Problem& p, const Plan& plan, const Tensor& u, const Running& running) {
+  using A = accumulate_t<T>;
+  Tensor mean = allocate(u, {p.c}, accumulation_type(u));
+  Tensor var = allocate(u, {p.c}, accumulation_type(u));
+  std::vector<double> means(p.c), variances(p.c);
+  statistics<T>(p, plan, kPool, static_cast<const T*>(u.const_data_ptr()), means.data(),
+                variances.data());
+  std::copy(means.begin(), means.end(), static_cast<A*>(mean.mutable_data_ptr()));
+  std::copy(variances.begin(), variances.end(), static_cast<A*>(var.mutable_data_ptr()));
+  if (running.mean) {
+    keep_running(*running.mean, means, 1, running.momentum);
+    keep_running(*running.var, variances, unbiased(double(p.n) * p.pixels()), running.momentum);
+    if (running.batches) ++*static_cast<int64_t*>(running.batches->mutable_data_ptr());
+  }
+  return {mean, var};
+}
+
+Moments batch_statistics_cpu(const Problem& problem, const Tensor& u, const Running& running) {
+  const Problem p = joined(problem);
+  return with_storage(u.scalar_type(), [&](auto t) {
+    return statistics_of<decltype(t)>(p, plan_here(p, false, 1), u, running);
+  });
+}
+
 // Writes to `out`, which may be u.
 ResidualOutputs forward_into(const Tensor& out, const Problem& problem, const Tensor& u,
-                             const Parameter& shortcut, const GivenNorm& given_norm,
+                             const GivenShortcut& shortcut, const GivenNorm& given_norm,
                              const Running& running, const Arguments& given) {
   const Problem p = joined(problem);
   return with_storage(u.scalar_type(), [&](auto t) {
@@ -47,41 +85,34 @@ ResidualOutputs forward_into(const Tensor& out, const Problem& problem, const Te
     const Converted<A> converted(p, given);
     const T* data = static_cast<const T*>(u.const_data_ptr());
     T* const result = static_cast<T*>(out.mutable_data_ptr());
-    Plan plan = plan_here(p, false, shortcut ? 3 : 2);
+    Plan plan = plan_here(p, false, shortcut.tensor ? 3 : 2);
     if (result == data) plan.stores = Stores::cached;  // what is overwritten has been fetched
     const bool batch = !given_norm.mean;
-    Tensor mean = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
-    Tensor var = allocate(u, {batch ? p.c : 0}, accumulation_type(u));
-    if (batch) {
-      std::vector<double> means(p.c), variances(p.c);
-      statistics<T>(p, plan, kPool, data, means.data(), variances.data());
-      std::copy(means.begin(), means.end(), static_cast<A*>(mean.mutable_data_ptr()));
-      std::copy(variances.begin(), variances.end(), static_cast<A*>(var.mutable_data_ptr()));
-      if (running.mean) {
-        keep_running(*running.mean, means, 1, running.momentum);
-        keep_running(*running.var, variances, unbiased(double(p.n) * p.pixels()), running.momentum);
-        if (running.batches) ++*static_cast<int64_t*>(running.batches->mutable_data_ptr());
-      }
-    }
+    const auto [mean, var] = batch ? statistics_of<T>(p, plan, u, running)
+                                   : Moments(allocate(u, {0}, accumulation_type(u)),
+                                             allocate(u, {0}, accumulation_type(u)));
     const Norm<A> norm =
         norm_of<A>(p, given_norm.weight, given_norm.bias, batch ? mean : *given_norm.mean,
                    batch ? var : *given_norm.var, given_norm.eps);
+    const std::optional<Norm<A>> of_shortcut = norm_of<A>(p, shortcut.norm);
+    const auto& added = shortcut.tensor;
     Tensor channel_mean = allocate_channel_mean(p, u), pooled = allocate_pooled(p, u);
-    residual_forward<T>(p, plan, kPool, norm, converted.weights, data,
-                        shortcut ? static_cast<const T*>(shortcut->const_data_ptr()) : nullptr,
-                        result, static_cast<A*>(channel_mean.mutable_data_ptr()),
-                        static_cast<A*>(pooled.mutable_data_ptr()));
+    residual_forward<T>(
+        p, plan, kPool, norm, converted.weights, data,
+        {added ? static_cast<const T*>(added->const_data_ptr()) : nullptr, or_null(of_shortcut)},
+        result, static_cast<A*>(channel_mean.mutable_data_ptr()),
+        static_cast<A*>(pooled.mutable_data_ptr()));
     return ResidualOutputs{out, mean, var, channel_mean, pooled};
   });
 }
 
-ResidualOutputs residual_forward_cpu(const Problem& p, const Tensor& u, const Parameter& shortcut,
-                                     const GivenNorm& norm, const Running& running,
-                                     const Arguments& given) {
+ResidualOutputs residual_forward_cpu(const Problem& p, const Tensor& u,
+                                     const GivenShortcut& shortcut, const GivenNorm& norm,
+                                     const Running& running, const Arguments& given) {
   return forward_into(allocate_like(u), p, u, shortcut, norm, running, given);
 }
 
-ResidualOutputs over_u(const Problem& p, const Tensor& u, const Parameter& shortcut,
+ResidualOutputs over_u(const Problem& p, const Tensor& u, const GivenShortcut& shortcut,
                        const GivenNorm& norm, const Running& running, const Arguments& given) {
   return forward_into(u, p, u, shortcut, norm, running, given);
 }
@@ -91,10 +122,13 @@ std::tuple<Tensor, Tensor> residual_forward_in_place_cpu(
     const Parameter& norm_bias, const Parameter& norm_mean, const Parameter& norm_var, double eps,
     const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
     const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
-    const std::string& order, const std::string& gate) {
+    const std::string& order, const std::string& gate, const Parameter& shortcut_weight,
+    const Parameter& shortcut_bias, const Parameter& shortcut_mean, const Parameter& shortcut_var,
+    double shortcut_eps) {
   const ResidualOutputs outputs = residual_forward_operator<over_u>(
       u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, eps, conv_weight, dilated_weight,
-      merge_weight, spatial_bias, gate_weight, gate_bias, order, gate);
+      merge_weight, spatial_bias, gate_weight, gate_bias, order, gate, shortcut_weight,
+      shortcut_bias, shortcut_mean, shortcut_var, shortcut_eps);
   return {std::get<1>(outputs), std::get<2>(outputs)};
 }
 
@@ -104,12 +138,18 @@ std::vector<Tensor> residual_backward_cpu(
     const Parameter& conv_weight, const Parameter& dilated_weight, const Parameter& merge_weight,
     const Parameter& spatial_bias, const Parameter& gate_weight, const Parameter& gate_bias,
     const Tensor& channel_mean, const Tensor& pooled, const std::string& order,
-    const std::string& gate) {
+    const std::string& gate, const Parameter& shortcut, const Parameter& shortcut_weight,
+    const Parameter& shortcut_bias, const Parameter& shortcut_mean, const Parameter& shortcut_var,
+    double shortcut_eps, bool shortcut_batch) {
   const Arguments given{conv_weight,  dilated_weight, merge_weight,
                         spatial_bias, gate_weight,    gate_bias};
-  const Problem p = joined(describe_residual_backward(
+  const Problem problem = describe_residual_backward(
       dout, out, u, {address(norm_weight), address(norm_bias), &mean, &var}, given, channel_mean,
-      pooled, order, gate));
+      pooled, order, gate);
+  const GivenShortcut added{
+      shortcut, {shortcut_weight, shortcut_bias, shortcut_mean, shortcut_var, shortcut_eps}};
+  check_backward(problem, u, out, added);
+  const Problem p = joined(problem);
   return with_storage(u.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
@@ -120,17 +160,32 @@ std::vector<Tensor> residual_backward_cpu(
     const Norm<A> norm = norm_of<A>(p, norm_weight, norm_bias, mean, var, eps);
     const Tensor du = allocate_like(u);
     const Parameter d_shortcut = out ? Parameter(allocate_like(u)) : Parameter();
+    const std::optional<Norm<A>> of_shortcut = norm_of<A>(p, added.norm);
     std::vector<double> d_weight(p.c), d_bias(p.c);
+    std::vector<double> d_shortcut_weight(added.normed() ? p.c : 0),
+        d_shortcut_bias(d_shortcut_weight);
     const GradientValues values(p);
-    residual_backward<T>(
-        p, plan_here(p, true, out ? 5 : 3), kPool, norm, converted.weights,
-        {data(dout), out ? data(*out) : nullptr, data(u), map(channel_mean), map(pooled), batch},
-        {to(du), out ? to(*d_shortcut) : nullptr, d_weight.data(), d_bias.data(), values.places});
+    residual_backward<T>(p, plan_here(p, true, (out ? 5 : 3) + added.normed()), kPool, norm,
+                         converted.weights,
+                         {data(dout),
+                          out ? data(*out) : nullptr,
+                          data(u),
+                          map(channel_mean),
+                          map(pooled),
+                          batch,
+                          {shortcut ? data(*shortcut) : nullptr, or_null(of_shortcut)},
+                          shortcut_batch},
+                         {to(du),
+                          out ? to(*d_shortcut) : nullptr,
+                          {d_weight.data(), d_bias.data()},
+                          {d_shortcut_weight.data(), d_shortcut_bias.data()},
+                          values.places});
     const auto of = [&](const Parameter& parameter, const double* d) {
       return parameter ? Parameter(gradient(parameter, u, d)) : Parameter();
     };
     return present(du, d_shortcut, of(norm_weight, d_weight.data()), of(norm_bias, d_bias.data()),
-                   each(of, given, values.places));
+                   each(of, given, values.places), of(shortcut_weight, d_shortcut_weight.data()),
+                   of(shortcut_bias, d_shortcut_bias.data()));
   });
 }
 
@@ -140,6 +195,7 @@ STABLE_TORCH_LIBRARY_IMPL(da_ops, CPU, m) {
   m.impl("residual_forward", TORCH_BOX(&residual_forward_operator<residual_forward_cpu>));
   m.impl("residual_forward_", TORCH_BOX(&residual_forward_in_place_cpu));
   m.impl("residual_training", TORCH_BOX(&residual_training_operator<residual_forward_cpu>));
+  m.impl("batch_statistics", TORCH_BOX(&batch_statistics_operator<batch_statistics_cpu>));
   m.impl("residual_backward", TORCH_BOX(&residual_backward_cpu));
 }
 

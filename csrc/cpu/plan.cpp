@@ -40,14 +40,16 @@ int64_t last_level_cache_bytes() {
 #endif
 }
 
-}  // namespace
-
+// Rows that one thread takes together. Those of channels whose columns nobody adds up are shared
+// out one by one where they are long.
 int64_t block_rows(const Problem& problem, const Limits& limits) {
   int64_t rows = 8;  // what the kernels sum in registers
   if (problem.by_pixel() || problem.spatial()) return rows;
   while (rows > 1 && rows / 2 * problem.cols() >= limits.shared_work) rows /= 2;
   return rows;
 }
+
+}  // namespace
 
 Problem joined(const Problem& problem) {
   constexpr int64_t small = 64;  // pixels

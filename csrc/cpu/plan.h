@@ -60,10 +60,6 @@ inline bool may_join(const Problem& p) {
   return !p.by_pixel() && p.channel() && p.gate != Gate::eca;
 }
 
-// Rows that one thread takes together. Those of channels whose columns nobody adds up are shared
-// out one by one where they are long.
-int64_t block_rows(const Problem& problem, const Limits& limits);
-
 // The same call as one image, if it is of small ones that lie by pixel and of order none: then what
 // is made for an image would take longer than its pixels, and none of it differs between images.
 Problem joined(const Problem& problem);

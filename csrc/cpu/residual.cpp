@@ -1,5 +1,7 @@
 #include "residual.h"
 
+#include <optional>
+
 #include "batch.h"
 #include "operator.h"
 
@@ -53,6 +55,11 @@ void statistics(const Problem& p, const Plan& plan, const Pool& pool, const T* u
 
 namespace {
 
+template <class A>
+Affine<A> affine(const Norm<A>& norm) {
+  return {norm.mean.data(), norm.scale.data(), norm.bias.data()};
+}
+
 // Bytes of an image beside which another one stays in the second-level cache of most machines.
 constexpr int64_t kNear = 512 * 1024;
 
@@ -61,11 +68,12 @@ constexpr int64_t kNear = 512 * 1024;
 template <class T>
 void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool,
                       const Norm<accumulate_t<T>>& norm, const Weights<accumulate_t<T>>& weights,
-                      const T* u, const T* shortcut, T* out, accumulate_t<T>* channel_mean,
-                      accumulate_t<T>* pooled) {
+                      const T* u, const Shortcut<T>& shortcut, T* out,
+                      accumulate_t<T>* channel_mean, accumulate_t<T>* pooled) {
   using A = accumulate_t<T>;
   const int64_t c = problem.c, pixels = problem.pixels(), size = c * pixels;
   const A* centre = norm.mean.data();
+  const Affine<A> normed = shortcut.norm ? affine(*shortcut.norm) : Affine<A>{};
   // Whether the pooling is of what the spatial mask has multiplied.
   const bool pools_masked = problem.channel() && outer(problem.order).pixels;
   const auto one_image = [&](Image<T>& image, int64_t n, int64_t following) {
@@ -83,7 +91,7 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
     // drive u out of the second cache, and the last pass the next u: to write takes it longer than
     // to read.
     const Schedule& passes = schedule(problem.order, false);
-    const T* to_add = shortcut ? shortcut + n * size : nullptr;
+    const T* to_add = shortcut.data ? shortcut.data + n * size : nullptr;
     const bool near = plan.joint || size * int64_t(sizeof(T)) <= kNear;
     const T* soon = near ? to_add : image.next_rows(un);
     const bool sums = problem.order != Order::none;
@@ -97,7 +105,8 @@ void residual_forward(const Problem& problem, const Plan& plan, const Pool& pool
                                 pass.sums.channels ? sums_by_channel : nullptr,
                                 &pass == passes.begin() ? image.next_rows(un) : soon);
       else
-        image.rectify(slab, un, to_add, next, out + n * size, {centre, scale, bias}, by_pixel);
+        image.rectify(slab, un, to_add, next, out + n * size, {centre, scale, bias}, by_pixel,
+                      shortcut.norm ? &normed : nullptr);
     };
     const auto channels = [&](const Pass&, int64_t begin, int64_t end) {
       A* g = sums_by_channel;
@@ -137,6 +146,35 @@ struct Kept {
         channel_term(channel_mask.size()) {}
 };
 
+// What a norm adds to its input's gradient where its statistics are the batch's, by channel, and
+// the gradients of its weight and bias, from each image's sums of dx and of dx (u - mean).
+template <class A>
+struct OfBatch {
+  std::vector<A> slope, offset;
+  std::vector<double> sums, products;  // of each image
+
+  explicit OfBatch(const Problem& p)
+      : slope(padded(p.c)),
+        offset(padded(p.c)),
+        sums(std::max<int64_t>(p.n, 1) * p.c),
+        products(sums) {}
+
+  // du = scale (dx - mean(dx) - xhat mean(dx xhat))
+  void finish(const Problem& p, const Norm<A>& norm, bool batch, const NormGradients& gradients) {
+    const int64_t c = p.c;
+    const double count = double(p.n) * p.pixels();
+    for (int64_t i = c; i < p.n * c; i += c)
+      for (int64_t k = 0; k < c; k++) sums[k] += sums[i + k], products[k] += products[i + k];
+    for (int64_t i = 0; i < c; i++) {
+      gradients.bias[i] = sums[i];
+      gradients.weight[i] = products[i] * norm.inverse[i];
+      if (!batch) continue;
+      slope[i] = -norm.scale[i] * norm.inverse[i] * (gradients.weight[i] / count);
+      offset[i] = -norm.scale[i] * (sums[i] / count);
+    }
+  }
+};
+
 }  // namespace
 
 template <class T>
@@ -151,8 +189,11 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
   Kept<A> kept(problem);
   std::vector<A> all_dt(problem.n * c), all_pooled(problem.n * c);
   std::vector<double> all_taps(problem.n * kSpatialSums);
-  // Each image's share of the sums of dx, and of dx (u - mean), over the batch.
-  std::vector<double> dx_sums(problem.n * c), dx_products(problem.n * c);
+  OfBatch<A> of_batch(problem);
+  const Shortcut<T>& shortcut = call.shortcut;
+  std::optional<OfBatch<A>> of_shortcut;
+  if (shortcut.norm) of_shortcut.emplace(problem);
+  const std::vector<A> zeros(shortcut.norm ? padded(c) : 0);
 
   const auto first_read = [&](Image<T>& image, int64_t n, int64_t) {
     const T* un = call.u + n * size;
@@ -181,7 +222,20 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
     first.x = {centre, scale, bias}, first.mask = s;
     first.sums = sums, first.products = products;
     first.pixel_sums = problem.spatial() ? ds : nullptr;
-    image.gradients(first);
+    if (!shortcut.norm) {
+      image.gradients(first, nullptr);
+    } else {
+      // The sums for the shortcut's norm, to which no mask belongs. A kernel that writes no d makes
+      // one by the sign of x, which is one here, so that all of d passes.
+      Gradients<T> second{};
+      second.dout = first.d, second.u = shortcut.data + n * size;
+      second.x = {shortcut.norm->mean.data(), zeros.data(), image.ones()};
+      second.mask = image.ones();
+      second.sums = image.vector(4), second.products = image.vector(5);
+      image.gradients(first, &second);
+      std::copy_n(second.sums, c, &of_shortcut->sums[n * c]);
+      std::copy_n(second.products, c, &of_shortcut->products[n * c]);
+    }
 
     // dc becomes the sums of d x by channel: first from those of d and d (u - mean), then the
     // terms'.
@@ -215,28 +269,17 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
     // dx = d k s + o_p dg + o_c dm, o the outer mask or one; raw is (sum_p o_p (u - mean)) / P.
     for (int64_t i = 0; i < c; i++) {
       const double outer = outermost.channels ? k[i] : A(1);
-      dx_sums[n * c + i] = double(k[i]) * sums[i] + dg[i] * weight + outer * dm_sum;
+      const int64_t at = n * c + i;
+      of_batch.sums[at] = double(k[i]) * sums[i] + dg[i] * weight + outer * dm_sum;
       const double pooled = problem.channel() ? raw[i] * double(pixels) : 0;
-      dx_products[n * c + i] = double(k[i]) * products[i] + dg[i] * pooled + outer * dm_products[i];
+      of_batch.products[at] = double(k[i]) * products[i] + dg[i] * pooled + outer * dm_products[i];
     }
   };
-  for_images<T>(problem, plan, pool, weights, Walk::forwards, first_read, 2);
-
-  // du = scale (dx - mean(dx) - xhat mean(dx xhat)), the means over the batch where its statistics
-  // are the norm's.
-  std::vector<A> slope(padded(c)), offset(padded(c));
-  std::vector<double> sums(c), products(c);
-  const double count = double(problem.n) * pixels;
-  for (int64_t i = 0; i < problem.n * c; i += c)
-    for (int64_t k = 0; k < c; k++) sums[k] += dx_sums[i + k], products[k] += dx_products[i + k];
-  for (int64_t i = 0; i < c; i++) {
-    const double sum = sums[i], product = products[i];
-    gradients.norm_bias[i] = sum;
-    gradients.norm_weight[i] = product * norm.inverse[i];
-    if (!call.batch) continue;
-    slope[i] = -norm.scale[i] * norm.inverse[i] * (gradients.norm_weight[i] / count);
-    offset[i] = -norm.scale[i] * (sum / count);
-  }
+  for_images<T>(problem, plan, pool, weights, Walk::forwards, first_read,
+                Image<T>::kGradientColumns);
+  of_batch.finish(problem, norm, call.batch, gradients.norm);
+  if (shortcut.norm)
+    of_shortcut->finish(problem, *shortcut.norm, call.shortcut_batch, gradients.shortcut_norm);
 
   const auto second_read = [&](Image<T>& image, int64_t n, int64_t) {
     const A *s = &kept.spatial_mask[n * kept.pixels], *dm = &kept.pixel_term[n * kept.pixels];
@@ -250,11 +293,24 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
       outer[i] = outermost.channels ? scale[i] : norm.scale[i];
     }
     const Affine<A> x{centre, scale, shift};
-    image.combine_residual((with_shortcut ? gradients.d_shortcut : call.dout) + n * size,
-                           call.u + n * size, gradients.du + n * size,
-                           {scale, bias, outer, slope.data(), offset.data(), x, s, dm,
-                            outermost.pixels ? s : image.ones(), !with_shortcut,
-                            problem.order != Order::none, call.batch});
+    const typename Image<T>::Back back{
+        (with_shortcut ? gradients.d_shortcut : call.dout) + n * size,
+        call.u + n * size,
+        gradients.du + n * size,
+        {scale, bias, outer, of_batch.slope.data(), of_batch.offset.data(), x, s, dm,
+         outermost.pixels ? s : image.ones(), !with_shortcut, problem.order != Order::none,
+         call.batch}};
+    if (!shortcut.norm) return image.combine_residual(back, nullptr);
+    const Affine<A> r = affine(*shortcut.norm);
+    const A *slope = of_shortcut->slope.data(), *offset = of_shortcut->offset.data();
+    const A* none = image.ones();  // of the masks and terms, which are not looked at
+    T* const d = gradients.d_shortcut + n * size;
+    const typename Image<T>::Back through_shortcut{d,
+                                                   shortcut.data + n * size,
+                                                   d,
+                                                   {r.scale, none, none, slope, offset, r, none,
+                                                    none, none, false, false, call.shortcut_batch}};
+    image.combine_residual(back, &through_shortcut);
   };
   for_images<T>(problem, plan, pool, weights, Walk::backwards, second_read);
 
@@ -267,7 +323,8 @@ void residual_backward(const Problem& problem, const Plan& plan, const Pool& poo
                               double*);                                                            \
   template void residual_forward<T>(const Problem&, const Plan&, const Pool&,                      \
                                     const Norm<accumulate_t<T>>&, const Weights<accumulate_t<T>>&, \
-                                    const T*, const T*, T*, accumulate_t<T>*, accumulate_t<T>*);   \
+                                    const T*, const Shortcut<T>&, T*, accumulate_t<T>*,            \
+                                    accumulate_t<T>*);                                             \
   template void residual_backward<T>(                                                              \
       const Problem&, const Plan&, const Pool&, const Norm<accumulate_t<T>>&,                      \
       const Weights<accumulate_t<T>>&, const ResidualCall<T>&, const ResidualGradients<T>&);

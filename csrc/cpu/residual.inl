@@ -178,15 +178,34 @@ void rectify_rows(const T* u, const T* shortcut, const T* ahead, T* out, int64_t
       });
 }
 
+// The same with a shortcut that goes through a norm, r.
+template <bool kChannelsLast, class T, class A = accumulate_t<T>>
+void rectify_both(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
+                  const Affine<A>& x, const A* mask, const Affine<A>& r, Stores stores) {
+  map_by<kChannelsLast, T, 6, 1>(
+      out, rows, cols, stores, {x.centre, x.scale, x.bias, r.centre, r.scale, r.bias}, {mask},
+      [=](int64_t i, auto read, const auto& channel, const auto& pixel) DA_LAMBDA_INLINE {
+        fetch(ahead + i);
+        const auto& [centre, scale, bias, r_centre, r_scale, r_bias] = channel;
+        return relu<A>(((read(u) - centre) * scale + bias) * pixel[0] +
+                       ((read(shortcut) - r_centre) * r_scale + r_bias));
+      });
+}
+
 template <class T, class A = accumulate_t<T>>
 void rectify(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
-             bool channels_last, const Affine<A>& x, const A* mask, Stores stores) {
+             bool channels_last, const Affine<A>& x, const A* mask, const Affine<A>* of_shortcut,
+             Stores stores) {
   with_constants(
-      [&](auto last, auto with_shortcut) {
-        rectify_rows<decltype(last)::value, decltype(with_shortcut)::value, T>(
-            u, shortcut, ahead, out, rows, cols, x, mask, stores);
+      [&](auto last, auto with_shortcut, auto with_norm) {
+        constexpr bool kLast = decltype(last)::value, kShortcut = decltype(with_shortcut)::value;
+        if constexpr (decltype(with_norm)::value)
+          rectify_both<kLast, T>(u, shortcut, ahead, out, rows, cols, x, mask, *of_shortcut,
+                                 stores);
+        else
+          rectify_rows<kLast, kShortcut, T>(u, shortcut, ahead, out, rows, cols, x, mask, stores);
       },
-      channels_last, shortcut != nullptr);
+      channels_last, shortcut != nullptr, of_shortcut != nullptr);
 }
 
 // The part of dout that a ReLU lets pass, which gave `out` or was given that. A NaN lets it pass.

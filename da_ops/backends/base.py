@@ -94,7 +94,9 @@ class Backend:
     has them. ``residual_forward_`` writes ``out`` over ``u``, so that less memory is touched; None
     where that gains nothing. ``residual_training`` is ``residual_forward`` by the batch's
     statistics, which updates running ones and adds one to the norm's ``num_batches_tracked``, if it
-    has that; None where the backend leaves both to the caller.
+    has that; None where the backend leaves both to the caller. ``batch_statistics`` makes and keeps
+    them alone, for a shortcut that is to go through a norm of its own; None where the operators
+    above take no such shortcut.
     ``residual_plan(call, mode, shortcut)`` is their plan, the mode one of ``tail.MODES``, with a
     shortcut or without; None where they make the passes of ``tail.tail_walks``, and each moves all
     that it reads and writes.
@@ -121,6 +123,7 @@ class Backend:
     residual_forward_: Callable[..., tuple[Tensor, Tensor]] | None = None
     residual_training: Callable[..., tuple[Tensor, ...]] | None = None
     residual_backward: Callable[..., list[Tensor]] | None = None
+    batch_statistics: Callable[..., tuple[Tensor, Tensor]] | None = None
     residual_plan: Callable[[Call, str, bool], Plan] | None = None
 
     def serves(self, device_type: str) -> bool:

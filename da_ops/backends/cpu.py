@@ -60,5 +60,6 @@ BACKEND = Backend(
     residual_forward_=native.operator("residual_forward_"),
     residual_training=native.operator("residual_training"),
     residual_backward=native.operator("residual_backward"),
+    batch_statistics=native.operator("batch_statistics"),
     residual_plan=_residual_plan,
 )

@@ -158,5 +158,6 @@ BACKEND = Backend(
     residual_forward=native.operator("residual_forward"),
     residual_training=native.operator("residual_training"),
     residual_backward=native.operator("residual_backward"),
+    batch_statistics=native.operator("batch_statistics"),
     residual_plan=_residual_plan,
 )

@@ -158,7 +158,7 @@ def fake_residual_forward(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     *parameters, order, gate = args[:8]
-    _check_devices(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var)
+    _check_devices(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, *args[8:12])
     if order != "none":
         check_arguments(u, tuple(parameters), order, gate)
     n, c, h, w = u.shape
@@ -189,6 +189,18 @@ def fake_residual_training(
     return fake_residual_forward(u, shortcut, norm_weight, norm_bias, None, None, *args)
 
 
+def fake_batch_statistics(
+    u: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(u, running_mean, running_var, batches)
+    acc = reference.accumulation_dtype(u.dtype)
+    return u.new_empty(u.shape[1], dtype=acc), u.new_empty(u.shape[1], dtype=acc)
+
+
 def fake_residual_backward(
     dout: Tensor,
     out: Tensor | None,
@@ -202,7 +214,8 @@ def fake_residual_backward(
     *args: Any,
 ) -> list[Tensor]:
     like_u = [torch.empty_like(u) for _ in range(1 if out is None else 2)]  # du, d_shortcut
-    parameters = norm_weight, norm_bias, *args[:6]
+    of_shortcut = args[11:13]  # the weight and bias of its norm
+    parameters = norm_weight, norm_bias, *args[:6], *of_shortcut
     return like_u + [empty_gradient(p) for p in parameters if p is not None]
 
 
@@ -283,6 +296,7 @@ def _describe() -> None:
     torch.library.register_fake("da_ops::residual_forward", fake_residual_forward)
     torch.library.register_fake("da_ops::residual_forward_", fake_residual_forward_)
     torch.library.register_fake("da_ops::residual_training", fake_residual_training)
+    torch.library.register_fake("da_ops::batch_statistics", fake_batch_statistics)
     torch.library.register_fake("da_ops::residual_backward", fake_residual_backward)
     ops = torch.ops.da_ops
     register_flop_formula(ops.forward)(flops_forward)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
-from ..residual.functional import rectified, tail
+from ..residual.functional import rectified, shortcut_of, tail
 
 
 class _Block:
@@ -32,8 +32,10 @@ class _Block:
 
     def _tail(self: Any, conv: nn.Module, out: Tensor, norm: nn.Module, x: Tensor) -> Tensor:
         u = conv(out)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return tail(u, shortcut, norm, self.attention, self.relu, made_by=conv)
+        shortcut, its_norm = shortcut_of(self.downsample, x)
+        return tail(
+            u, shortcut, norm, self.attention, self.relu, made_by=conv, shortcut_norm=its_norm
+        )
 
 
 class BasicBlock(_Block, tv.BasicBlock):

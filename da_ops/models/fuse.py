@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from torch import nn
 
-from ..residual import functional
+from ..residual import fusible
 from .blocks import (
     Tail,
     fused_modules,
@@ -28,12 +28,13 @@ def fuse(model: nn.Module) -> nn.Module:
     """Compute the tail of every residual block of ``model`` as one operator, in place.
 
     The last norm of a block, DA if it is there, the addition and the ReLU become a call of
-    :func:`da_ops.residual_attention`, and so do the norms and ReLUs before, and the stem's of a
-    whole ResNet: the same result to rounding, with fewer passes over memory. On a CPU, without
-    gradients, it takes the place of what the convolution made, if that has no hooks and no
-    ``TorchFunctionMode`` or ``TorchDispatchMode`` looks on. Modules, parameters, state-dict keys,
-    hooks and references stay as they are. While one of these modules has hooks, and under FX,
-    TorchScript, tracing and export, a block calls them one by one.
+    :func:`da_ops.residual_attention`, with the norm that ends a plain ``nn.Sequential`` in the
+    shortcut, and so do the norms and ReLUs before, and the stem's of a whole ResNet: the same
+    result to rounding, with fewer passes over memory. On a CPU, without gradients, it takes the
+    place of what the convolution made, if that has no hooks and no ``TorchFunctionMode`` or
+    ``TorchDispatchMode`` looks on. Modules, parameters, state-dict keys, hooks and references stay
+    as they are. While one of these modules has hooks, and under FX, TorchScript, tracing and
+    export, a block calls them one by one.
 
     A block stays as it is, and a warning of the logger ``da_ops`` says why, where its last norm is
     no ``nn.BatchNorm2d`` or ``FrozenBatchNorm2d``, its activation no ``nn.ReLU``, its attention
@@ -81,7 +82,7 @@ def unfused_blocks(model: nn.Module) -> dict[str, str]:
             reason = "fuse(model) was not called"
         elif reason is None:
             device = tail.conv.weight.device.type
-            reason = functional.unfused(tail.norm, tail.attention, device, tail.activation)
+            reason = fusible.unfused(tail.norm, tail.attention, device, tail.activation)
         if reason is not None:
             reasons[name] = reason
     return reasons
@@ -90,7 +91,7 @@ def unfused_blocks(model: nn.Module) -> dict[str, str]:
 def _unfit(tail: Tail) -> str | None:
     if tail.drop_path is not None:
         return f"there is a {type(tail.drop_path).__name__} before the addition"
-    return functional.unfit(tail.norm, tail.attention, tail.activation)
+    return fusible.unfit(tail.norm, tail.attention, tail.activation)
 
 
 def check_fusible(fused: bool, attention: str | None, caller: str) -> None:

@@ -10,7 +10,7 @@ from timm.models import resnet as timm
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..residual.functional import rectified, tail
+from ..residual.functional import rectified, shortcut_of, tail
 
 
 def _watched(module: nn.Module) -> bool:
@@ -47,8 +47,8 @@ class _Block:
         self: Any, conv: nn.Module, out: Tensor, norm: nn.Module, act: nn.Module, x: Tensor
     ) -> Tensor:
         u = conv(out)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return tail(u, shortcut, norm, self.se, act, made_by=conv)
+        shortcut, its_norm = shortcut_of(self.downsample, x)
+        return tail(u, shortcut, norm, self.se, act, made_by=conv, shortcut_norm=its_norm)
 
 
 class BasicBlock(_Block, timm.BasicBlock):

@@ -23,11 +23,16 @@ from .reference import Norm
 # and the momentum, None for the mean of all batches.
 Running = tuple[Tensor, Tensor, Tensor | None, float | None]
 
+# What a norm has beside its weight and bias: eps, its own mean and variance, which are None where
+# the batch's are taken, and the running statistics that these have their share in.
+Statistics = tuple[float, Tensor | None, Tensor | None, Running | None]
+
 # What a call of the residual tail has beside the tensors that may require gradients: the backend,
-# the order, of which "none" leaves attention out, the gate, the norm's eps, its own mean and
-# variance, which are None where the batch's are taken, and the running statistics that these have
-# their share in.
-Call = tuple[Backend, str, str, float, Tensor | None, Tensor | None, Running | None]
+# the order, of which "none" leaves attention out, the gate, the four of the norm's Statistics, and
+# those of the norm that the shortcut goes through, None where it is added as it is.
+Call = tuple[
+    Backend, str, str, float, Tensor | None, Tensor | None, Running | None, Statistics | None
+]
 
 
 def kernels_keep(running: Running) -> bool:
@@ -60,9 +65,10 @@ class ResidualFunction(torch.autograd.Function):
 
     ``u`` is dense; a copy made here would not be part of the graph that double backward follows.
     The shortcut may be None. The six parameters are those of :class:`da_ops.DAFunction`; there are
-    none with the order "none". Running statistics are updated within forward: checkpointing stops
-    to compute again as soon as what is kept is there, and they come before that, as with
-    ``nn.BatchNorm2d``. Between forward and backward it keeps ``u``, with a shortcut ``out``, the
+    none with the order "none". Where the shortcut goes through a norm, its weight and bias follow
+    them. Running statistics are updated within forward: checkpointing stops to compute again as
+    soon as what is kept is there, and they come before that, as with ``nn.BatchNorm2d``. Between
+    forward and backward it keeps ``u``, with a shortcut ``out``, one that goes through a norm, the
     parameters and small maps.
     """
 
@@ -77,10 +83,16 @@ class ResidualFunction(torch.autograd.Function):
         norm_bias: Tensor | None,
         *parameters: Tensor | None,
     ) -> Any:
-        out, mean, var, *maps = compute(call, u, shortcut, norm_weight, norm_bias, *parameters)
+        out, mean, var, channel_mean, pooled, *of_batch = compute(
+            call, u, shortcut, norm_weight, norm_bias, *parameters
+        )
         ctx.call = call
         ctx.set_materialize_grads(False)
-        own_mean, own_var = call[4], call[5]
+        own_mean, own_var, _, of_shortcut = call[4:]
+        added: tuple[Tensor | None, ...] = ()
+        if of_shortcut is not None:
+            *parameters, weight, bias = parameters  # type: ignore[assignment]
+            added = shortcut, weight, bias, *(of_batch or of_shortcut[1:3])
         ctx.save_for_backward(
             u,
             None if shortcut is None else out,
@@ -89,7 +101,9 @@ class ResidualFunction(torch.autograd.Function):
             mean if own_mean is None else own_mean,
             var if own_var is None else own_var,
             *parameters,
-            *maps,
+            channel_mean,
+            pooled,
+            *added,
         )
         if not statistics:
             return out
@@ -100,13 +114,24 @@ class ResidualFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
-        u, out, weight, bias, mean, var, *parameters, channel_mean, pooled = ctx.saved_tensors
-        backend, order, gate, eps, own_mean, *_ = ctx.call
+        backend, order, gate, eps, own_mean, _, _, of_shortcut = ctx.call
+        saved = ctx.saved_tensors
+        added: Any = ()
+        affine: Any = ()
+        if of_shortcut is not None:
+            saved, added, affine = saved[:-5], saved[-5:], saved[-4:-2]
+        u, out, weight, bias, mean, var, *parameters, channel_mean, pooled = saved
         batch = own_mean is None
         if needs_formula(dout):
             norm = Norm(weight, bias, None if batch else mean, None if batch else var, eps)
             named = Parameters(*parameters) if parameters else None
-            du, d_shortcut, *others = reference.backward(dout, out, u, norm, named, order, gate)
+            if of_shortcut is not None:
+                shortcut, its_weight, its_bias, *own = added
+                its_mean, its_var = (None, None) if of_shortcut[1] is None else own
+                added = shortcut, Norm(its_weight, its_bias, its_mean, its_var, of_shortcut[0])
+            du, d_shortcut, *others = reference.backward(
+                dout, out, u, norm, named, order, gate, *added
+            )
             given = (du, None if out is None else d_shortcut, *others)
             found = iter([g for g in given if g is not None])
         else:
@@ -114,11 +139,13 @@ class ResidualFunction(torch.autograd.Function):
             out = None if out is None else like(out, u)
             maps = channel_mean.contiguous(), pooled.contiguous()
             six = parameters or _NONE
+            if of_shortcut is not None:
+                added = like(added[0], u), *added[1:], of_shortcut[0], of_shortcut[1] is None
             try:
                 found = iter(
                     backend.residual_backward(
                         like(dout, u), out, u, weight, bias, mean, var, batch, eps,
-                        *six, *maps, order, gate,
+                        *six, *maps, order, gate, *added,
                     )
                 )  # fmt: skip
             except RuntimeError as error:
@@ -129,7 +156,7 @@ class ResidualFunction(torch.autograd.Function):
             None,
             next(found),
             None if out is None else next(found),
-            *[None if t is None else next(found) for t in (weight, bias, *parameters)],
+            *[None if t is None else next(found) for t in (weight, bias, *parameters, *affine)],
         )
 
 
@@ -149,36 +176,60 @@ def compute(
     overwrite: bool = False,
 ) -> Sequence[Tensor]:
     """``out``, the batch's mean and biased variance (empty where the norm has its own), and what
-    else backward needs: the channel mean and the pooled ``u``. ``u`` is dense. To ``overwrite``
-    lets ``out`` take its place, and then there are only the first three."""
-    backend, order, gate, eps, mean, var, running = call
+    else backward needs: the channel mean and the pooled ``u``, and where the shortcut is normalised
+    by the batch's statistics, these. ``u`` is dense. To ``overwrite`` lets ``out`` take its place,
+    and then there are no maps."""
+    backend, order, gate, eps, mean, var, running, of_shortcut = call
     assert backend.residual_forward is not None  # Choice.for_tails
     if shortcut is not None:
         shortcut = like(shortcut, u)
+    added: tuple[Any, ...] = ()
+    of_batch: tuple[Tensor, ...] = ()
+    if of_shortcut is not None:
+        assert shortcut is not None
+        *parameters, weight, bias = parameters  # type: ignore[assignment]
+        added_eps, *own, learnt = of_shortcut
+        if own[0] is None:
+            of_batch = _batch_statistics(backend, shortcut, learnt)
+        added = weight, bias, *(of_batch or own), added_eps
     six = parameters or _NONE
-    results: Sequence[Tensor]
+    results: Sequence[Tensor] = ()
     if overwrite and backend.residual_forward_ is not None:
         results = (
             u,
             *backend.residual_forward_(
-                u, shortcut, norm_weight, norm_bias, mean, var, eps, *six, order, gate
+                u, shortcut, norm_weight, norm_bias, mean, var, eps, *six, order, gate, *added
             ),
         )
-    else:
-        if running is not None and backend.residual_training is not None and running[3] is not None:
-            try:
-                return backend.residual_training(
-                    u, shortcut, norm_weight, norm_bias, *running, eps, *six, order, gate
-                )
-            except RuntimeError:
-                if kernels_keep(running):
-                    raise
+    elif running is not None and backend.residual_training is not None and running[3] is not None:
+        try:
+            results = backend.residual_training(
+                u, shortcut, norm_weight, norm_bias, *running, eps, *six, order, gate, *added
+            )
+        except RuntimeError:
+            if kernels_keep(running):
+                raise
+        else:
+            running = None  # has learnt
+    if not results:
         results = backend.residual_forward(
-            u, shortcut, norm_weight, norm_bias, mean, var, eps, *six, order, gate
+            u, shortcut, norm_weight, norm_bias, mean, var, eps, *six, order, gate, *added
         )
     if running is not None:
         update(running, results[1], results[2], u.numel() // u.shape[1])
-    return results
+    return (*results, *of_batch) if of_batch else results
+
+
+def _batch_statistics(
+    backend: Backend, u: Tensor, running: Running | None
+) -> tuple[Tensor, Tensor]:
+    assert backend.batch_statistics is not None
+    if running is not None and running[3] is not None and kernels_keep(running):
+        return backend.batch_statistics(u, *running)
+    mean, var = backend.batch_statistics(u, None, None, None, 0.0)
+    if running is not None:
+        update(running, mean, var, u.numel() // u.shape[1])
+    return mean, var
 
 
 def fused(
@@ -196,7 +247,7 @@ def fused(
     parameters are None with the order "none"."""
     *parameters, order, gate, backend = rest
     served = CHOICE.for_tails(backend, u.device.type)
-    call: Call = (served, order, gate, eps, norm_mean, norm_var, None)
+    call: Call = (served, order, gate, eps, norm_mean, norm_var, None, None)
     given = () if order == "none" else parameters
     return ResidualFunction.apply(call, True, dense(u), shortcut, norm_weight, norm_bias, *given)
 

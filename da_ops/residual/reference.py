@@ -1,5 +1,6 @@
 """The residual tail in plain PyTorch: ``out = relu(DA(batch_norm(u)) + shortcut)``, the definition
-that every kernel is tested against, and its gradients written out.
+that every kernel is tested against, and its gradients written out. The shortcut may go through a
+batch norm of its own.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ def forward(
     parameters: Parameters | None,
     order: str = "spatial_channel",
     gate: str = "affine",
+    shortcut_norm: Norm | None = None,
 ) -> Tensor:
-    """``relu(DA(batch_norm(u)) + shortcut)``, ``[N, C, H, W]`` in ``u``'s dtype.
+    """``relu(DA(batch_norm(u)) + shortcut)``, ``[N, C, H, W]`` in ``u``'s dtype; with a
+    ``shortcut_norm``, ``relu(DA(batch_norm(u)) + batch_norm(shortcut))``.
 
     Half precision is computed in float32 and rounded once. The shortcut may be None, and nothing is
     added then. ``parameters`` are those of
@@ -58,14 +61,20 @@ def forward(
         ValueError: one value a channel in training, as batch norm has it.
     """
     acc = reference.accumulation_dtype(u.dtype)
-    weight, bias, mean, var, eps = norm.to(acc)
     with reference.autocast_off(u):
-        # A norm with statistics of its own does not change them here.
-        x = F.batch_norm(u.to(acc), mean, var, weight, bias, mean is None, 0.0, eps)
+        x = _normalise(u.to(acc), norm.to(acc))
         if parameters is not None:
             x = reference.rounded_once(x, parameters, order, gate)
-        x = x if shortcut is None else x + shortcut.to(acc)
+        if shortcut is not None:
+            r = shortcut.to(acc)
+            x = x + (r if shortcut_norm is None else _normalise(r, shortcut_norm.to(acc)))
         return torch.relu(x).to(u.dtype)
+
+
+def _normalise(u: Tensor, norm: Norm) -> Tensor:
+    weight, bias, mean, var, eps = norm
+    # A norm with statistics of its own does not change them here.
+    return F.batch_norm(u, mean, var, weight, bias, mean is None, 0.0, eps)
 
 
 def statistics(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,46 +92,64 @@ def backward(
     parameters: Parameters | None,
     order: str = "spatial_channel",
     gate: str = "affine",
+    shortcut: Tensor | None = None,
+    shortcut_norm: Norm | None = None,
 ) -> Gradients:
     """The gradients of :func:`forward`, written out in operations that can be differentiated.
-    Where there was no shortcut, ``out`` may be None, and is computed anew.
+    Where there was no shortcut, ``out`` may be None, and is computed anew. The shortcut itself is
+    looked at where it has a norm.
 
-    Returns ``(du, d_shortcut, d_norm_weight, d_norm_bias)`` and one of each of the six parameters,
-    each in the dtype of what it is the gradient of; None where that is None.
+    Returns ``(du, d_shortcut, d_norm_weight, d_norm_bias)``, one of each of the six parameters, and
+    with a ``shortcut_norm`` those of its weight and bias, each in the dtype of what it is the
+    gradient of; None where that is None.
     """
     acc = reference.accumulation_dtype(u.dtype)
     if out is None:
         out = forward(u, None, norm, parameters, order, gate)
-    weight, bias, mean, var, eps = norm.to(acc)
     with reference.autocast_off(u):
-        wide = u.to(acc)
-        batch = mean is None
-        if mean is None or var is None:
-            mean, var = statistics(wide)
-        inverse = torch.rsqrt(var + eps)
-        normalised = (wide - _by_channel(mean)) * _by_channel(inverse)
-        x = normalised if weight is None else normalised * _by_channel(weight)
-        x = x if bias is None else x + _by_channel(bias)
-
+        through = _ThroughNorm(u.to(acc), norm.to(acc))
         # ReLU's own rule: where `out` is no number, the gradient passes.
         dx: Any
         d_shortcut = dx = torch.where(out <= 0, 0, dout.to(acc))
         d_parameters: Sequence[Tensor | None] = (None,) * 6
         if parameters is not None:
-            dx, *d_parameters = reference.backward(dx, x, parameters, order, gate)
-
-        over = (0, 2, 3)
-        d_weight, d_bias = (dx * normalised).sum(over), dx.sum(over)
-        scale = inverse if weight is None else inverse * weight
-        if batch:
-            count = u.numel() // u.shape[1]
-            dx = dx - (_by_channel(d_bias) + normalised * _by_channel(d_weight)) / count
-        du = dx * _by_channel(scale)
+            dx, *d_parameters = reference.backward(dx, through.x, parameters, order, gate)
+        du, *of_norm = through.gradients(dx)
+        of_shortcut_norm: Sequence[Tensor] = ()
+        if shortcut is not None and shortcut_norm is not None:
+            through = _ThroughNorm(shortcut.to(acc), shortcut_norm.to(acc))
+            d_shortcut, *of_shortcut_norm = through.gradients(d_shortcut)
+    found: Any = (du, d_shortcut, *of_norm, *d_parameters, *of_shortcut_norm)
     given: Any = (u, u, norm.weight, norm.bias, *(parameters or (None,) * 6))
+    if shortcut_norm is not None:
+        given = (*given, shortcut_norm.weight, shortcut_norm.bias)
     return tuple(
-        None if g is None or t is None else g.to(t.dtype)
-        for g, t in zip((du, d_shortcut, d_weight, d_bias, *d_parameters), given, strict=True)
+        None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, given, strict=True)
     )
+
+
+class _ThroughNorm:
+    """A batch norm's result, ``x``, and the way back through it."""
+
+    def __init__(self, u: Tensor, norm: Norm) -> None:
+        weight, bias, mean, var, eps = norm
+        self.batch = mean is None
+        if mean is None or var is None:
+            mean, var = statistics(u)
+        inverse = torch.rsqrt(var + eps)
+        self.normalised = (u - _by_channel(mean)) * _by_channel(inverse)
+        x = self.normalised if weight is None else self.normalised * _by_channel(weight)
+        self.x = x if bias is None else x + _by_channel(bias)
+        self.scale = inverse if weight is None else inverse * weight
+
+    def gradients(self, dx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of ``u``, the weight and the bias."""
+        over = (0, 2, 3)
+        d_weight, d_bias = (dx * self.normalised).sum(over), dx.sum(over)
+        if self.batch:
+            count = dx.numel() // dx.shape[1]
+            dx = dx - (_by_channel(d_bias) + self.normalised * _by_channel(d_weight)) / count
+        return dx * _by_channel(self.scale), d_weight, d_bias
 
 
 def _by_channel(values: Tensor) -> Tensor:

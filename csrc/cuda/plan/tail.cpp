@@ -71,10 +71,12 @@ class TailPlanner {
       sums("statistics", TailSums::moments, kU, kChannels);
       small(TailKernel::norm, "norm", ceil_div(p_.c, plan_.norm_channels));
     }
+    if (kind_.statistics) return;
     for (const Pass& pass : schedule_) {
       if (!pass.sums.any()) {
         const char* const name = kind_.shortcut ? "scale, add, rectify" : "scale, rectify";
-        scale(name, TailScale::forward, kind_.shortcut ? kU | kShortcut : kU, kOut);
+        scale(name, kind_.shortcut_norm ? TailScale::normed : TailScale::forward,
+              kind_.shortcut ? kU | kShortcut : kU, kOut);
         continue;
       }
       sums(pass.name, TailSums::deviations, kU, pass.sums);
@@ -95,7 +97,7 @@ class TailPlanner {
     const Axes all = either(masks_, kChannels);
     const char* const first = "ReLU and mask gradients";
     if (kind_.shortcut)
-      sums(first, TailSums::gradients, kDout | kOut | kU, all, kDShortcut);
+      sums(first, TailSums::gradients, kDout | kOut | kU, all, kD);
     else
       sums(first, TailSums::rectified, kDout | kU, all);
     for (const Pass& pass : schedule_) {
@@ -107,9 +109,21 @@ class TailPlanner {
     small(TailKernel::gradients, "parameter gradients",
           ceil_div(p_.c, plan_.norm_channels) + finish_jobs(p_, masks_, limits_));
     if (kind_.shortcut)
-      scale("combine", TailScale::backward, kind_.batch ? kDShortcut | kU : kDShortcut, kDu);
+      scale("combine", TailScale::backward, kind_.batch ? kD | kU : kD, kDu);
     else
       scale("combine", TailScale::rectified, kDout | kU, kDu);
+    if (kind_.shortcut_norm) through_shortcut_norm();
+  }
+
+  // From d to the gradients of the shortcut and of its norm, as of u without attention.
+  void through_shortcut_norm() {
+    const size_t before = steps_.size();
+    weights_ = kNone;
+    sums("sums for the shortcut's norm", TailSums::rectified, kD | kShortcut, kChannels);
+    small(TailKernel::gradients, "its parameter gradients", ceil_div(p_.c, plan_.norm_channels));
+    scale("combine for the shortcut", TailScale::backward,
+          kind_.shortcut_batch ? kD | kShortcut : kD, plan_.in_place() ? kD : kDShortcut);
+    for (size_t i = before; i < steps_.size(); i++) steps_[i].of_shortcut = true;
   }
 
   // The axes by which sums are made of x again, backward, weighted by a term of dx.

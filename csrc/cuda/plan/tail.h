@@ -1,7 +1,8 @@
 // How the CUDA backend runs the residual tail, out = relu(DA(norm(u)) + shortcut): which launches,
 // over which tiles, with how much memory. A pure function of the problem and the device, like
 // plan.h. Masks and what flows back through them are made once, by launches between passes; the
-// norm's scale and shift wherever they are read.
+// norm's scale and shift wherever they are read. The shortcut may go through a norm of its own: its
+// scale and shift, too, are made where it is read, and backward goes through it at the end.
 #pragma once
 
 #include <cstddef>
@@ -13,25 +14,32 @@
 
 namespace da::cuda {
 
-// Full-size tensors, as bits of a set.
+// Full-size tensors, as bits of a set. d is the gradient at the ReLU's argument, and the shortcut's
+// where that has no norm.
 enum TailTensors : unsigned {
   kU = 1,
   kShortcut = 2,
   kOut = 4,
   kDout = 8,
-  kDShortcut = 16,
-  kDu = 32
+  kD = 16,
+  kDu = 32,
+  kDShortcut = 64
 };
 
 enum class TailKernel { sums, norm, maps, scale, gradients };
 
 // What a pass adds up: by channel the deviations from a number near the mean, and their squares;
 // deviations from the mean, weighted; or the gradient at the ReLU's argument, which it also writes,
-// or (rectified) without a shortcut makes of dout and u, as the last pass does again.
+// or (rectified) without a shortcut makes of dout and u, as the last pass does again. The latter
+// adds up what comes to the shortcut's norm, too, where no ReLU is on the way.
 enum class TailSums { moments, deviations, gradients, rectified };
 
-// What the last pass of a direction makes: out, or du.
-enum class TailScale { forward, backward, rectified };
+// What the last pass of a direction makes: out, or du; or out with a shortcut that goes through a
+// norm (normed). What makes du makes the gradient of such a shortcut as well.
+enum class TailScale { forward, backward, rectified, normed };
+constexpr bool is_backward(TailScale scale) {
+  return scale == TailScale::backward || scale == TailScale::rectified;
+}
 
 // Blocks of a pass that a multiprocessor's registers hold: fewer of those that keep more of each
 // channel, and read more tensors at once.
@@ -52,6 +60,7 @@ struct TailStep {
   Axes weights;            // the axes whose masks were there when it, or what it is made of, added
   Axes axes;               // by which it adds up, or whose maps it makes
   Made made;               // of Kernel::maps
+  bool of_shortcut;        // it is the shortcut's norm's: of the shortcut instead of u, from d on
   bool backwards;          // the blocks take the tiles from the last on
   int64_t jobs;            // one for each block
   unsigned grid;           // blocks that are launched at a time
@@ -81,12 +90,17 @@ struct TailPlan {
   const TailDirection& operator[](Way way) const {
     return way == Way::forward ? forward : backward;
   }
+  // Whether no two threads of a pass share a vector, so that one may write where it reads.
+  bool in_place() const { return tiling.period == 1; }
 };
 
 // The kind of a tail, which the problem does not say.
 struct TailKind {
-  bool batch;     // the norm's statistics are the batch's
-  bool shortcut;  // there is one
+  bool batch;           // the norm's statistics are the batch's
+  bool shortcut;        // there is one
+  bool shortcut_norm;   // it goes through a norm
+  bool shortcut_batch;  // whose statistics are the batch's, which matters backward
+  bool statistics;      // forward makes the batch's statistics and nothing else
 };
 
 // `aligned`: every full-size tensor begins at a multiple of 16 bytes.

@@ -22,9 +22,9 @@ struct TailMemory {
       : TailMemory(simt::Carver(base), t, channel_maps, pixel_maps, rounds) {}
 
   static constexpr int channel_maps(TailScale scale) {
-    return scale == TailScale::forward ? 3 : scale == TailScale::backward ? 6 : 7;
+    return scale == TailScale::forward ? 3 : scale == TailScale::rectified ? 7 : 6;
   }
-  static constexpr int pixel_maps(TailScale scale) { return scale == TailScale::forward ? 1 : 2; }
+  static constexpr int pixel_maps(TailScale scale) { return is_backward(scale) ? 2 : 1; }
 
   DA_HD static TailMemory of_sums(unsigned char* base, const Tiling& t, TailSums sums) {
     const bool deviations = sums == TailSums::deviations;

@@ -18,6 +18,12 @@ struct KeptOfNorm {
   bool wide;
 };
 
+// A norm's tensors; mean and var may be the batch's.
+struct NormArgs {
+  OfNorm weight, bias, mean, var;
+  double eps;
+};
+
 // Which lines of the matrix the channels are, see Tiling.
 enum class ChannelsAre { rows, cols };
 
@@ -27,14 +33,13 @@ struct TailArgs {
   // u - centre. Its new sums: where a launch puts what it adds up, null if not wanted.
   Args<A> call;
   const void *shortcut, *out, *dout;  // the shortcut, and backward's out, are null without one
-  void* d;                            // the shortcut's gradient, null without one
-  void* result;                       // out, or du
-  int norm_channels;                  // of a block that works on the norm's
-  bool batch;                         // the norm's statistics are the batch's
-  Maps maps;                          // whose weights a launch's sums have
+  void* d;            // the gradient at the ReLU's argument; null without a shortcut
+  void* result;       // out, or du
+  int norm_channels;  // of a block that works on the norm's
+  bool batch;         // the norm's statistics are the batch's
+  Maps maps;          // whose weights a launch's sums have
 
-  OfNorm weight, bias, mean, var;  // see Norm; mean and var may be the batch's
-  double eps;
+  NormArgs norm;                         // see Norm
   A *new_mean, *new_var;                 // the batch's, null where they are given
   KeptOfNorm running_mean, running_var;  // null where not kept
   double momentum;                       // the batch's share in them
@@ -48,6 +53,7 @@ struct TailArgs {
   A *mask_sums, *term_sums;  // of a mask's and a term's pixels, [image][band]
   A* pooled_x;               // [image][channel]
   const A* pooled_u;         // what forward kept, of u - centre
+  NormArgs shortcut_norm;    // of forward, where the shortcut goes through it
 };
 
 }  // namespace da::cuda

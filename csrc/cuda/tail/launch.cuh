@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/launch.cuh"
 #include "cuda/tail/launch.h"
@@ -53,14 +54,13 @@ TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
   call.finishes = call.masks;
 
   args.shortcut = at.shortcut, args.out = at.out, args.dout = at.dout;
-  args.d = at.d_shortcut, args.result = at.result;
+  args.d = at.d, args.result = at.result;
   args.norm_channels = plan.norm_channels;
-  args.batch = at.batch, args.eps = at.eps;
-  args.weight = at.weight, args.bias = at.bias, args.mean = at.mean, args.var = at.var;
+  args.batch = at.batch, args.norm = at.norm, args.shortcut_norm = at.shortcut_norm;
   args.new_mean = static_cast<A*>(at.new_mean), args.new_var = static_cast<A*>(at.new_var);
   if (at.new_mean) {
-    args.mean = {at.new_mean, !std::is_same_v<A, T>};
-    args.var = {at.new_var, !std::is_same_v<A, T>};
+    args.norm.mean = {at.new_mean, !std::is_same_v<A, T>};
+    args.norm.var = {at.new_var, !std::is_same_v<A, T>};
   }
   args.running_mean = at.running_mean, args.running_var = at.running_var;
   args.momentum = at.momentum, args.batches = at.batches;
@@ -80,6 +80,8 @@ auto tail_pass(const TailStep& step) {
         return tail_scale<T, E, TailScale::forward, Are>;
       case TailScale::backward:
         return tail_scale<T, E, TailScale::backward, Are>;
+      case TailScale::normed:
+        return tail_scale<T, E, TailScale::normed, Are>;
       default:
         return tail_scale<T, E, TailScale::rectified, Are>;
     }
@@ -131,17 +133,32 @@ void set_sums(const TailStep& step, TailArgs<A>& args) {
   if (!step.axes.channels) call.new_channel_sums = nullptr;
 }
 
+// The arguments of a step of the shortcut's norm, from those of the others: the shortcut is its u,
+// and d what comes back.
+template <class A>
+TailArgs<A> of_shortcut(const TailStep& step, TailArgs<A> args, const TailPointers& at) {
+  args.call.x = at.shortcut, args.call.masks = args.call.outer = kNone, args.call.shares = 1;
+  args.dout = at.d, args.result = at.d_shortcut;
+  args.batch = at.shortcut_batch, args.norm = at.shortcut_norm;
+  args.d_weight = at.d_shortcut_weight, args.d_bias = at.d_shortcut_bias;
+  // No ReLU is on the way: it lets all of d pass where its argument is no number.
+  if (step.kernel == TailKernel::sums) args.norm.eps = std::numeric_limits<double>::quiet_NaN();
+  return args;
+}
+
 // Runs the steps in turn; as run_steps has it, a launch may begin when the blocks of the one before
 // have all begun. No memory but u, the shortcut, out, dout and the parameters is read before that
-// one has ended.
+// one has ended. But d is, by the sums of the shortcut's norm, which are not early.
 template <class T>
 int run_tail_steps(const Problem& p, const TailPlan& plan, Way way, const TailPointers& at) {
   using A = accumulate_t<T>;
-  TailArgs<A> args = tail_arguments<T>(p, plan, way, at);
-  Args<A>& call = args.call;
+  const TailArgs<A> of_u = tail_arguments<T>(p, plan, way, at);
   bool first = true;
   for (const TailStep& step : plan[way].steps) {
+    TailArgs<A> args = step.of_shortcut ? of_shortcut(step, of_u, at) : of_u;
+    Args<A>& call = args.call;
     set_sums(step, args);
+    const bool early = plan.early && !(step.of_shortcut && step.kernel == TailKernel::sums);
     call.tile_step = step.backwards ? -1 : 1;
     for (call.first_job = 0; call.first_job < step.jobs; call.first_job += step.grid) {
       call.first_tile = step.backwards ? step.jobs - 1 - call.first_job : call.first_job;
@@ -150,7 +167,7 @@ int run_tail_steps(const Problem& p, const TailPlan& plan, Way way, const TailPo
       launch.block = kThreads;
       launch.shared_bytes = step.shared_bytes;
       launch.stream = at.stream;
-      launch.early = plan.early && !first;
+      launch.early = early && !first;
       launch.backwards = step.backwards;
       first = false;
       // The gate's gradients are made of what it was given.

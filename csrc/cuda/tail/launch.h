@@ -11,17 +11,21 @@ namespace da::cuda {
 struct TailPointers {
   const void *u, *shortcut;              // shortcut: of forward, null where there is none
   const void *dout, *out;                // of backward; out: null without a shortcut
-  void *result, *d_shortcut;             // out, or du and d_shortcut, null without a shortcut
+  void* result;                          // out, or du
+  void* d;                               // of backward, as big; null without a shortcut
+  void* d_shortcut;                      // null without a norm of its own: it is d then; it may be
+                                         // d, too, where the plan is in_place()
   void *channel_mean, *pooled;           // forward writes them, backward reads them
-  OfNorm weight, bias;                   // of the norm
-  OfNorm mean, var;                      // of the norm; null where forward takes the batch's
+  NormArgs norm;                         // mean and var are null where forward takes the batch's
   void *new_mean, *new_var;              // of forward that does
   KeptOfNorm running_mean, running_var;  // of forward that does; null where not kept
   double momentum;                       // the batch's share in them
   int64_t* batches;                      // counts those that had one; null where not kept
   bool batch;                            // the statistics are the batch's
-  double eps;
   void *d_weight, *d_bias;  // of backward, in the type of the norm's; null where not wanted
+  NormArgs shortcut_norm;   // of a shortcut that goes through one, which is given backward, too
+  bool shortcut_batch;
+  void *d_shortcut_weight, *d_shortcut_bias;
   Parameters<const void*> parameters;
   bool wide;                    // the parameters are float32, beside a half u
   Parameters<void*> gradients;  // of backward, in the parameters' type; null where not wanted

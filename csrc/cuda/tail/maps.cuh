@@ -138,7 +138,7 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   simt::let_next_launch_begin();
   simt::wait_for_launch_before();
   const Args<A>& call = args.call;
-  const Norm<T> norm{args};
+  const Norm<T> norm{args.norm};
   const Bands& bands = call.bands;
   A* const nowhere = nullptr;  // but in global memory
   const MapsMemory<A> memory(simt::shared(), bands, call.kernel_size);
@@ -275,10 +275,10 @@ SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, 
   }
   lane.add(shares, sum, product);
   if (lane.slice != 0 || c >= call.channels) return;
-  const Norm<T> norm{args};
+  const Norm<T> norm{args.norm};
   const double inverse = norm.inverse(c), weight = product * inverse;
-  put<T>(args.d_weight, c, weight, args.weight.wide);
-  put<T>(args.d_bias, c, sum, args.bias.wide);
+  put<T>(args.d_weight, c, weight, args.norm.weight.wide);
+  put<T>(args.d_bias, c, sum, args.norm.bias.wide);
   // A frozen norm's du has no such part, not even where the sums are no numbers.
   const double each = -norm.scale(c) / (double(call.images) * call.pixels);
   args.du_slope[c] = args.batch ? static_cast<A>(each * weight * inverse) : A(0);

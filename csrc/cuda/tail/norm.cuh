@@ -15,7 +15,7 @@ SIMT_FN accumulate_t<T> of_norm(const OfNorm& values, int64_t c) {
 template <class T>
 struct Norm {
   using A = accumulate_t<T>;
-  const TailArgs<A>& args;
+  const NormArgs& args;
 
   SIMT_FN A centre(int64_t c) const { return of_norm<T>(args.mean, c); }
   // One over the deviation.

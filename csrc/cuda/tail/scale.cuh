@@ -1,5 +1,6 @@
 // The residual tail's last passes, from maps by channel and by pixel:
-//   out = relu(((u - centre) factor + shift) mask + shortcut), or without shortcut
+//   out = relu(((u - centre) factor + shift) mask + shortcut), or without shortcut, or with one
+//         that goes through a norm, (shortcut - its centre) its factor + its shift
 //   du  = (d factor + inner) mask + term outer + (u - centre) slope + offset
 // with d the gradient at the ReLU's argument: without a shortcut, made of dout again. The norm's
 // scale is in factor, inner and outer; `inner` or else `offset` has the channels' term, which the
@@ -17,9 +18,9 @@ namespace da::cuda {
 // The maps over the tile, in shared memory: of channels in the order of the formulas' struct below.
 template <class T, TailScale Kind, class A>
 SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailMemory<A>& memory) {
-  constexpr bool backward = Kind != TailScale::forward;
+  constexpr bool backward = is_backward(Kind);
   const Args<A>& call = args.call;
-  const Norm<T> norm{args};
+  const Norm<T> norm{args.norm};
   const int64_t pixel = tile.image * call.pixels + tile.pixel();
   if (call.masks.pixels)
     copy(memory.pixel[0], tile.pixels(), call.spatial_mask + pixel);
@@ -39,6 +40,12 @@ SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailM
     memory.channel[1][i] = scale * k;
     if (!backward) {
       memory.channel[2][i] = norm.shift(c) * k;
+      if (Kind == TailScale::normed) {
+        const Norm<T> of_shortcut{args.shortcut_norm};
+        memory.channel[3][i] = of_shortcut.centre(c);
+        memory.channel[4][i] = of_shortcut.scale(c);
+        memory.channel[5][i] = of_shortcut.shift(c);
+      }
     } else {
       const A term = call.masks.channels ? scale * call.d_pooled[at] : A(0);
       memory.channel[2][i] = call.outer.pixels ? term : A(0);
@@ -57,7 +64,7 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   using V = Access<T, E>;
   constexpr bool in_rows = Are == ChannelsAre::rows;
-  constexpr bool backward = Kind != TailScale::forward, rectified = Kind == TailScale::rectified;
+  constexpr bool backward = is_backward(Kind), rectified = Kind == TailScale::rectified;
   constexpr int depth = backward ? 2 : 4;
   constexpr int channel_maps = TailMemory<A>::channel_maps(Kind);
   constexpr int pixel_maps = TailMemory<A>::pixel_maps(Kind);
@@ -141,6 +148,8 @@ tail_scale(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
             // A frozen norm's slopes are 0, which an infinite u would make no number of.
             if (!rectified || args.batch) v[j] = simt::fma(deviation, channel(4), v[j]);
           } else {
+            if constexpr (Kind == TailScale::normed)
+              d[j] = scaled(d[j] - channel(3), channel(4), channel(5));
             const A sum = scaled(deviation, channel(1), channel(2)) * pixel(0) + d[j];
             v[j] = sum < 0 ? A(0) : sum;  // a NaN stays one
           }

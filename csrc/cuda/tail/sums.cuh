@@ -61,7 +61,7 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
       memory.channel[1][i] = centre - datum<T>(call, tile.channel() + i);
     }
   } else {
-    const Norm<T> norm{args};
+    const Norm<T> norm{args.norm};
     const A* const by_channel = terms ? call.d_pooled : call.channel_mask;
     const bool factor = terms || call.weights.channels;
     for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
