@@ -150,6 +150,18 @@ def with_shortcut_norm(tail: Tail, backend: str) -> Tensor:
 by_kernels = by("cpu")
 
 
+def kept(function: Callable[[Tail], Tensor], tail: Tail) -> tuple[Tensor, list[int]]:
+    """`out`, and where the full-size tensors lie that the call keeps for backward."""
+    tail.u.requires_grad_()
+    large: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: large.append(t.data_ptr()) if t.numel() >= tail.u.numel() else None,
+        lambda _: None,
+    ):
+        out = function(tail)
+    return out, sorted(large)
+
+
 def make_tail(
     shape: tuple[int, int, int, int] = (2, 5, 6, 7),
     order: str = "spatial_channel",

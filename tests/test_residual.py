@@ -26,6 +26,7 @@ from .tails import (
     by_kernels,
     defined,
     in_steps,
+    kept,
     make_tail,
 )
 from .test_isolation import supported, under
@@ -330,14 +331,8 @@ def test_gradcheck(fused_cpu, batch, shortcut, strided):
 def test_only_the_input_and_the_result_are_kept(backend, device, shortcut):
     """And without a shortcut not the result."""
     tail = make_tail((2, 16, 12, 12), shortcut=shortcut, device=device)
-    tail.u.requires_grad_()
-    large = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: large.append(t.data_ptr()) if t.numel() >= tail.u.numel() else None,
-        lambda _: None,
-    ):
-        out = by(backend)(tail)
-    assert sorted(large) == sorted((tail.u.data_ptr(), out.data_ptr())[: 1 + shortcut])
+    out, large = kept(by(backend), tail)
+    assert large == sorted((tail.u.data_ptr(), out.data_ptr())[: 1 + shortcut])
 
 
 BITS = """
