@@ -31,11 +31,13 @@ def is_fused(name: str) -> bool:
 
 def least_passes(subject: str) -> dict[str, int]:
     """The least traffic in each phase, in units of x, of the "layer" or "tail" of explain."""
+    from da_ops.backends.base import TailKind
     from da_ops.backends.tail import floor
 
-    training, evaluation = ("training", "evaluation") if subject == "tail" else (None, None)
-    ways = floor(training)
-    return {"inference": floor(evaluation)["forward"], "training": sum(ways.values()), **ways}
+    tail = subject == "tail"
+    ways = floor(TailKind("training") if tail else None)
+    inference = floor(TailKind("evaluation") if tail else None)["forward"]
+    return {"inference": inference, "training": sum(ways.values()), **ways}
 
 
 def timed(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from da_ops import _plan
-from da_ops.backends.base import Plan
+from da_ops.backends.base import Plan, TailKind
 from da_ops.backends.eager import count_formula
 from da_ops.backends.schedule import SCHEDULES, Pass
 from da_ops.backends.tail import Walks, direction, floor, layer_walks, plain_plan, tail_walks
@@ -25,12 +25,13 @@ def counts() -> dict[str, list[tuple[str, int, int]]]:
         forward, backward = (direction(way, cached=0).moved for way in walks)
         return forward, backward
 
-    def cached(mode: str | None) -> tuple[int, int]:
-        return floor(mode)["forward"], floor(mode)["backward"]
+    def cached(kind: TailKind | None) -> tuple[int, int]:
+        return floor(kind)["forward"], floor(kind)["backward"]
 
     def plain(plan: Plan) -> tuple[int, int]:
         return plan.forward.moved, plan.backward.moved
 
+    tail = TailKind("training")
     return {
         "The layer": [
             ("plain PyTorch", *plain(count_formula(ORDER, "affine"))),
@@ -38,10 +39,10 @@ def counts() -> dict[str, list[tuple[str, int, int]]]:
             ("image on chip, or in cache", *cached(None)),
         ],
         "Norm, attention, shortcut, ReLU": [
-            ("plain PyTorch", *plain(plain_plan(ORDER, "affine", "training"))),
-            ("plain, no attention", *plain(plain_plan("none", "affine", "training"))),
-            ("portable launches", *passes(tail_walks(ORDER, "training"))),
-            ("image in cache", *cached("training")),
+            ("plain PyTorch", *plain(plain_plan(ORDER, "affine", tail))),
+            ("plain, no attention", *plain(plain_plan("none", "affine", tail))),
+            ("portable launches", *passes(tail_walks(ORDER, tail))),
+            ("image in cache", *cached(tail)),
         ],
     }
 

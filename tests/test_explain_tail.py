@@ -14,8 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 import da_ops
 from da_ops import DAModule, DAResidual, cli
 from da_ops.backends import BACKENDS
-from da_ops.backends.base import Call
-from da_ops.backends.tail import MODES, fused_plan, tail_walks
+from da_ops.backends.base import MODES, Call, TailKind
+from da_ops.backends.tail import fused_plan, tail_walks
 from da_ops.residual import fusible
 
 from .cases import CASES, DTYPES, LAYOUTS
@@ -53,7 +53,7 @@ def test_portable_passes(order):
     """Of any backend that says nothing else."""
     call = Call(SHAPE, torch.float16, True, order, "sigmoid")
     for mode in MODES:
-        plan = fused_plan(replace(BACKENDS["cuda"], residual_plan=None), call, mode)
+        plan = fused_plan(replace(BACKENDS["cuda"], residual_plan=None), call, TailKind(mode))
         forward, backward = PORTABLE[order]
         # A norm with statistics of its own needs none of u's, and du not u.
         assert plan.forward.moved == forward - (mode != "training")
@@ -67,11 +67,12 @@ def test_portable_passes_without_a_shortcut(order):
     call = Call(SHAPE, torch.float16, True, order, "sigmoid")
     portable = replace(BACKENDS["cuda"], residual_plan=None)
     for mode in MODES:
-        plan = fused_plan(portable, call, mode, shortcut=False)
+        kind = TailKind(mode, shortcut=False)
+        plan = fused_plan(portable, call, kind)
         forward, backward = PORTABLE[order]
         assert plan.forward.moved == forward - 1 - (mode != "training")
         assert plan.backward.moved == backward - 2
-        planned = BACKENDS["cuda"].residual_plan(replace(call, sm=90), mode, False)
+        planned = BACKENDS["cuda"].residual_plan(replace(call, sm=90), kind)
         for one, other in ((plan.forward, planned.forward), (plan.backward, planned.backward)):
             passes = [(p.name, p.reads, p.writes) for p in other.passes if p.reads]
             assert passes == [(p.name, p.reads, p.writes) for p in one.passes]
@@ -151,7 +152,7 @@ def test_in_plain_pytorch():
 def test_every_pass_reads_what_is_there():
     """The arguments, and what was written before; and the results are written once."""
     for order, shortcut in product(PORTABLE, (True, False)):
-        forward, backward = tail_walks(order, "training", shortcut=shortcut)
+        forward, backward = tail_walks(order, TailKind("training", shortcut))
         for walks, there, results in (
             (forward, {"u", "shortcut"} if shortcut else {"u"}, ["out"]),
             (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,20 @@ class Call:
     def bytes(self) -> int:
         """The size of x."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+# Whose statistics a tail's norm takes: the batch's; its own, with gradients; its own, without.
+MODES = ("training", "frozen", "evaluation")
+# Whose statistics the norm of its shortcut takes.
+STATISTICS = ("batch", "own")
+
+
+class TailKind(NamedTuple):
+    """The facts about a residual tail that its plan depends on, besides the call."""
+
+    mode: str  # one of MODES
+    shortcut: bool = True  # there is one
+    shortcut_norm: str | None = None  # one of STATISTICS; None where it goes through no norm
 
 
 @dataclass(frozen=True)
@@ -97,9 +111,8 @@ class Backend:
     has that; None where the backend leaves both to the caller. ``batch_statistics`` makes and keeps
     them alone, for a shortcut that is to go through a norm of its own; None where the operators
     above take no such shortcut.
-    ``residual_plan(call, mode, shortcut)`` is their plan, the mode one of ``tail.MODES``, with a
-    shortcut or without; None where they make the passes of ``tail.tail_walks``, and each moves all
-    that it reads and writes.
+    ``residual_plan(call, kind)`` is their plan; None where they make the passes of
+    ``tail.tail_walks``, and each moves all that it reads and writes.
 
     ``missing()`` names a thing that it needs and this machine lacks. ``unfit()`` says why it cannot
     run on the devices that are there; it is asked once there is a tensor on one. ``for_auto`` is
@@ -124,7 +137,7 @@ class Backend:
     residual_training: Callable[..., tuple[Tensor, ...]] | None = None
     residual_backward: Callable[..., list[Tensor]] | None = None
     batch_statistics: Callable[..., tuple[Tensor, Tensor]] | None = None
-    residual_plan: Callable[[Call, str, bool], Plan] | None = None
+    residual_plan: Callable[[Call, TailKind], Plan] | None = None
 
     def serves(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import native
-from .base import Backend, Call, Plan
+from .base import Backend, Call, Plan, TailKind
 from .tail import Walks, direction, layer_walks, tail_walks
 from .tuned import ENVIRONMENT, PLANS
 
@@ -17,8 +17,8 @@ def _plan(call: Call) -> Plan:
     return _plan_of(call, layer_walks(call.order))
 
 
-def _residual_plan(call: Call, mode: str, shortcut: bool) -> Plan:
-    return _plan_of(call, tail_walks(call.order, mode, shortcut=shortcut), tail=True)
+def _residual_plan(call: Call, kind: TailKind) -> Plan:
+    return _plan_of(call, tail_walks(call.order, kind, by_slab=True), tail=True)
 
 
 def _plan_of(call: Call, walks: Walks, *, tail: bool = False) -> Plan:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
 from . import driver, native
-from .base import Backend, Call, Direction, Launch, Pass, Plan, Waves
+from .base import Backend, Call, Direction, Launch, Pass, Plan, TailKind, Waves
 from .tuned import ENVIRONMENT, PLANS
 
 OLDEST = 75  # compute capability that kernels are built for
@@ -23,13 +24,14 @@ def _gpu(call: Call) -> Any:
     return None
 
 
-def _planned(planner: Callable[..., dict[str, Any]], call: Call, wish: str, *more: bool) -> Any:
+def _planned(planner: Callable[..., dict[str, Any]], call: Call, wish: str, **more: bool) -> Any:
     """What `planner` says of the call on that GPU; more: what it asks for besides."""
     gpu = _gpu(call)
     dtype = str(call.dtype).removeprefix("torch.")
     sm = call.sm or (10 * gpu.major + gpu.minor if gpu else 90)
-    of_gpu = (gpu.multi_processor_count, wish, gpu.L2_cache_size) if gpu else (0, wish, 0)
-    return planner(call.shape, call.channels_last, dtype, call.order, call.gate, *more, sm, *of_gpu)
+    cores, l2 = (gpu.multi_processor_count, gpu.L2_cache_size) if gpu else (0, 0)
+    kind = call.shape, call.channels_last, dtype, call.order, call.gate
+    return planner(*kind, sm=sm, multiprocessors=cores, wish=wish, l2_bytes=l2, **more)
 
 
 def _direction(steps: list[dict[str, Any]]) -> Direction:
@@ -63,11 +65,34 @@ def _plan(call: Call) -> Plan:
     return Plan(forward, backward, details)
 
 
-def _residual_plan(call: Call, mode: str, shortcut: bool) -> Plan:
-    wish = os.environ.get(ENVIRONMENT["cuda"], "")
-    details = _planned(native.planner().cuda_tail, call, wish, mode == "training", shortcut)
+def _residual_plan(call: Call, kind: TailKind) -> Plan:
+    of_batch = kind.shortcut_norm == "batch"
+    details = _tail(
+        call,
+        batch=kind.mode == "training",
+        shortcut=kind.shortcut,
+        shortcut_norm=kind.shortcut_norm is not None,
+        shortcut_batch=of_batch,
+    )
+    if of_batch:
+        details["forward"][:0] = _statistics_of_shortcut(call)
     forward, backward = (_direction(details.pop(name)) for name in ("forward", "backward"))
     return Plan(forward, backward, details)
+
+
+def _tail(call: Call, **kind: bool) -> Any:
+    wish = os.environ.get(ENVIRONMENT["cuda"], "")
+    return _planned(native.planner().cuda_tail, call, wish, **kind)
+
+
+def _statistics_of_shortcut(call: Call) -> list[dict[str, Any]]:
+    """The launches of batch_statistics: the first two of a tail in training, but that the pass over
+    the shortcut, as any last one, begins with the last image."""
+    bare = _tail(replace(call, order="none"), batch=True, shortcut=False)
+    steps: list[dict[str, Any]] = bare["forward"][:2]
+    for step in steps:
+        step.update(name=f"{step['name']} of the shortcut", backwards=step["reads"] > 0)
+    return steps
 
 
 def _saved(once: int, again: int) -> str | None:

@@ -8,7 +8,7 @@ import textwrap
 
 import torch
 
-from ..backends.tail import MODES
+from ..backends.base import MODES, STATISTICS
 from ..explain import explain
 from ..reference import GATES, ORDERS
 
@@ -30,6 +30,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--no-shortcut", dest="shortcut", action="store_false", help="of a tail without one"
+    )
+    command.add_argument(
+        "--shortcut-norm",
+        choices=STATISTICS,
+        help="of a tail whose shortcut goes through a norm, by whose statistics",
     )
     command.add_argument("--backend", default="auto")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -58,6 +63,7 @@ def _explain(args: argparse.Namespace) -> int:
         device=architecture,
         tail=args.tail,
         shortcut=args.shortcut,
+        shortcut_norm=args.shortcut_norm,
     )
     print(answer.to_json() if args.json else answer)
     return 0

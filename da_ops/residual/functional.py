@@ -46,11 +46,10 @@ def residual_attention(
 
     For backward a fused call in training keeps ``u``, small maps and, with a shortcut, its result,
     and a shortcut that goes through a norm; nothing of their size comes between.
-    :func:`da_ops.explain` tells its passes, but for those of a shortcut's norm. What cannot be
-    fused calls the modules one by one: other norms and layers, hooks on one of them, subclasses of
-    tensors, tensors that are traced, transformed (``torch.func``) or exported, a backend without
-    such a kernel. Where that can be helped, a warning of the logger ``da_ops`` says so once, with
-    the reason.
+    :func:`da_ops.explain` tells its passes. What cannot be fused calls the modules one by one:
+    other norms and layers, hooks on one of them, subclasses of tensors, tensors that are traced,
+    transformed (``torch.func``) or exported, a backend without such a kernel. Where that can be
+    helped, a warning of the logger ``da_ops`` says so once, with the reason.
 
     Args:
         u: ``[N, C, H, W]``, what the branch's last convolution gives.

@@ -46,7 +46,7 @@ def norm_tensors(norm: Any) -> tuple[Tensor | None, ...]:
             )
         except KeyError:
             pass  # some are what their owner has made of them
-    elif not _is_frozen(norm):
+    elif not is_frozen(norm):
         return (None,) * 4
     return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
@@ -131,7 +131,7 @@ def own_ways(module: nn.Module) -> str | None:
 
 def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | None) -> str | None:
     """Which of a tail's modules is of another kind than those that can be fused; None if none."""
-    if type(norm) is not nn.BatchNorm2d and not _is_frozen(norm):
+    if type(norm) is not nn.BatchNorm2d and not is_frozen(norm):
         return f"the norm is a {type(norm).__name__}, expected nn.BatchNorm2d"
     if attention is not None and type(attention) is not DAModule:
         return f"the attention is a {type(attention).__name__}, expected DAModule"
@@ -140,7 +140,7 @@ def unfit(norm: nn.Module, attention: nn.Module | None, activation: nn.Module | 
     return None
 
 
-def _is_frozen(norm: nn.Module) -> bool:
+def is_frozen(norm: nn.Module) -> bool:
     if type(norm) is nn.BatchNorm2d:  # most are
         return False
     known = sys.modules.get("torchvision.ops.misc")  # never imported, none of its norms
@@ -154,7 +154,7 @@ def takes_batch(norm: Any) -> bool:
 
 
 def _normalises_by_batch(norm: nn.Module, running_mean: Any) -> bool:
-    return (norm.training or running_mean is None) and not _is_frozen(norm)
+    return (norm.training or running_mean is None) and not is_frozen(norm)
 
 
 def takes_norm(
@@ -221,7 +221,7 @@ def fits(u: Tensor, shortcut: Tensor | None, norm: Any, own: tuple[Tensor | None
     if u.numel() <= few or dtype not in _DTYPES:
         return False
     # A frozen norm of float32 makes half precision float32.
-    also = torch.float32 if dtype in _HALF and not _is_frozen(norm) else dtype
+    also = torch.float32 if dtype in _HALF and not is_frozen(norm) else dtype
     return all(
         t is None
         or ((t.dtype is dtype or t.dtype is also) and t.numel() == channels and t.device == device)
