@@ -77,6 +77,7 @@ py::dict cpu(const py::tuple& shape, bool channels_last, const std::string& dtyp
   d["sum_together"] = plan.sums == da::cpu::Rows::together;
   d["scale_together"] = plan.combines == da::cpu::Rows::together;
   d["stream"] = plan.stores == da::cpu::Stores::streamed;
+  d["hot"] = plan.stores == da::cpu::Stores::hot;
   d["stream_du"] = plan.du_stores == da::cpu::Stores::streamed;
   d["joint"] = plan.joint;
   d["forward"] = passes(da::schedule(p.order, false));

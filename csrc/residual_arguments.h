@@ -113,8 +113,8 @@ using ResidualOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline std::vector<Tensor> present(const Parameter& du, const Parameter& d_shortcut,
                                    const Parameter& d_weight, const Parameter& d_bias,
                                    const Parameters<Parameter>& d,
-                                   const Parameter& d_shortcut_weight = {},
-                                   const Parameter& d_shortcut_bias = {}) {
+                                   const Parameter& d_shortcut_weight,
+                                   const Parameter& d_shortcut_bias) {
   std::vector<Tensor> found;
   for (const Parameter* gradient :
        {&du, &d_shortcut, &d_weight, &d_bias, &d.conv, &d.dilated, &d.merge, &d.spatial_bias,

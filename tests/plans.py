@@ -30,7 +30,7 @@ def _texts(**choices: list[int]) -> st.SearchStrategy[str]:
 
 # The first of each is what a small tensor gets by itself. Those of the first line do not show in
 # the bits of a result, those of the second do: numbers are added in another order.
-_CPU_WAYS = _texts(cache=[0, 1], shared=[2**15, 0], joint=[2**16, 0])
+_CPU_WAYS = _texts(cache=[0, 1], shared=[2**15, 0], joint=[2**16, 0], hot=[2**19, 0])
 _CPU_SUMS = _texts(
     slabs=[16, 1, 3, 64], slab_rows=[64, 1, 3, 8], long_row=[1000, 0], near=[8192, 0]
 )

@@ -256,16 +256,46 @@ def test_checkpointing_updates_statistics_as_often_as_modules_do(fused_cpu, reen
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_graph_has_the_norm_as_a_step_of_its_own(fused_cpu):
+class Graphs(list):
+    """Those of a torch.compile that has this as its backend."""
+
+    def __call__(self, graph, inputs):
+        self.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def norms(self):
+        """PyTorch's own batch norms in them."""
+        return sum("batch_norm" in str(node.target) for one in self for node in one.graph.nodes)
+
+
+@pytest.mark.parametrize("its_training", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_has_the_norm_within_the_operator(fused_cpu, training, its_training):
     u, shortcut, dout = tensors()
     modules, found = (norm_of(), layer_of(), norm_of()), []
-    compiled = torch.compile(residual_attention, backend="aot_eager", fullgraph=True)
+    modules[0].train(training), modules[2].train(its_training)
+    graphs = Graphs()
+    compiled = torch.compile(residual_attention, backend=graphs, fullgraph=True)
     for function in (compiled, one_by_one):
         mine = copy.deepcopy(modules)
         out = function(u, shortcut, *mine)
-        found.append([out, *torch.autograd.grad(out, [u, shortcut], dout), *mine[2].buffers()])
+        inputs = [u, shortcut, *(p for module in mine for p in module.parameters())]
+        buffers = *mine[0].buffers(), *mine[2].buffers()
+        found.append([out, *torch.autograd.grad(out, inputs, dout), *buffers])
+    assert len(graphs) == 1 and graphs.norms() == 0
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_graph_calls_a_norm_that_the_operator_does_not_take(fused_cpu):
+    u, shortcut, _ = tensors()
+    modules, graphs = (norm_of(), layer_of(), norm_of()), Graphs()
+    modules[2].requires_grad_(False)
+    compiled = torch.compile(residual_attention, backend=graphs, fullgraph=True)
+    # Backward of this norm needs no shortcut.
+    out = compiled(u, shortcut.detach(), *copy.deepcopy(modules))
+    assert graphs.norms() == 1
+    torch.testing.assert_close(out, one_by_one(u, shortcut.detach(), *modules))
 
 
 def test_batched_gradients_and_saved_tensors_laid_out_anew(fused_cpu):
@@ -291,6 +321,15 @@ def norms_called(network, x):
         network(x)
     names = [event.name for event in profile.function_events]
     return names.count("aten::native_batch_norm") + names.count("aten::_native_batch_norm_legit")
+
+
+@pytest.mark.parametrize("name", ["basic", "timm basic"])
+def test_a_graph_of_a_fused_network_has_no_norm_of_its_own(fused_cpu, name):
+    plain, fused = pair(name)
+    x, graphs = torch.randn(3, 3, 32, 32, dtype=torch.float64), Graphs()
+    torch.testing.assert_close(torch.compile(fused, backend=graphs, fullgraph=True)(x), plain(x))
+    assert graphs.norms() == 0
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(plain.named_buffers()))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -58,7 +58,7 @@ def calls(draw, device):
     )
 
 
-CPU_CHOICES = ("threads", "slabs", "sum_together", "scale_together", "stream", "joint")
+CPU_CHOICES = ("threads", "slabs", "sum_together", "scale_together", "stream", "joint", "hot")
 
 
 def cpu_choices(call, plan):

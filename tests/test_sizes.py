@@ -71,6 +71,17 @@ def chosen(
     return plan(shape, last, dtype, order, threads, limits, tensors=tensors)
 
 
+@pytest.mark.skipif(
+    not Path("/sys/devices/system/cpu/cpu0/cache/index3/size").exists(), reason="no cache is told"
+)
+def test_of_the_cache_that_is_told_no_more_counts_than_a_processor_has():
+    """A virtual machine may be told of its host's."""
+    most = 2**24 * os.sysconf("SC_NPROCESSORS_ONLN")
+    pixels = most // 16  # a quarter of that in float32
+    assert chosen("", (1, 1, 1, pixels + 1))["stream"]
+    assert not chosen(text(cache=most), (1, 1, 1, pixels))["stream"]
+
+
 def test_where_the_ways_part():
     """At the sizes that the limits say, of elements, bytes, or bytes of the sums' type."""
     size = 2 * 64 * 8 * 8
@@ -94,6 +105,8 @@ def test_where_the_ways_part():
     assert chosen(text(joint=image))["joint"]
     assert not chosen(text(joint=image + 1))["joint"]
     assert not chosen(text(joint=0), layout="channels_last")["joint"]
+    assert chosen(text(cache=0, hot=4 * size))["hot"]
+    assert not chosen(text(cache=0, hot=4 * size - 1))["hot"]
     assert chosen(text(slabs=4))["slab_rows"] == 16
     assert chosen(text(slabs=1, slab_rows=60))["slabs"] == 2
     assert chosen(text(slabs=1, slab_rows=10**6), (1, 9000, 2, 2))["slab_rows"] == 1024

@@ -41,8 +41,12 @@ inline int64_t plane_size(int64_t h, int64_t w) {
   return (h + 2 * kReach) * plane_stride(w) + kMaxLanes;
 }
 
-enum class Rows { singly, together };    // whether several rows are taken at a time
-enum class Stores { cached, streamed };  // streamed ones bypass the caches
+enum class Rows { singly, together };  // whether several rows are taken at a time
+enum class Stores {
+  hot,       // to lines that the nearest caches hold
+  cached,    // to lines that may have to be fetched
+  streamed,  // past the caches
+};
 
 // The terms of dx besides dy, one by row and one by column. The scale of the outer axis
 // multiplies the other axis' term, too.

@@ -103,8 +103,10 @@ DA_INLINE int64_t map_across(T* out, int64_t rows, int64_t cols, Stores stores,
     }
   };
   const auto all = [&](auto stream_it) DA_LAMBDA_INLINE {
-    // What four groups take of the arrays fits the registers where these are few.
-    if constexpr (kByRow + kByCol <= 4) take(std::integral_constant<int, 4>(), stream_it);
+    // Four groups share the columns' vectors and whose rows they have, if what they take of the
+    // arrays fits the registers. Lines that are far are rather written one by one, each as a whole.
+    if constexpr (kByRow + kByCol <= 4)
+      if (stores == Stores::hot) take(std::integral_constant<int, 4>(), stream_it);
     take(std::integral_constant<int, 1>(), stream_it);
   };
   if (streams(out, period * cols, stores)) {

@@ -86,7 +86,7 @@ ResidualOutputs forward_into(const Tensor& out, const Problem& problem, const Te
     const T* data = static_cast<const T*>(u.const_data_ptr());
     T* const result = static_cast<T*>(out.mutable_data_ptr());
     Plan plan = plan_here(p, false, shortcut.tensor ? 3 : 2);
-    if (result == data) plan.stores = Stores::cached;  // what is overwritten has been fetched
+    if (result == data) plan.stores = Stores::hot;  // what is overwritten has just been read
     const bool batch = !given_norm.mean;
     const auto [mean, var] = batch ? statistics_of<T>(p, plan, u, running)
                                    : Moments(allocate(u, {0}, accumulation_type(u)),

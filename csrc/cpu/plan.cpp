@@ -25,8 +25,12 @@ Isa widest() {
   return Isa::generic;
 }
 
-int64_t last_level_cache_bytes() {
-  // A virtual machine's sysconf may tell the whole host's cache; sysfs tells what one core sees.
+// A virtual machine may be told of its host's whole cache, of which it has a part: no processor has
+// more than this for each of its threads.
+constexpr int64_t kCacheOfThread = int64_t(16) << 20;
+
+// Sysfs tells what one core sees, sysconf perhaps the whole machine's.
+int64_t told_cache_bytes() {
   if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
     long kib = 0;
     const bool read = std::fscanf(file, "%ldK", &kib) == 1;
@@ -38,6 +42,10 @@ int64_t last_level_cache_bytes() {
 #else
   return 0;
 #endif
+}
+
+int64_t last_level_cache_bytes() {
+  return std::min(told_cache_bytes(), std::max(sysconf(_SC_NPROCESSORS_ONLN), 1L) * kCacheOfThread);
 }
 
 // Rows that one thread takes together. Those of channels whose columns nobody adds up are shared
@@ -88,7 +96,8 @@ bool parse(const std::string& text, Limits& limits) {
                           {"slab_rows", &limits.slab_rows, 1},
                           {"long_row", &limits.long_row, 0},
                           {"near", &limits.near_bytes, 0},
-                          {"joint", &limits.joint_bytes, 0}});
+                          {"joint", &limits.joint_bytes, 0},
+                          {"hot", &limits.hot_bytes, 0}});
 }
 
 Plan plan(const Problem& problem, const Machine& machine, int tensors) {
@@ -118,12 +127,12 @@ Plan plan(const Problem& problem, const Machine& machine, int tensors) {
   p.sums = rows(problem.cols() > limits.long_row);
   p.combines = rows(2 * problem.cols() * sum_bytes > limits.near_bytes);
   // What the cache cannot hold together with all else is not fetched to be overwritten.
-  const auto larger_than = [&](int64_t bytes) {
-    const bool larger = limits.cache_bytes > 0 && problem.bytes() > bytes;
-    return larger ? Stores::streamed : Stores::cached;
+  const auto if_cached = [&](int64_t most) {
+    if (limits.cache_bytes > 0 && problem.bytes() > most) return Stores::streamed;
+    return problem.bytes() > limits.hot_bytes ? Stores::cached : Stores::hot;
   };
-  p.stores = larger_than(limits.cache_bytes / (2 * tensors));
-  p.du_stores = larger_than(limits.cache_bytes);
+  p.stores = if_cached(limits.cache_bytes / (2 * tensors));
+  p.du_stores = if_cached(limits.cache_bytes);
   // A small image stays near anyway.
   p.joint =
       may_join(problem) && problem.bytes() / std::max<int64_t>(problem.n, 1) >= limits.joint_bytes;

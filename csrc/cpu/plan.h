@@ -27,6 +27,7 @@ struct Limits {
   int64_t long_row = 1000;      // elements above which rows are added up together
   int64_t near_bytes = 8192;    // of what is kept by column, above which rows are scaled together
   int64_t joint_bytes = 65536;  // of an image, from which on passes may share a slab
+  int64_t hot_bytes = 524288;   // of x, above which lines that are written may have to be fetched
 };
 
 // This machine's, but for those that a text such as "cache=1,slabs=4" names; false where it is
@@ -34,8 +35,7 @@ struct Limits {
 bool parse(const std::string& text, Limits& limits);
 constexpr const char* kLimits =
     "DA_OPS_CPU_PLAN: expected a number for some of cache, shared, slabs, slab_rows, long_row, "
-    "near "
-    "and joint, as in cache=65536,slabs=4; got ";
+    "near, joint and hot, as in cache=65536,slabs=4; got ";
 
 struct Machine {
   int64_t threads = 1;

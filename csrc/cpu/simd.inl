@@ -136,6 +136,13 @@ DA_INLINE void finish_streams() {
 #endif
 }
 
+template <class A>
+DA_INLINE ivec<A> lane_numbers() {
+  ivec<A> lane;
+  for (int64_t i = 0; i < Vector<A>::lanes; i++) lane[i] = i;
+  return lane;
+}
+
 template <class T>
 struct Part {
   T elements[Vector<accumulate_t<T>>::lanes];
@@ -153,6 +160,15 @@ DA_INLINE vec<accumulate_t<T>> load_part(const T* p, int64_t n) {
   else
     return load(bits<Part<T>>(_mm256_maskz_loadu_epi16(first, p)).elements);
 #else
+#if DA_VECTOR_BYTES == 32
+  // A vector of what was just stored by element would wait for all stores before it.
+  using A = accumulate_t<T>;
+  const ivec<A> first = lane_numbers<A>() < typename Integer<A>::type(n);
+  if constexpr (sizeof(T) == 8)
+    return (vec<double>)_mm256_maskload_pd(p, (__m256i)first);
+  else if constexpr (sizeof(T) == 4)
+    return (vec<float>)_mm256_maskload_ps(p, (__m256i)first);
+#endif
   Part<T> t = {};
   for (int64_t i = 0; i < n; i++) t.elements[i] = p[i];
   return load(t.elements);
@@ -204,9 +220,7 @@ DA_INLINE vec<double> pick(vec<double> v, ivec<double> lane) {
 template <class A>
 DA_INLINE ivec<A> rows_from(int64_t row, int64_t n) {
   using I = typename Integer<A>::type;
-  ivec<A> lane;
-  for (int64_t i = 0; i < Vector<A>::lanes; i++) lane[i] = i;
-  return (lane < I(n) ? ivec<A>{} : ivec<A>{} + 1) + I(row);
+  return (lane_numbers<A>() < I(n) ? ivec<A>{} : ivec<A>{} + 1) + I(row);
 }
 
 #if defined(__has_builtin)
@@ -215,32 +229,65 @@ DA_INLINE ivec<A> rows_from(int64_t row, int64_t n) {
 #endif
 #endif
 
-// Sums of neighbouring lanes, a's then b's. Folding again and again ends in sums of whole vectors.
-template <class V, int64_t... I>
-DA_INLINE V fold(V a, V b, std::integer_sequence<int64_t, I...>) {
+// The lanes of a, which are numbered from 0 on, and of b after them, that these numbers name.
+template <class A, int64_t... kLanes>
+DA_INLINE vec<A> shuffle(vec<A> a, vec<A> b) {
 #ifdef DA_SHUFFLEVECTOR
-  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+  return __builtin_shufflevector(a, b, kLanes...);
 #else
-  return __builtin_shuffle(a, b, ivec<decltype(a[0] + 0)>{(2 * I)...}) +
-         __builtin_shuffle(a, b, ivec<decltype(a[0] + 0)>{(2 * I + 1)...});
+  return __builtin_shuffle(a, b, ivec<A>{kLanes...});
 #endif
+}
+
+constexpr int64_t kGroup = 16;  // bytes, within which an instruction moves lanes at the least cost
+
+// Sums of neighbouring lanes, group by group: those of a, then those of b.
+template <class A, int64_t... I>
+DA_INLINE vec<A> fold(vec<A> a, vec<A> b, std::integer_sequence<int64_t, I...>) {
+  constexpr int64_t lanes = Vector<A>::lanes, group = kGroup / sizeof(A), half = group / 2;
+  constexpr auto first = [](int64_t i) {
+    const int64_t pair = i / group * group + 2 * (i % half);
+    return i % group < half ? pair : lanes + pair;
+  };
+  return shuffle<A, first(I)...>(a, b) + shuffle<A, first(I) + 1 ...>(a, b);
 }
 template <class A>
 DA_INLINE vec<A> fold(vec<A> a, vec<A> b) {
-  return fold(a, b, std::make_integer_sequence<int64_t, Vector<A>::lanes>());
+  return fold<A>(a, b, std::make_integer_sequence<int64_t, Vector<A>::lanes>());
+}
+
+// Sums of all groups, in the first.
+template <int64_t kApart, class A, int64_t... I>
+DA_INLINE vec<A> sum_groups(vec<A> v, std::integer_sequence<int64_t, I...> lanes) {
+  if constexpr (kApart * sizeof(A) < kGroup)
+    return v;
+  else
+    return sum_groups<kApart / 2, A>(v + shuffle<A, (I ^ kApart)...>(v, v), lanes);
+}
+template <class A>
+DA_INLINE vec<A> sum_groups(vec<A> v) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  return sum_groups<lanes / 2, A>(v, std::make_integer_sequence<int64_t, lanes>());
 }
 
 // out[i] = the sum of all lanes of v[i], i < n, where n is 1 or 4: a fixed tree.
 template <int n, class A>
 DA_INLINE void sum_lanes(const vec<A>* v, A* out) {
-  constexpr int64_t lanes = Vector<A>::lanes;
-  if constexpr (n == 4 && lanes == 2) {
-    store(out, fold<A>(v[0], v[1]));
-    store(out + 2, fold<A>(v[2], v[3]));
+  constexpr bool pairs = sizeof(A) == kGroup / 2;
+  if constexpr (n == 1) {
+    vec<A> sums = fold<A>(v[0], v[0]);
+    if constexpr (!pairs) sums = fold<A>(sums, sums);
+    out[0] = sum_groups<A>(sums)[0];
   } else {
-    vec<A> sums = n == 4 ? fold<A>(fold<A>(v[0], v[1]), fold<A>(v[2], v[3])) : v[0];
-    for (int64_t left = n == 4 ? lanes / 4 : lanes; left > 1; left /= 2) sums = fold<A>(sums, sums);
-    for (int i = 0; i < n; i++) out[i] = sums[i];
+    static_assert(n == 4);
+    vec<A> sums[] = {fold<A>(v[0], v[1]), fold<A>(v[2], v[3])};
+    if constexpr (pairs) {
+      for (int i = 0; i < 2; i++) sums[i] = sum_groups<A>(sums[i]);
+      __builtin_memcpy(out, sums, kGroup), __builtin_memcpy(out + 2, sums + 1, kGroup);
+    } else {
+      sums[0] = sum_groups<A>(fold<A>(sums[0], sums[1]));
+      __builtin_memcpy(out, sums, kGroup);
+    }
   }
 }
 

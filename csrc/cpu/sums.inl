@@ -11,6 +11,14 @@ struct Ahead {
   }
 };
 
+// The pointer, which stays in a register: from it the compiler does not make one for each of the
+// places at fixed distances that are read, more than there are registers.
+template <class T>
+DA_INLINE const T* hold(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 // The terms of a row r's sums: read(row) loads the elements at column q, and keep(v) makes zeros of
 // lanes that are none of them. from(r) begins at row r. fetch_ahead(i) fetches the i-th element
 // from `ahead` on.
@@ -19,7 +27,7 @@ struct Elements {
   const T* x;
   Ahead<T> ahead;
   int64_t cols;
-  DA_INLINE Elements from(int64_t r) const { return {x + r * cols, ahead + r * cols, cols}; }
+  DA_INLINE Elements from(int64_t r) const { return {hold(x + r * cols), ahead + r * cols, cols}; }
   template <class Read, class Keep>
   DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
     return read(x + r * cols);
@@ -33,7 +41,7 @@ struct Products {
   int64_t cols;
   DA_INLINE Products from(int64_t r) const {
     const int64_t at = r * cols;
-    return {x + at, dy + at, ahead + at, dy_ahead + at, cols};
+    return {hold(x + at), hold(dy + at), ahead + at, dy_ahead + at, cols};
   }
   template <class Read, class Keep>
   DA_INLINE auto at(int64_t r, int64_t, Read read, Keep) const {
@@ -51,7 +59,7 @@ struct Deviations {
   const accumulate_t<T>* centre;  // of rows, or of columns
   int64_t cols;
   DA_INLINE Deviations from(int64_t r) const {
-    return {x + r * cols, ahead + r * cols, kByRow ? centre + r : centre, cols};
+    return {hold(x + r * cols), ahead + r * cols, kByRow ? centre + r : centre, cols};
   }
   template <class Read, class Keep>
   DA_INLINE auto at(int64_t r, int64_t q, Read read, Keep keep) const {
@@ -59,6 +67,15 @@ struct Deviations {
   }
   DA_INLINE void fetch_ahead(int64_t i) const { ahead.fetch_at(i); }
 };
+
+// Rows from r on.
+template <class Source, int... kRows>
+DA_INLINE auto rows_from(const Source& source, int64_t r, std::integer_sequence<int, kRows...>) {
+  struct {
+    Source rows[sizeof...(kRows)];
+  } some = {{source.from(r + kRows)...}};
+  return some;
+}
 
 // Zeros for n sums, and for the rest of their last vector.
 template <class A>
@@ -148,14 +165,14 @@ DA_INLINE void sum_narrow(const Source& source, int64_t rows, int64_t cols, cons
   vec<A> sums[kVectors] = {};
   const auto block = [&](auto size, int64_t r) DA_LAMBDA_INLINE {
     constexpr int kSize = decltype(size)::value;
-    const Source rows_here = source.from(r);
+    const auto here = rows_from(source, r, std::make_integer_sequence<int, kSize>());
     vec<A> total[kSize] = {}, weight[kSize];
     for (int b = 0; kCols && b < kSize; b++) weight[b] = splat(row_weight[r + b]);
     const auto add = [&](int v, int64_t q, auto read, auto keep) DA_LAMBDA_INLINE {
       vec<A> parts[2] = {};
       for (int b = 0; b < kSize; b++) {
-        rows_here.fetch_ahead(kSize * v * lanes + b * lanes);
-        const vec<A> t = rows_here.at(b, q, read, keep);
+        here.rows[0].fetch_ahead(kSize * v * lanes + b * lanes);
+        const vec<A> t = here.rows[b].at(0, q, read, keep);
         if constexpr (kRows) total[b] += t * load(col_weight + q);
         if constexpr (kCols) parts[b % 2] += t * weight[b];
       }

@@ -35,7 +35,7 @@ def _plan_of(call: Call, walks: Walks, *, tail: bool = False) -> Plan:
     told = {
         key: value if value == other[key] else f"{value} forward, {other[key]} backward"
         for key, value in details[0].items()
-        if key not in ("joint", "forward", "backward", "cached_tensors", "stream_du")
+        if key not in ("joint", "hot", "forward", "backward", "cached_tensors", "stream_du")
     }
     forward, backward = directions
     return Plan(forward, backward, {**told, **PLANS.words("cpu", call)})

@@ -61,7 +61,8 @@ def update(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
 class ResidualFunction(torch.autograd.Function):
     """``apply(call, statistics, u, shortcut, norm_weight, norm_bias, *parameters) -> out``, the
     residual tail with its hand-written backward; ``(out, mean, var)`` where ``statistics`` is true:
-    the batch's, empty where the norm has its own.
+    the batch's, empty where the norm has its own; and those of a shortcut's norm that takes the
+    batch's.
 
     ``u`` is dense; a copy made here would not be part of the graph that double backward follows.
     The shortcut may be None. The six parameters are those of :class:`da_ops.DAFunction`; there are
@@ -107,8 +108,8 @@ class ResidualFunction(torch.autograd.Function):
         )
         if not statistics:
             return out
-        ctx.mark_non_differentiable(mean, var)
-        return out, mean, var
+        ctx.mark_non_differentiable(mean, var, *of_batch)
+        return out, mean, var, *of_batch
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -241,15 +242,23 @@ def fused(
     norm_var: Tensor | None,
     eps: float,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Sequence[Tensor]:
     """``fused(u, shortcut, norm_weight, norm_bias, norm_mean, norm_var, eps, *parameters, order,
-    gate, backend) -> (out, mean, var)``, the operator ``da_ops::residual_attention``. The six
-    parameters are None with the order "none"."""
-    *parameters, order, gate, backend = rest
+    gate, backend, shortcut_weight, shortcut_bias, shortcut_mean, shortcut_var, shortcut_eps) ->
+    (out, mean, var, shortcut_mean, shortcut_var)``, the operator ``da_ops::residual_attention``.
+    The six parameters are None with the order "none", the last five without a norm of the shortcut.
+    """
+    *parameters, order, gate, backend = rest[:9]
+    *affine, its_mean, its_var, its_eps = rest[9:] or (None,) * 5
     served = CHOICE.for_tails(backend, u.device.type)
-    call: Call = (served, order, gate, eps, norm_mean, norm_var, None, None)
+    of_shortcut = None if its_eps is None else (its_eps, its_mean, its_var, None)
+    call: Call = (served, order, gate, eps, norm_mean, norm_var, None, of_shortcut)
     given = () if order == "none" else parameters
-    return ResidualFunction.apply(call, True, dense(u), shortcut, norm_weight, norm_bias, *given)
+    added = () if of_shortcut is None else affine
+    out, mean, var, *of_batch = ResidualFunction.apply(
+        call, True, dense(u), shortcut, norm_weight, norm_bias, *given, *added
+    )
+    return out, mean, var, *(of_batch or (mean.new_empty(0), mean.new_empty(0)))
 
 
 # One node to Dynamo, as da_ops::attention is. A graph that torch.compile keeps on disk is found by
@@ -259,6 +268,8 @@ _library = torch.library.Library("da_ops", "FRAGMENT")
 _library.define(
     "residual_attention(Tensor u, Tensor? shortcut, Tensor? norm_weight, Tensor? norm_bias, "
     f"Tensor? norm_mean, Tensor? norm_var, float eps, {SCHEMA}, str order, str gate, "
-    "str backend) -> (Tensor out, Tensor mean, Tensor var)"
+    "str backend, Tensor? shortcut_weight=None, Tensor? shortcut_bias=None, "
+    "Tensor? shortcut_mean=None, Tensor? shortcut_var=None, float? shortcut_eps=None) -> "
+    "(Tensor out, Tensor mean, Tensor var, Tensor batch_mean, Tensor batch_var)"
 )
 _library.impl("residual_attention", fused, "CompositeImplicitAutograd")

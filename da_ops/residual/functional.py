@@ -61,8 +61,7 @@ def residual_attention(
         shortcut_norm: the norm that the shortcut goes through, as in a block that downsamples:
             ``relu(attention(norm(u)) + shortcut_norm(shortcut))``. One that is as above is part of
             the operator of the backends "cpu" and "cuda", so that its result is not written. Else,
-            and in graphs of ``torch.compile``, or where backward could do without the shortcut, it
-            is called before.
+            and where backward could do without the shortcut, it is called before.
 
     Returns:
         ``[N, C, H, W]`` in the dtype and memory layout of ``u``.
@@ -101,7 +100,7 @@ def tail(
         shortcut, shortcut_norm = shortcut_norm(shortcut), None
     out = None
     if not shared and torch.compiler.is_compiling():
-        out = _in_graph(u, shortcut, norm, attention, activation)
+        out = _in_graph(u, shortcut, norm, attention, activation, shortcut_norm)
     elif not shared:
         out = _fused(u, shortcut, norm, attention, activation, made_by, shortcut_norm)
     if out is not None:
@@ -178,6 +177,7 @@ def _in_graph(
     norm: Any,
     attention: DAModule | None,
     activation: nn.Module | None,
+    shortcut_norm: Any,
 ) -> Tensor | None:
     """The tail as one operator of a graph that is compiled, which takes it apart later; None as
     :func:`_fused` has it."""
@@ -196,11 +196,18 @@ def _in_graph(
     if attention is not None:
         check_arguments(u, parameters, order, gate)
     six = parameters or (None,) * 6
-    out, mean, var = torch.ops.da_ops.residual_attention.default(
-        u, shortcut, weight, bias, mean, var, eps, *six, order, gate, backend
+    added: tuple[Any, ...] = ()
+    learnt = None
+    if shortcut_norm is not None:
+        *affine, its_mean, its_var = norm_tensors(shortcut_norm)
+        its_eps, its_mean, its_var, learnt = statistics_of(shortcut_norm, its_mean, its_var)
+        added = (*affine, its_mean, its_var, its_eps)
+    out, *batch = torch.ops.da_ops.residual_attention.default(
+        u, shortcut, weight, bias, mean, var, eps, *six, order, gate, backend, *added
     )
-    if running is not None:
-        update(running, mean, var, u.numel() // u.shape[1])
+    for to, of in ((running, batch[:2]), (learnt, batch[2:])):
+        if to is not None:
+            update(to, *of, u.numel() // u.shape[1])
     return out
 
 
@@ -213,7 +220,6 @@ def shortcut_of(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.Mod
     plain = (
         type(downsample) is nn.Sequential
         and is_free(x, None)
-        and not torch.compiler.is_compiling()
         and own_ways(downsample) is None
         and own.get("_compiled_call_impl") is None
         and not _has_any_global_hook()

@@ -167,7 +167,7 @@ def takes_norm(
 ) -> bool:
     """Whether a kernel takes the shortcut's norm, too. All is looked at that could yet ask for the
     modules, for by then this norm would have learnt from the batch."""
-    if torch.compiler.is_compiling() or not is_free(u, shortcut):
+    if not is_free(u, shortcut):
         return False
     if torch.is_grad_enabled() and not _keeps_input(shortcut_norm, shortcut):
         return False
