@@ -37,24 +37,27 @@ def test_accuracy(backend, device, order, gate, dtype, parameter_dtype, layout):
         draws = 8 if FULL else accuracy.SEVERAL
     # Triton's interpreter cuts bfloat16 off where a GPU rounds.
     truncated = interpreted(backend) and dtype == torch.bfloat16
-    ours, plain = [], []
-    for seed in range(draws):
-        call = make(
-            (2, 24, 9, 11),
-            order,
-            gate,
-            dtype=dtype,
-            parameter_dtype=parameter_dtype,
-            layout=layout,
-            device=device,
-            seed=seed,
-        )
-        got = call.results(backend=backend)
-        assert got["y"].dtype == got["dx"].dtype == dtype
-        assert all(got[f"d_{name}"].dtype == parameter_dtype for name in call.parameters)
-        ours.append(call.errors(got, truncated=truncated))
-        plain.append(call.errors(call.to(dtype).results(formula)))
-    assert not accuracy.broken(ours, plain)
+    ours, plain, found = [], [], []
+    for seeds in range(draws), range(draws, 4 * draws):  # many tell chance from what is broken
+        for seed in seeds:
+            call = make(
+                (2, 24, 9, 11),
+                order,
+                gate,
+                dtype=dtype,
+                parameter_dtype=parameter_dtype,
+                layout=layout,
+                device=device,
+                seed=seed,
+            )
+            got = call.results(backend=backend)
+            assert got["y"].dtype == got["dx"].dtype == dtype
+            assert all(got[f"d_{name}"].dtype == parameter_dtype for name in call.parameters)
+            ours.append(call.errors(got, truncated=truncated))
+            plain.append(call.errors(call.to(dtype).results(formula)))
+        if not (found := accuracy.broken(ours, plain)):
+            break
+    assert not found
 
 
 def test_parameters_are_in_the_order_of_the_schemas():
