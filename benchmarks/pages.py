@@ -69,17 +69,22 @@ def picture(words: str, path: Path, page: Path) -> str:
 
 
 def speed(folder: Path, page: Path) -> str:
+    """Those of today's kernel sources; where there are none, all."""
     lines: list[str] = []
-    for device, together in counted(folder).items():
-        if "op" in together:
-            results = together["op"]
-            lines += ["", picture("speed-ups", folder / f"{device}.png", page), ""]
-            lines += [tables.markdown_table(MEANS_HEADER, mean_rows(results), left=1)]
-            lines += ["", f"{tables.device_line(results)}; float32."]
-            network = together.get("network")
-            if network and not doubts(network):
-                lines += [network_line(network)]
-            lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
+    devices = {d: together for d, together in counted(folder).items() if "op" in together}
+    todays = {d: together for d, together in devices.items() if not tables.stale(together["op"])}
+    for device, together in (todays or devices).items():
+        results = together["op"]
+        lines += ["", picture("speed-ups", folder / f"{device}.png", page), ""]
+        lines += [tables.markdown_table(MEANS_HEADER, mean_rows(results), left=1)]
+        lines += ["", f"{tables.device_line(results)}; float32."]
+        network = together.get("network")
+        if network and not doubts(network):
+            lines += [network_line(network)]
+        lines += [f"\n**Note: {doubt}.**" for doubt in doubts(results)]
+    if todays and len(todays) < len(devices):
+        names = (d["op"]["device"]["name"] for name, d in devices.items() if name not in todays)
+        lines[-1] += f" With the kernels of before, in docs/benchmarks.md: {', '.join(names)}."
     return marked("speed", COMMAND, lines or ["", "No results yet: `make bench-full` measures."])
 
 
