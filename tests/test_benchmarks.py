@@ -233,6 +233,18 @@ def test_blocks_of_a_page(op_file, network_file, tmp_path, monkeypatch, capsys):
     assert page.read_text() == "no markers"
 
 
+def test_the_readme_has_figures_of_todays_kernels_and_names_who_has_others(op_file, tmp_path):
+    results = json.loads(op_file.read_text())
+    (tmp_path / "new-op.json").write_text(json.dumps(results))
+    results["device"]["name"], results["digest"] = "Old Machine", "0" * 64
+    (tmp_path / "old-op.json").write_text(json.dumps(results))
+    block = pages.speed(tmp_path, tmp_path / "page.md")
+    assert "new.png" in block and "old.png" not in block
+    assert "With the kernels of before, in docs/benchmarks.md: Old Machine." in block
+    (tmp_path / "new-op.json").unlink()
+    assert "old.png" in pages.speed(tmp_path, tmp_path / "page.md")
+
+
 @pytest.mark.parametrize("kind", ["op", "network"])
 def test_files_are_what_they_say_however_they_are_named(
     kind, op_file, network_file, tmp_path, capsys
