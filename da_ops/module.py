@@ -48,6 +48,11 @@ class DAModule(nn.Module):
     or given hooks calls all three, in plain PyTorch operations, and says so once, as a warning of
     the logger ``da_ops``; :meth:`unfused` and ``da_ops.explain(x, layer=layer)`` say why.
 
+    Raises:
+        ValueError: ``channels`` is no positive int, ``order``, ``gate`` or ``backend`` is no known
+            name, ``kernel_size`` is even or goes with another gate than "eca".
+        what :func:`da_ops.da_attention` raises, by ``forward``.
+
     Source: the DA block, an extremely lightweight attention mechanism for detection backbones. What
     its paper leaves open (the gate's form, the convolutions' biases) is decided in docs/paper.md.
     """

@@ -156,6 +156,17 @@ def test_the_layout_is_that_of_what_the_kernels_read(x, layout, copied):
     assert "copy" not in str(da_ops.explain(x, layer=layer))
 
 
+def test_cpu_directions_store_alike(monkeypatch):
+    """Both write past the cache or neither, since each is given memory that the other wrote."""
+    if da_ops.backends()["cpu"] is not None:
+        pytest.skip("no CPU kernels here")
+    limit = torch.empty(2, 8, 4, 32).nbytes
+    monkeypatch.setenv("DA_OPS_CPU_PLAN", f"cache={4 * limit}")
+    for columns, past in ((16, False), (32, False), (33, True)):
+        x = torch.empty(2, 8, 4, columns)
+        assert da_ops.explain(x, backend="cpu").plan.details["stream"] is past
+
+
 def run(capsys, *arguments):
     """The status, what was printed and what was complained of."""
     try:

@@ -62,7 +62,7 @@ Outputs forward_cpu(const Problem& p, const Tensor& x, const Arguments& given) {
     const Converted<A> converted(p, given);
     Tensor y = allocate_like(x);
     Tensor channel_mean = allocate_channel_mean(p, x), pooled = allocate_pooled(p, x);
-    forward<T>(p, plan_here(p, false, 2), kPool, converted.weights,
+    forward<T>(p, plan_here(p, false), kPool, converted.weights,
                static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
                static_cast<A*>(channel_mean.mutable_data_ptr()),
                static_cast<A*>(pooled.mutable_data_ptr()));
@@ -79,7 +79,7 @@ InputGradients backward_cpu(const Problem& p, const Tensor& dy, const Tensor& x,
     const Converted<A> converted(p, given);
     Tensor dx = allocate_like(x);
     const GradientValues gradients(p);
-    backward<T>(p, plan_here(p, true, 3), kPool, converted.weights,
+    backward<T>(p, plan_here(p, true), kPool, converted.weights,
                 static_cast<const T*>(dy.const_data_ptr()),
                 static_cast<const T*>(x.const_data_ptr()),
                 static_cast<const A*>(channel_mean.const_data_ptr()),

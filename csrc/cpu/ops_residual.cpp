@@ -165,8 +165,7 @@ std::vector<Tensor> residual_backward_cpu(
     std::vector<double> d_shortcut_weight(added.normed() ? p.c : 0),
         d_shortcut_bias(d_shortcut_weight);
     const GradientValues values(p);
-    residual_backward<T>(p, plan_here(p, true, (out ? 5 : 3) + added.normed()), kPool, norm,
-                         converted.weights,
+    residual_backward<T>(p, plan_here(p, true, out ? 3 : 2), kPool, norm, converted.weights,
                          {data(dout),
                           out ? data(*out) : nullptr,
                           data(u),

@@ -64,8 +64,9 @@ inline bool may_join(const Problem& p) {
 // is made for an image would take longer than its pixels, and none of it differs between images.
 Problem joined(const Problem& problem);
 
-// `tensors` of the size of x are what a call reads or writes: those of the layer's forward, if not
-// said otherwise.
+// `tensors` of the size of x are what forward reads or writes: the layer's, if not said otherwise.
+// Backward has the same, for in training each is given memory that the other wrote: what has gone
+// past the cache comes from afar if it is then written through it.
 Plan plan(const Problem& problem, const Machine& machine, int tensors = 2);
 
 // Tensors of the size of x of which the cache holds the images that are worked on at a time.

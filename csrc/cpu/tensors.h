@@ -110,8 +110,8 @@ inline const Pool kPool = {[](int64_t count, void* context, void (*body)(void*, 
   });
 }};
 
-// The plan of a call here that reads and writes so many tensors of the size of x: as measured, as
-// wished, or the machine's own.
-Plan plan_here(const Problem& problem, bool backward, int tensors);
+// The plan of a call here whose forward reads and writes so many tensors of the size of x: as
+// measured, as wished, or the machine's own.
+Plan plan_here(const Problem& problem, bool backward, int tensors = 2);
 
 }  // namespace da::cpu

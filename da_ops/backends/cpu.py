@@ -22,10 +22,12 @@ def _residual_plan(call: Call, kind: TailKind) -> Plan:
 
 
 def _plan_of(call: Call, walks: Walks, *, tail: bool = False) -> Plan:
+    tensors = {
+        one for walk in walks.forward for step in walk for one in (*step.reads, *step.writes)
+    }
+    default = _planned(call, os.environ.get(ENVIRONMENT["cpu"], ""), len(tensors))
     directions, details = [], []
     for name, passes in walks._asdict().items():
-        tensors = {one for walk in passes for step in walk for one in (*step.reads, *step.writes)}
-        default = _planned(call, os.environ.get(ENVIRONMENT["cpu"], ""), len(tensors))
         tuned = PLANS.of("cpu", call, name == "backward")
         directions.append(direction(passes, cached=default["cached_tensors"]))
         details.append(_planned(call, tuned.launches, len(tensors)) if tuned else default)
@@ -42,7 +44,7 @@ def _plan_of(call: Call, walks: Walks, *, tail: bool = False) -> Plan:
 
 
 def _planned(call: Call, limits: str, tensors: int) -> dict[str, Any]:
-    """The plan of a call that reads and writes so many tensors of the size of x."""
+    """The plan of a call whose forward reads and writes so many tensors of the size of x."""
     dtype = str(call.dtype).removeprefix("torch.")
     kind = call.shape, call.channels_last, dtype, call.order
     return dict(native.planner().cpu(*kind, torch.get_num_threads(), limits, tensors))

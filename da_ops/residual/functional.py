@@ -16,6 +16,7 @@ from ..layout import dense, device_type
 from ..module import DAModule
 from .function import Call, Statistics, apply, compute, update
 from .fusible import (
+    affine_and_statistics,
     fits,
     fused_parameters,
     fusible_now,
@@ -152,9 +153,8 @@ def _fused(
         check_arguments(u, parameters, order, gate)
     of_shortcut: Statistics | None = None
     if shortcut_norm is not None:
-        *affine, its_mean, its_var = norm_tensors(shortcut_norm)
+        affine, of_shortcut = affine_and_statistics(shortcut_norm)
         parameters = (*parameters, *affine)
-        of_shortcut = statistics_of(shortcut_norm, its_mean, its_var)
     call: Call = (served, order, gate, eps, mean, var, running, of_shortcut)
     try:
         if torch.is_grad_enabled():
@@ -197,17 +197,18 @@ def _in_graph(
         check_arguments(u, parameters, order, gate)
     six = parameters or (None,) * 6
     added: tuple[Any, ...] = ()
-    learnt = None
+    its_running = None
     if shortcut_norm is not None:
-        *affine, its_mean, its_var = norm_tensors(shortcut_norm)
-        its_eps, its_mean, its_var, learnt = statistics_of(shortcut_norm, its_mean, its_var)
-        added = (*affine, its_mean, its_var, its_eps)
-    out, *batch = torch.ops.da_ops.residual_attention.default(
+        affine, (its_eps, *own, its_running) = affine_and_statistics(shortcut_norm)
+        added = (*affine, *own, its_eps)
+    out, mean, var, its_mean, its_var = torch.ops.da_ops.residual_attention.default(
         u, shortcut, weight, bias, mean, var, eps, *six, order, gate, backend, *added
     )
-    for to, of in ((running, batch[:2]), (learnt, batch[2:])):
-        if to is not None:
-            update(to, *of, u.numel() // u.shape[1])
+    count = u.numel() // u.shape[1]
+    if running is not None:
+        update(running, mean, var, count)
+    if its_running is not None:
+        update(its_running, its_mean, its_var, count)
     return out
 
 

@@ -69,6 +69,12 @@ def statistics_of(norm: Any, mean: Tensor | None, var: Tensor | None) -> Statist
     return norm.eps, None, None, (mean, var, batches, norm.momentum)
 
 
+def affine_and_statistics(norm: Any) -> tuple[tuple[Tensor | None, ...], Statistics]:
+    """Weight and bias, and what goes with them."""
+    weight, bias, mean, var = norm_tensors(norm)
+    return (weight, bias), statistics_of(norm, mean, var)
+
+
 def unfused(
     norm: nn.Module,
     attention: Any,

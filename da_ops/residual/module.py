@@ -24,6 +24,10 @@ class DAResidual(nn.Module):
 
     ``forward(u, shortcut)`` takes what the last convolution gives and the shortcut, which may be
     None, both ``[N, C, H, W]``, and keeps their dtype and memory layout.
+
+    Raises:
+        ValueError: as :class:`da_ops.DAModule` does.
+        what :func:`da_ops.residual_attention` raises, by ``forward``.
     """
 
     def __init__(
