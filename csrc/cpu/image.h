@@ -17,7 +17,8 @@ class Image : public Masks<T> {
   using A = accumulate_t<T>;
 
   // Where `pool` is null, the calling thread does all the work. `columns` is how many arrays of
-  // sums by column are made from one read.
+  // sums by column are made from one read, at most: of pixels, where they are the columns, there
+  // are sums for a spatial mask alone.
   Image(const Problem& problem, const Plan& plan, const Weights<A>& weights, const Pool* pool,
         int columns)
       : Masks<T>(problem, plan, weights, pool),
@@ -26,14 +27,15 @@ class Image : public Masks<T> {
         pool_(pool),
         stride_(padded(problem.cols())),
         map_elements_(problem.order == Order::none ? 0 : problem.pixels()),
-        scratch_((pool ? plan.slabs : 1) * columns * stride_ +
-                 padded(std::max(problem.c, problem.pixels())) + kMaps * padded(map_elements_) +
-                 kVectors * padded(problem.c)),
-        partial_(scratch_.take((pool ? plan.slabs : 1) * columns * stride_)),
+        of_columns_(problem.by_pixel() || problem.spatial() ? columns * stride_ : 0),
+        scratch_(padded(std::max(problem.c, problem.pixels())) + kMaps * padded(map_elements_) +
+                     kVectors * padded(problem.c),
+                 (pool ? plan.slabs : 1) * of_columns_),
         ones_(scratch_.take(std::max(problem.c, problem.pixels()))),
-        column_sums_(plan.slabs > kGroup ? columns * stride_ : 0) {
+        column_sums_(plan.slabs > kGroup ? of_columns_ : 0) {
     for (A*& map : maps_) map = scratch_.take(map_elements_);
     for (A*& vector : vectors_) vector = scratch_.take(problem.c);
+    partial_ = scratch_.take((pool ? plan.slabs : 1) * of_columns_);
     std::fill_n(ones_, std::max(p_.c, p_.pixels()), A(1));
   }
 
@@ -310,9 +312,9 @@ class Image : public Masks<T> {
   const Plan& plan_;
   const Pool* pool_;
   const Kernels<T>& kernels_ = kernels<T>();
-  int64_t stride_, map_elements_;
+  int64_t stride_, map_elements_, of_columns_;
   Scratch<A> scratch_;
-  A *partial_, *ones_, *maps_[kMaps], *vectors_[kVectors];
+  A *ones_, *maps_[kMaps], *vectors_[kVectors], *partial_;
   std::vector<double> column_sums_;
 };
 

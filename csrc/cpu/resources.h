@@ -22,15 +22,15 @@ struct Pool {
   }
 };
 
-// Zeroed arrays in one allocation, each aligned and padded.
+// Arrays in one allocation, each aligned and padded: first those that are zeroed.
 template <class A>
 class Scratch {
  public:
-  explicit Scratch(int64_t capacity) {
-    const size_t bytes = capacity * sizeof(A);
+  explicit Scratch(int64_t zeroed, int64_t others = 0) {
+    const size_t bytes = (zeroed + others) * sizeof(A);
     data_.reset(static_cast<A*>(std::aligned_alloc(kAlignment, bytes)));
     if (!data_) throw std::bad_alloc();
-    std::memset(data_.get(), 0, bytes);
+    std::memset(data_.get(), 0, zeroed * sizeof(A));
     next_ = data_.get();
   }
   A* take(int64_t n) { return std::exchange(next_, next_ + padded(n)); }
