@@ -125,6 +125,7 @@ py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p,
   d["x_kept"] = double(plan.kept) / plan.chunks;
   d["dy_kept"] = double(plan.kept_dy) / plan.chunks;
   d["mail"] = plan.mail;
+  d["recalls_alone"] = plan.channels_last || plan.recalled == plan.cols;
   d["chunks"] = plan.chunks;
   d["rounds"] = (plan.slab_rows + plan.round_rows() - 1) / plan.round_rows();
   d["cost"] = da::cuda::cost(p, device, plan);

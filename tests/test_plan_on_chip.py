@@ -117,6 +117,15 @@ def test_blocks_of_a_cluster_send_masks_by_mail_where_there_is_room(layout):
     assert crowded["x_kept"] == 1 and not crowded["mail"]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_exchanges_no_masks_that_each_block_can_make_at_once(layout):
+    """A column is a thread's: 14x14 pixels are, 28x28 are not; rows are the block's own."""
+    for shape, alone in [((8, 128, 14, 14), True), ((8, 128, 28, 28), layout == "channels_last")]:
+        for wish in ("cluster:2", "counter:4"):
+            _, _, backward = chosen(shape, layout, wish=wish)
+            assert backward["recalls_alone"] == alone
+
+
 def test_it_is_not_the_default_before_results_show_it_faster():
     for sm in SHARED_KIB:
         p, forward, _ = chosen((64, 256, 56, 56), sm=sm, wish="")

@@ -267,7 +267,8 @@ SIMT_FN void make_terms(const Member<T>& m, int turn, const Lines& which) {
   if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_term());
 }
 
-// Makes both masks anew, from the maps that forward saved.
+// Makes both masks anew, from the maps that forward saved: the team's blocks meet only where the
+// spatial mask is by column, and too long for each to make all of it.
 template <class T>
 SIMT_FN void recall_masks(const Member<T>& m, int image) {
   const OnChip& chip = m.chip;
@@ -276,18 +277,19 @@ SIMT_FN void recall_masks(const Member<T>& m, int image) {
   const ChannelMask<T> channel{{call, m.chip, nullptr}};
   const float* const mean = of_image(call.channel_mean, image, call.pixels);
   const Window pooled{of_image(call.pooled, image, call.channels), 0};
-  const bool last = chip.channels_last;
-  const int first = last ? m.row0() : m.slice_begin();
-  const int count = last ? m.rows() : m.slice_end() - first;  // of pixels
+  const bool last = chip.channels_last, alone = last || chip.recalled == chip.cols;
+  const int first = last ? m.row0() : alone ? 0 : m.slice_begin();
+  const int end = last ? first + m.rows() : alone ? chip.cols : m.slice_end();
+  const int count = end - first;  // of pixels
   if (call.masks.pixels) {
     spatial.fill(m.scratch(), first, count, [&](int i) { return mean[first + i]; });
     simt::sync();
     const auto make = [&](auto put) { spatial.make(m.scratch(), first, count, put); };
-    if (last)
-      make([&](int r, float mask, float) { m.row_mask()[r] = mask; });
+    float* const out = last ? m.row_mask() : m.col_mask();
+    if (alone)
+      make([&](int i, float mask, float) { out[i] = mask; });
     else
-      gather<false>(m, 0, of_image(m.args.col_masks, image, chip.cols), m.col_mask(), nullptr,
-                    make);
+      gather<false>(m, 0, of_image(m.args.col_masks, image, chip.cols), out, nullptr, make);
   }
   if (call.masks.channels) {
     float* const out = last ? m.col_mask() : m.row_mask();

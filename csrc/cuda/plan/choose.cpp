@@ -50,9 +50,11 @@ double instructions(const Problem& p, const OnChip& chip) {
   const double rows = ceil_div(chip.slab_rows, chip.round_rows()) * kChipRows;
   const double vectors = rows * chip.col_tiles * chip.warps;
   const double sums = chip.backward ? kProduct + (chip.steps - 1) * kSum : chip.steps * kSum;
-  const double masks = p.spatial() ? kOfMask * ceil_div(p.pixels(), 32 * chip.blocks) : 0;
-  return vectors * (sums + kScale[chip.backward][chip.period > 1]) +
-         masks * (chip.backward ? 2 : 1);
+  const auto masks = [&](int pixels) { return p.spatial() ? kOfMask * ceil_div(pixels, 32) : 0; };
+  const int slab = chip.slab_rows;
+  const double made = masks(chip.channels_last ? slab : chip.slice);
+  const double recalled = chip.backward ? masks(chip.channels_last ? slab : chip.recalled) : 0;
+  return vectors * (sums + kScale[chip.backward][chip.period > 1]) + made + recalled;
 }
 
 // The numbers of blocks that are tried; others differ too little from these.

@@ -45,6 +45,8 @@ void set_geometry(OnChip& chip, const Problem& p, bool aligned, const Limits& li
 
   chip.slab_rows = round_up(ceil_div(chip.rows, chip.blocks), chip.period);
   chip.slice = ceil_div(chip.cols, chip.blocks);
+  // What is a thread's work in any case needs no exchange.
+  chip.recalled = chip.cols <= chip.threads ? chip.cols : chip.slice;
 }
 
 // Which masks there are, how far they look, and which of them each step makes.
@@ -59,7 +61,8 @@ void set_steps(OnChip& chip, const Problem& p) {
   chip.visits_dy = chip.backward ? 2 * chip.col_tiles : 0;
   chip.outer = outer(da::outer(p.order), chip.channels_last);
   chip.pixel_mask = p.spatial();
-  chip.halo = halo(chip.channels_last ? chip.slab_rows : chip.slice, p.w);
+  const int of_cols = chip.backward ? std::max(chip.recalled, chip.slice) : chip.slice;
+  chip.halo = halo(chip.channels_last ? chip.slab_rows : of_cols, p.w);
   chip.gate_reach = p.gate == Gate::eca ? std::min(p.kernel_size / 2, p.c) : 0;
 }
 
