@@ -103,7 +103,7 @@ py::list steps(const da::Problem& p, const da::cuda::Device& device, const da::c
                  py::arg("threads") = on_chip ? direction.chip.threads : da::cuda::kThreads,
                  py::arg("shared_bytes") = step.shared_bytes, py::arg("backwards") = step.backwards,
                  py::arg("once") = step.count.once, py::arg("again") = step.count.again,
-                 py::arg("finishes") = step.more > 0 || step.last_finishes,
+                 py::arg("finishes") = step.extra > 0 || step.last_finishes,
                  py::arg("waves") = waves(da::cuda::waves(p, device, plan, direction, step)),
                  py::arg("in_l2") = da::cuda::expected_in_l2(p, device, direction, step)));
   }
@@ -125,7 +125,7 @@ py::dict one_launch(const da::cuda::OnChip& plan, const da::Problem& p,
   d["x_kept"] = double(plan.kept) / plan.chunks;
   d["dy_kept"] = double(plan.kept_dy) / plan.chunks;
   d["mail"] = plan.mail;
-  d["recalls_alone"] = plan.channels_last || plan.recalled == plan.cols;
+  d["recalls_alone"] = plan.by_pixel || plan.recalled == plan.cols;
   d["chunks"] = plan.chunks;
   d["rounds"] = (plan.slab_rows + plan.round_rows() - 1) / plan.round_rows();
   d["cost"] = da::cuda::cost(p, device, plan);
@@ -139,12 +139,16 @@ da::cuda::Device device_of(int sm, int multiprocessors, int64_t l2_bytes) {
   return device;
 }
 
+void set_gate(da::Problem& p, const std::string& gate, int64_t kernel_size) {
+  if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
+  if (p.gate == da::Gate::eca) p.kernel_size = kernel_size;
+}
+
 py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dtype,
               const std::string& order, const std::string& gate, int sm, int multiprocessors,
-              const std::string& wish, int64_t l2_bytes) {
+              const std::string& wish, int64_t l2_bytes, int64_t kernel_size) {
   da::Problem p = problem(shape, channels_last, dtype, order);
-  if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
-  if (p.gate == da::Gate::eca) p.kernel_size = 3;  // larger ones are planned alike
+  set_gate(p, gate, kernel_size);
   const da::cuda::Device device = device_of(sm, multiprocessors, l2_bytes);
   da::cuda::Wish wished;
   if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
@@ -181,10 +185,9 @@ py::dict cuda(const py::tuple& shape, bool channels_last, const std::string& dty
 py::dict cuda_tail(const py::tuple& shape, bool channels_last, const std::string& dtype,
                    const std::string& order, const std::string& gate, bool batch, bool shortcut,
                    int sm, int multiprocessors, const std::string& wish, int64_t l2_bytes,
-                   bool shortcut_norm, bool shortcut_batch) {
+                   bool shortcut_norm, bool shortcut_batch, int64_t kernel_size) {
   da::Problem p = problem(shape, channels_last, dtype, order);
-  if (!da::parse(gate, p.gate)) throw py::value_error("unknown gate " + gate);
-  if (p.gate == da::Gate::eca) p.kernel_size = 3;  // larger ones are planned alike
+  set_gate(p, gate, kernel_size);
   const da::cuda::Device device = device_of(sm, multiprocessors, l2_bytes);
   da::cuda::Wish wished;
   if (!da::cuda::parse(wish, wished)) throw py::value_error(da::cuda::kWishes + wish);
@@ -219,16 +222,18 @@ PYBIND11_MODULE(_plan, m) {
         "How the CPU backend splits a problem: threads, slabs, and its passes over x; within the "
         "limits that DA_OPS_CPU_PLAN would set to this text, for a call that reads and writes so "
         "many tensors of the size of x.");
-  m.def("cuda", &cuda, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
-        py::arg("order"), py::arg("gate"), py::arg("sm"), py::arg("multiprocessors"),
-        py::arg("wish") = "", py::arg("l2_bytes") = 0,
-        "The CUDA backend's launches on a GPU of this compute capability, with so many "
-        "multiprocessors and bytes of L2 (0: as many as a typical one).");
+  m.def(
+      "cuda", &cuda, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"), py::arg("order"),
+      py::arg("gate"), py::arg("sm"), py::arg("multiprocessors"), py::arg("wish") = "",
+      py::arg("l2_bytes") = 0, py::arg("kernel_size") = 3,
+      "The CUDA backend's launches on a GPU of this compute capability, with so many "
+      "multiprocessors and bytes of L2 (0: as many as a typical one); kernel_size: an eca gate's.");
   m.def(
       "cuda_tail", &cuda_tail, py::arg("shape"), py::arg("channels_last"), py::arg("dtype"),
       py::arg("order"), py::arg("gate"), py::arg("batch"), py::arg("shortcut"), py::arg("sm"),
       py::arg("multiprocessors") = 0, py::arg("wish") = "", py::arg("l2_bytes") = 0,
       py::arg("shortcut_norm") = false, py::arg("shortcut_batch") = false,
+      py::arg("kernel_size") = 3,
       "The launches of the CUDA backend's residual tail, as cuda() has them; order \"none\" leaves "
       "attention out; batch: the norm's statistics are the batch's; shortcut: there is one; "
       "shortcut_norm: it goes through a norm; shortcut_batch: whose statistics are the batch's.");

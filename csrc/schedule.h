@@ -121,4 +121,12 @@ constexpr Axes outer(Order order) {
   return last.pixels && last.channels ? kNone : last;
 }
 
+// The axes by which backward makes second sums, of x and weighted by a term of dx, which come on
+// top of its first.
+constexpr Axes second_sums(Order order) {
+  for (const Pass& pass : schedule(order, true))
+    if (pass.weights == Maps::terms) return pass.sums;
+  return kNone;
+}
+
 }  // namespace da

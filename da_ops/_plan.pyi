@@ -19,6 +19,7 @@ def cuda(
     multiprocessors: int,
     wish: str = "",
     l2_bytes: int = 0,
+    kernel_size: int = 3,
 ) -> dict[str, Any]: ...
 def cuda_tail(
     shape: tuple[int, ...],
@@ -32,5 +33,9 @@ def cuda_tail(
     multiprocessors: int = 0,
     wish: str = "",
     l2_bytes: int = 0,
+    shortcut_norm: bool = False,
+    shortcut_batch: bool = False,
+    kernel_size: int = 3,
 ) -> dict[str, Any]: ...
+def schedules() -> dict[str, dict[str, Any]]: ...
 def proofs() -> dict[int, str]: ...

@@ -36,7 +36,7 @@ _CPU_SUMS = _texts(
 )
 CUDA = _texts(
     grid=[2**20, 1, 3, 7],
-    terms=[32, 1, 2, 5],
+    partials=[32, 1, 2, 5],
     launch=[3500, 0],
     share=[8192, 1],
     lanes=[64, 2, 3, 5],

@@ -73,7 +73,7 @@ def test_unaligned_tensors(kernels, layout):
 
 
 # Maps made by launches of their own, of sums from many tiles; a gate's gradients in many shares.
-MANY_LAUNCHES = "terms=1,lanes=2,height=64,share=1"
+MANY_LAUNCHES = "partials=1,lanes=2,height=64,share=1"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

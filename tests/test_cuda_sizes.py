@@ -18,7 +18,12 @@ from .test_cuda_kernels import check
 
 # What only large tensors get by themselves: several launches a step, the last of them smaller; sums
 # folded along either axis; a halo of five pieces of rows.
-LIMITS = [text(grid=1), text(grid=7), text(terms=2, lanes=2, height=32), text(lanes=3, max_reads=1)]
+LIMITS = [
+    text(grid=1),
+    text(grid=7),
+    text(partials=2, lanes=2, height=32),
+    text(lanes=3, max_reads=1),
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,7 +80,7 @@ def test_sanitizers_find_nothing(kernels, layout, kind):
         make((2, 40, 5, 8), order, gate, dtype=torch.float16, layout=layout)
         for order, gate in [("parallel", "affine"), ("spatial_channel", "eca")]
     ]
-    limits = text(grid=7, terms=2, lanes=2, height=32)
+    limits = text(grid=7, partials=2, lanes=2, height=32)
     options = {"SIMT_ORDER": "random", "SIMT_LIVE": "4"}
     check(calls, results(kernels(kind), calls, limits=limits, **options))
 

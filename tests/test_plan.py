@@ -62,10 +62,38 @@ def test_passes_are_those_of_the_byte_model(order):
 def test_no_size_exceeds_a_launch(axis, layout, dtype, sm):
     shape = [1, 1, 1, 1]
     shape[axis] = 2**31
-    p = launches(tuple(shape), layout, dtype, sm=sm)
-    for step in p["forward"] + p["backward"]:
-        assert 1 <= step["grid"] < 2**31
-        assert step["shared_bytes"] <= 64 * 1024
+    orders = ["channel"] if axis > 1 else ["channel", "spatial_channel"]
+    for order in orders:
+        p = launches(tuple(shape), layout, dtype, order, sm)
+        for step in p["forward"] + p["backward"]:
+            assert 1 <= step["grid"] < 2**31
+            assert step["shared_bytes"] <= 64 * 1024
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_eca_gate_larger_than_the_channels_takes_no_room_for_others(layout):
+    for sm, kernel_size in [(75, 16001), (90, 60001)]:
+        call = ((8, 64, 56, 56), layout == "channels_last", "float16", "spatial_channel", "eca")
+        layer = planners.cuda(*call, sm, 0, kernel_size=kernel_size)
+        tail = planners.cuda_tail(*call, True, True, sm, kernel_size=kernel_size)
+        small = planners.cuda(*call, sm, 0, kernel_size=127)
+        for way in ("forward", "backward"):
+            assert all(step["shared_bytes"] <= 64 * 1024 for step in layer[way] + tail[way])
+            assert [s["shared_bytes"] for s in layer[way]] == [
+                s["shared_bytes"] for s in small[way]
+            ]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 2**30), (1, 1, 2**30, 4)])
+def test_an_image_whose_places_exceed_32_bits_is_refused(shape):
+    for layout in LAYOUTS:
+        with pytest.raises(RuntimeError, match=r"at most \d+ pixels a side.*got \d+ x \d+; use"):
+            launches(shape, layout)
+        assert launches(shape, layout, order="channel")
+        with pytest.raises(RuntimeError, match="pixels a side"):
+            planners.cuda_tail(
+                shape, layout == "channels_last", "float16", "spatial", "affine", True, True, 90
+            )
 
 
 def test_rows_that_are_no_whole_vectors_are_read_in_super_rows():
@@ -84,9 +112,9 @@ def test_rows_that_are_no_whole_vectors_are_read_in_super_rows():
 def test_small_limits_make_a_small_tensor_a_large_one(layout):
     shape = (2, 40, 5, 16)
     by_itself = launches(shape, layout)
-    assert by_itself == launches(shape, layout, wish=",grid=1048576,terms=32")
+    assert by_itself == launches(shape, layout, wish=",grid=1048576,partials=32")
     assert all(step["grid"] == 1 for step in launches(shape, layout, wish=",grid=1")["forward"])
-    limited = launches(shape, layout, wish="portable,terms=2,lanes=2,height=32")
+    limited = launches(shape, layout, wish="portable,partials=2,lanes=2,height=32")
     assert limited["tiles_an_image"] > 4 * by_itself["tiles_an_image"]
     names = [step["name"] for step in limited["forward"]]
     assert names == ["channel mean", "masks", "pooling", "masks", "scale"]

@@ -27,15 +27,16 @@ class Image : public Masks<T> {
         pool_(pool),
         stride_(padded(problem.cols())),
         map_elements_(problem.order == Order::none ? 0 : problem.pixels()),
-        of_columns_(problem.by_pixel() || problem.spatial() ? columns * stride_ : 0),
+        sum_elements_(problem.by_pixel() || problem.spatial() ? columns * stride_ : 0),
+        partial_elements_((pool ? plan.slabs : 1) * sum_elements_),
         scratch_(padded(std::max(problem.c, problem.pixels())) + kMaps * padded(map_elements_) +
                      kVectors * padded(problem.c),
-                 (pool ? plan.slabs : 1) * of_columns_),
+                 partial_elements_),
         ones_(scratch_.take(std::max(problem.c, problem.pixels()))),
-        column_sums_(plan.slabs > kGroup ? of_columns_ : 0) {
+        column_sums_(plan.slabs > kGroup ? sum_elements_ : 0) {
     for (A*& map : maps_) map = scratch_.take(map_elements_);
     for (A*& vector : vectors_) vector = scratch_.take(problem.c);
-    partial_ = scratch_.take((pool ? plan.slabs : 1) * of_columns_);
+    partial_ = scratch_.take(partial_elements_);
     std::fill_n(ones_, std::max(p_.c, p_.pixels()), A(1));
   }
 
@@ -312,7 +313,8 @@ class Image : public Masks<T> {
   const Plan& plan_;
   const Pool* pool_;
   const Kernels<T>& kernels_ = kernels<T>();
-  int64_t stride_, map_elements_, of_columns_;
+  int64_t stride_, map_elements_;
+  int64_t sum_elements_, partial_elements_;  // of a slab's sums by column; of all that are kept
   Scratch<A> scratch_;
   A *ones_, *maps_[kMaps], *vectors_[kVectors], *partial_;
   std::vector<double> column_sums_;

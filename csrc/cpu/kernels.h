@@ -1,8 +1,8 @@
 // The vectorised primitives of the CPU backend. Each works on a slab of whole rows of one image
 // seen as a matrix (channels x pixels in NCHW, pixels x channels in NHWC), so that one set of
 // kernels serves both layouts and all orders. They are compiled once for each instruction set, and
-// chosen at run time. What lies at `ahead`, as large as x, is fetched meanwhile, and what lies as
-// far from dy; where it is null, nothing is.
+// chosen at run time. While they read x they fetch `ahead`, which is as large, and while they read
+// dy what lies as far from dy as `ahead` from x; nothing where `ahead` may be null and is.
 #pragma once
 
 #include <cstdint>
@@ -111,7 +111,7 @@ struct ResidualKernels {
                  A* col_sums, Rows how);
 
   // out = relu(x mask[p] + shortcut), without the sum where `shortcut` is null. `of_shortcut` is
-  // the norm that the shortcut goes through, or null. out may be u.
+  // the norm that the shortcut goes through, or null. out may be u, and `ahead` is not null.
   void (*rectify)(const T* u, const T* shortcut, const T* ahead, T* out, int64_t rows, int64_t cols,
                   bool channels_last, const Affine<A>& x, const A* mask,
                   const Affine<A>* of_shortcut, Stores stores);

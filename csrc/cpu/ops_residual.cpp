@@ -28,6 +28,11 @@ Norm<A> norm_of(const Problem& p, const Parameter& weight, const Parameter& bias
   return norm;
 }
 
+// Both directions are planned for the tensors of forward: u, out and the shortcut if there is one.
+Plan tail_plan(const Problem& p, bool backward, bool shortcut) {
+  return plan_here(p, backward, shortcut ? 3 : 2);
+}
+
 // Lets a batch's statistics have their share in running ones.
 void keep_running(const Tensor& running, const std::vector<double>& of_batch, double factor,
                   double momentum) {
@@ -70,7 +75,7 @@ Moments statistics_of(const Problem& p, const Plan& plan, const Tensor& u, const
 Moments batch_statistics_cpu(const Problem& problem, const Tensor& u, const Running& running) {
   const Problem p = joined(problem);
   return with_storage(u.scalar_type(), [&](auto t) {
-    return statistics_of<decltype(t)>(p, plan_here(p, false, 1), u, running);
+    return statistics_of<decltype(t)>(p, plan_here(p, false), u, running);
   });
 }
 
@@ -85,7 +90,7 @@ ResidualOutputs forward_into(const Tensor& out, const Problem& problem, const Te
     const Converted<A> converted(p, given);
     const T* data = static_cast<const T*>(u.const_data_ptr());
     T* const result = static_cast<T*>(out.mutable_data_ptr());
-    Plan plan = plan_here(p, false, shortcut.tensor ? 3 : 2);
+    Plan plan = tail_plan(p, false, shortcut.tensor.has_value());
     if (result == data) plan.stores = Stores::hot;  // what is overwritten has just been read
     const bool batch = !given_norm.mean;
     const auto [mean, var] = batch ? statistics_of<T>(p, plan, u, running)
@@ -165,7 +170,7 @@ std::vector<Tensor> residual_backward_cpu(
     std::vector<double> d_shortcut_weight(added.normed() ? p.c : 0),
         d_shortcut_bias(d_shortcut_weight);
     const GradientValues values(p);
-    residual_backward<T>(p, plan_here(p, true, out ? 3 : 2), kPool, norm, converted.weights,
+    residual_backward<T>(p, tail_plan(p, true, out.has_value()), kPool, norm, converted.weights,
                          {data(dout),
                           out ? data(*out) : nullptr,
                           data(u),

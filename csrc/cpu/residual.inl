@@ -214,10 +214,10 @@ DA_INLINE vec<A> passed(vec<A> dout, vec<A> out) {
   return out <= 0 ? vec<A>{} : dout;
 }
 
-// The first read of backward, of row r. It has sums of its own, and adds to those of the columns:
-// of d and of d (u - centre), weighted, there, where the channels are; of d x where the pixels are.
-// Four tensors side by side are streams enough: rows are taken one by one. The `row_sums` of the
-// columns before, which only channels have, are added to.
+// The first read of backward, of row r. It adds up the row, and adds the row to sums by column. Of
+// channels the sums are those of d and of d (u - centre), weighted; of pixels that of d x. Four
+// tensors side by side are streams enough: rows are taken one by one. The `row_sums` of the columns
+// before, which only channels have, are added to.
 template <bool kChannelsLast, bool kPixelSums, bool kShortcut, bool kStream, class T,
           class A = accumulate_t<T>>
 DA_INLINE void gradients_row(const Gradients<T>& g, int64_t r, const Tail<T>& tail, bool first,

@@ -13,31 +13,28 @@
 namespace da::cuda {
 namespace detail {
 
-template <class A>
-Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& at) {
-  const Tiling& t = plan.tiling;
-  const Workspace& w = plan[way].workspace;
+// What the layer's launches and the residual tail's have alike: `At` is Pointers or TailPointers.
+template <class A, class At>
+Args<A> common_arguments(const Problem& p, const Tiling& t, const Bands& bands, const Workspace& w,
+                         Way way, const At& at) {
   A* const work = static_cast<A*>(at.workspace);
   Args<A> args{};
   args.images = p.n, args.channels = p.c, args.pixels = p.pixels();
   args.height = p.h, args.width = p.w;
   args.masks = masks(p.order), args.outer = outer(p.order);
   args.gate = p.gate, args.kernel_size = p.kernel_size;
-  args.tiling = t, args.halo = plan.halo, args.bands = plan.bands, args.padded = Padded(p.w);
-  args.x = at.x, args.dy = at.dy, args.out = at.out;
+  args.tiling = t, args.bands = bands, args.padded = Padded(p.w);
   args.parameters = at.parameters, args.wide = at.wide, args.gradients = at.gradients;
   args.pixel_sums = {work + w.pixel_sums, t.channel_tiles(), args.pixels};
   args.channel_sums = {work + w.channel_sums, t.pixel_tiles(), args.channels};
-  for (const Pass& pass : schedule(p.order, way == Way::backward)) {
-    if (pass.weights != Maps::terms) continue;
-    if (pass.sums.pixels) {
-      args.more_pixel_sums = args.pixel_sums;
-      args.more_pixel_sums.data = work + w.more_pixel_sums;
-    }
-    if (pass.sums.channels) {
-      args.more_channel_sums = args.channel_sums;
-      args.more_channel_sums.data = work + w.more_channel_sums;
-    }
+  const Axes second = way == Way::backward ? second_sums(p.order) : kNone;
+  if (second.pixels) {
+    args.more_pixel_sums = args.pixel_sums;
+    args.more_pixel_sums.data = work + w.more_pixel_sums;
+  }
+  if (second.channels) {
+    args.more_channel_sums = args.channel_sums;
+    args.more_channel_sums.data = work + w.more_channel_sums;
   }
   args.channel_mean = static_cast<A*>(at.channel_mean);
   args.pooled = static_cast<A*>(at.pooled);
@@ -48,6 +45,14 @@ Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& a
   args.gate_parts = work + w.gate_parts, args.shares = w.shares;
   args.counters = reinterpret_cast<unsigned*>(work + w.done);
   args.counter_count = w.done_counters;
+  return args;
+}
+
+template <class A>
+Args<A> arguments(const Problem& p, const Plan& plan, Way way, const Pointers& at) {
+  Args<A> args = common_arguments<A>(p, plan.tiling, plan.bands, plan[way].workspace, way, at);
+  args.halo = plan.halo;
+  args.x = at.x, args.dy = at.dy, args.out = at.out;
   return args;
 }
 
@@ -69,7 +74,7 @@ template <class T, int E, Fit How>
 int launch_pass(const Pass& pass, const simt::Launch& launch, const Args<accumulate_t<T>>& args) {
   if (pass.writes & kY) return simt::launch(launch, scale<T, E, false, How>, args);
   if (pass.writes & kDx) return simt::launch(launch, scale<T, E, true, How>, args);
-  const Lines wanted = lines(pass.sums, args.tiling.channels_last);
+  const Lines wanted = lines(pass.sums, args.tiling.by_pixel);
   if (pass.reads & kDy)
     return simt::launch(launch, sums_kernel<T, E, Sums::backward, How>(wanted), args);
   return pass.weights == Maps::terms
@@ -145,7 +150,7 @@ int launch_on_chip(const Direction& direction, const Args<float>& call, float* w
                    void* stream) {
   const Workspace& w = direction.workspace;
   const OnChip& chip = direction.chip;
-  const bool gradients = chip.backward && chip.channels_last && chip.blocks > 1;
+  const bool gradients = chip.backward && chip.by_pixel && chip.blocks > 1;
   unsigned* const counters = reinterpret_cast<unsigned*>(workspace + w.counters);
   const ChipArgs args{call,
                       chip,
@@ -193,13 +198,13 @@ int run_steps(const Direction& direction, Args<accumulate_t<T>> args, accumulate
 
     args.finishes = step.finishes;
     args.tile_step = step.backwards ? -1 : 1;
-    const int64_t all = step.jobs + step.more;
+    const int64_t all = step.jobs + step.extra;
     for (args.first_job = 0; args.first_job < all; args.first_job += step.grid) {
       args.first_tile = step.backwards ? step.jobs - 1 - args.first_job : args.first_job;
       const int64_t left = std::max<int64_t>(step.jobs - args.first_job, 0);
       simt::Launch launch{};
       launch.grid = std::min<int64_t>(step.grid, all - args.first_job);
-      args.more = launch.more = launch.grid - std::min<int64_t>(launch.grid, left);
+      args.extra = launch.extra = launch.grid - std::min<int64_t>(launch.grid, left);
       args.last_finishes = step.last_finishes && 0 < left && left <= launch.grid;
       launch.block = kThreads;
       launch.shared_bytes = step.shared_bytes;

@@ -91,7 +91,7 @@ Moments batch_statistics_cuda(const Problem& p, const Tensor& u, const Running& 
   const Tensor workspace = allocate(u, {plan.forward.workspace.elements}, accumulation_type(u));
   NormTensors of_norm(u);
   TailPointers at{};
-  at.u = u.const_data_ptr(), at.batch = true;
+  at.u = u.const_data_ptr();
   set_statistics(at, mean, var, running, of_norm);
   at.workspace = workspace.mutable_data_ptr(), at.stream = stream_of(u);
   require(run_tail(p, plan, Way::forward, at));
@@ -118,7 +118,7 @@ ResidualOutputs residual_forward_cuda(const Problem& p, const Tensor& u, const G
   at.u = u.const_data_ptr(), at.shortcut = shortcut ? shortcut->const_data_ptr() : nullptr;
   at.result = out.mutable_data_ptr();
   at.channel_mean = channel_mean.mutable_data_ptr(), at.pooled = pooled.mutable_data_ptr();
-  at.batch = batch, at.norm = of_norm(norm);
+  at.norm = of_norm(norm);
   if (batch) set_statistics(at, mean, var, running, of_norm);
   if (added.normed()) at.shortcut_norm = of_norm(added.norm);
   at.parameters = *parameters, at.wide = parameters.wide();

@@ -236,7 +236,7 @@ class Running {
     state_.early = launch.early;
     teams_ = std::vector<Team>(live_ / team);
     blocks_ = std::vector<Block>(live_);
-    const unsigned shared = launch.grid - launch.more;
+    const unsigned shared = launch.grid - launch.extra;
     if (left_out.images > 0 && shared % left_out.images == 0) {
       gap_ = shared / left_out.images * left_out.first;
       if (launch.backwards) before_gap_ = shared - gap_;

@@ -1,8 +1,6 @@
 // The arguments of a launch: plain data, the same for every kernel.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/plan/plan.h"
 #include "formula.h"
 
@@ -62,16 +60,17 @@ struct Args {
   A* gate_parts;  // [part][shares]
   int shares;
   // They count the blocks that have made their spatial sums, and each part's shares that are done.
-  // The first pass of backward clears them.
+  // The layer's first pass of backward clears them, or else the host before the launch that counts.
   unsigned* counters;
   int counter_count;
   Axes finishes;       // whose parameters' gradients the launch's last blocks make:
-  unsigned more;       // so many, which have no tiles
+  unsigned extra;      // so many, which have no tiles
   bool last_finishes;  // and the last block to have made spatial sums makes those of the pixels
 };
 
 // The arguments of the kernels that keep an image on the chip. Blocks of a team exchange small maps
-// in arrays by image: nothing is written twice, so nobody waits until it has been read.
+// in arrays by image: nothing is written twice, so nobody waits until it has been read. The partial
+// sums are written anew for each image, after the barrier at which the last ones had been read.
 struct ChipArgs {
   Args<float> call;
   OnChip chip;

@@ -1,4 +1,4 @@
-// The parameters' gradients, in the last launch of backward. A block takes the spatial ones, or of
+// The parameters' gradients, in the launch that makes them. A block takes the spatial ones, or of
 // the gate's some channels (affine) or a share of one weight's images.
 #pragma once
 
@@ -8,15 +8,14 @@
 
 namespace da::cuda {
 
-// The sum over the block, in its first thread.
+// The sum over the block, in every thread. The caller syncs before it uses `warps` again.
 template <class A>
 SIMT_FN A block_sum(A value, A* warps) {
   value = warp_sum(value);
   if (simt::thread() % simt::kWarp == 0) warps[simt::thread() / simt::kWarp] = value;
   simt::sync();
   A sum = 0;
-  if (simt::thread() == 0)
-    for (int w = 0; w < kWarps; w++) sum += warps[w];
+  for (int w = 0; w < kWarps; w++) sum += warps[w];
   return sum;
 }
 
@@ -31,7 +30,7 @@ SIMT_FN void put(void* gradient, int64_t i, double value, bool wide) {
 }
 
 // The gradients of the spatial parameters, from the blocks' 19 sums. A thread adds up a vector of
-// them, of every so-manieth block; then a warp adds up a sum of the threads'.
+// them, of every kRows-th block; then a warp adds up a sum of the threads'.
 template <class T>
 SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, double* sums) {
   using A = accumulate_t<T>;
@@ -97,12 +96,12 @@ SIMT_FN void finish_spatial(const Args<accumulate_t<T>>& args, double* sums) {
 template <class T, class Logits>
 SIMT_FN void finish_affine(const Args<accumulate_t<T>>& args, int64_t job, const Logits& dt,
                            double* sums) {
-  const int slices = affine_slices(args.images), at_once = kThreads / slices;
-  const int slice = simt::thread() / at_once, place = simt::thread() % at_once;
+  const int sharing = affine_sharing(args.images), at_once = kThreads / sharing;
+  const int share = simt::thread() / at_once, place = simt::thread() % at_once;
   const int64_t c = job * at_once + place;
   double weight = 0, bias = 0;
   if (c < args.channels)
-    for (int64_t n = slice; n < args.images; n += slices) {
+    for (int64_t n = share; n < args.images; n += sharing) {
       const double gradient = dt(n)[c];
       weight += gradient * args.pooled[n * args.channels + c];
       bias += gradient;
@@ -110,8 +109,8 @@ SIMT_FN void finish_affine(const Args<accumulate_t<T>>& args, int64_t job, const
   sums[simt::thread()] = weight;
   sums[kThreads + simt::thread()] = bias;
   simt::sync();
-  if (slice > 0 || c >= args.channels) return;
-  for (int s = 1; s < slices; s++) {
+  if (share > 0 || c >= args.channels) return;
+  for (int s = 1; s < sharing; s++) {
     weight += sums[s * at_once + place];
     bias += sums[kThreads + s * at_once + place];
   }

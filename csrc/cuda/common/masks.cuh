@@ -19,6 +19,14 @@ struct Parameter {
   }
 };
 
+// Values of an image's channels that are at hand from channel `first` on.
+template <class A>
+struct FromChannel {
+  const A* values;
+  int64_t first;
+  SIMT_FN A operator[](int64_t c) const { return values[c - first]; }
+};
+
 template <class A>
 SIMT_FN A sigmoid(A z) {
   return A(1) / (A(1) + simt::exp(-z));

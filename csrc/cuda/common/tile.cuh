@@ -39,7 +39,7 @@ SIMT_FN void every_fourth(int end, Add add) {
 }
 
 template <class T>
-using accumulate_t = std::conditional_t<sizeof(T) == 8, double, float>;
+using accumulate_t = simt::Accumulator<T>;
 
 // The quotient of any number; few take more than 32 bits.
 SIMT_FN int64_t quotient(int64_t number, const Divisor& divisor) {
@@ -64,12 +64,12 @@ struct Tile {
 
   SIMT_FN int64_t row() const { return int64_t(row_tile) * tiling.height; }
   SIMT_FN int64_t col() const { return int64_t(col_tile) * tiling.width; }
-  SIMT_FN int channel_tile() const { return tiling.channels_last ? col_tile : row_tile; }
-  SIMT_FN int pixel_tile() const { return tiling.channels_last ? row_tile : col_tile; }
-  SIMT_FN int64_t channel() const { return tiling.channels_last ? col() : row(); }
-  SIMT_FN int64_t pixel() const { return tiling.channels_last ? row() : col(); }
-  SIMT_FN int channels() const { return tiling.channels_last ? cols : rows; }
-  SIMT_FN int pixels() const { return tiling.channels_last ? rows : cols; }
+  SIMT_FN int channel_tile() const { return tiling.by_pixel ? col_tile : row_tile; }
+  SIMT_FN int pixel_tile() const { return tiling.by_pixel ? row_tile : col_tile; }
+  SIMT_FN int64_t channel() const { return tiling.by_pixel ? col() : row(); }
+  SIMT_FN int64_t pixel() const { return tiling.by_pixel ? row() : col(); }
+  SIMT_FN int channels() const { return tiling.by_pixel ? cols : rows; }
+  SIMT_FN int pixels() const { return tiling.by_pixel ? rows : cols; }
 };
 
 // Whether every row is a whole number of vectors, so that its period is one row and a vector lies

@@ -76,13 +76,6 @@ struct SpatialGradient : Pixels {
   }
 };
 
-// The part of a map that a block needs, from channel `from` on.
-struct Window {
-  const float* data;
-  int64_t from;
-  SIMT_FN float operator[](int64_t i) const { return data[i - from]; }
-};
-
 // An axis of channels: the gate's.
 template <class T>
 struct Channels {
@@ -108,7 +101,7 @@ struct Channels {
 template <class T>
 struct ChannelMask : Channels<T> {
   SIMT_FN float value(float sum, float) const { return sum * (1.f / this->call.pixels); }
-  SIMT_FN float at(Window pooled, int channel) const {
+  SIMT_FN float at(FromChannel<float> pooled, int channel) const {
     const Args<float>& call = this->call;
     const Parameter<T> bias{call.parameters.gate_bias, call.wide};
     return sigmoid(gate_logit<float>(call.gate, this->weight(), bias, call.kernel_size, pooled,
@@ -133,8 +126,9 @@ struct ChannelGradient : Channels<T> {
     window += this->margin();
     SIMT_ROLLED
     for (int i = simt::thread(); i < count; i += this->chip.threads) {
-      const float dg = gate_transposed<float>(call.gate, this->weight(), call.kernel_size,
-                                              Window{window, first}, call.channels, first + i);
+      const float dg =
+          gate_transposed<float>(call.gate, this->weight(), call.kernel_size,
+                                 FromChannel<float>{window, first}, call.channels, first + i);
       put(i, dg * (1.f / call.pixels), window[i]);
     }
   }
@@ -242,11 +236,11 @@ SIMT_FN void make_masks(const Member<T>& m, int turn, const Lines& which) {
       {call, m.chip, m.stencil(), of_image(call.channel_mean, image, call.pixels)}};
   const ChannelMask<T> channel{{call, m.chip, of_image(call.pooled, image, call.channels)}};
   const bool rows = which.rows, cols = which.cols;
-  if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_mask());
-  if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_mask());
+  if (rows && m.chip.by_pixel) through_rows(m, spatial, m.row_mask());
+  if (rows && !m.chip.by_pixel) through_rows(m, channel, m.row_mask());
   float* const all = of_image(m.args.col_masks, image, m.chip.cols);
-  if (cols && m.chip.channels_last) through_columns(m, turn, channel, all, m.col_mask());
-  if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_mask());
+  if (cols && m.chip.by_pixel) through_columns(m, turn, channel, all, m.col_mask());
+  if (cols && !m.chip.by_pixel) through_columns(m, turn, spatial, all, m.col_mask());
 }
 
 // Turns backward's sums into terms of dx, in place.
@@ -260,11 +254,11 @@ SIMT_FN void make_terms(const Member<T>& m, int turn, const Lines& which) {
       of_image(call.spatial_parts, image * m.chip.blocks + m.rank(), kSpatialPitch)};
   const ChannelGradient<T> channel{{call, m.chip, of_image(call.d_logit, image, call.channels)}};
   const bool rows = which.rows, cols = which.cols;
-  if (rows && m.chip.channels_last) through_rows(m, spatial, m.row_term());
-  if (rows && !m.chip.channels_last) through_rows(m, channel, m.row_term());
+  if (rows && m.chip.by_pixel) through_rows(m, spatial, m.row_term());
+  if (rows && !m.chip.by_pixel) through_rows(m, channel, m.row_term());
   float* const all = of_image(m.args.col_terms, image, m.chip.cols);
-  if (cols && m.chip.channels_last) through_columns(m, turn, channel, all, m.col_term());
-  if (cols && !m.chip.channels_last) through_columns(m, turn, spatial, all, m.col_term());
+  if (cols && m.chip.by_pixel) through_columns(m, turn, channel, all, m.col_term());
+  if (cols && !m.chip.by_pixel) through_columns(m, turn, spatial, all, m.col_term());
 }
 
 // Makes both masks anew, from the maps that forward saved: the team's blocks meet only where the
@@ -276,8 +270,8 @@ SIMT_FN void recall_masks(const Member<T>& m, int image) {
   const SpatialMask spatial{{call, m.chip, m.stencil(), nullptr}};
   const ChannelMask<T> channel{{call, m.chip, nullptr}};
   const float* const mean = of_image(call.channel_mean, image, call.pixels);
-  const Window pooled{of_image(call.pooled, image, call.channels), 0};
-  const bool last = chip.channels_last, alone = last || chip.recalled == chip.cols;
+  const FromChannel<float> pooled{of_image(call.pooled, image, call.channels), 0};
+  const bool last = chip.by_pixel, alone = last || chip.recalled == chip.cols;
   const int first = last ? m.row0() : alone ? 0 : m.slice_begin();
   const int end = last ? first + m.rows() : alone ? chip.cols : m.slice_end();
   const int count = end - first;  // of pixels

@@ -16,18 +16,17 @@
 
 namespace da::cuda {
 
-// Adds up N values over the lanes of a row. Each lane ends up with one of the N sums: the first
-// lanes with that of value[0], and so on.
-template <int N, class A>
-SIMT_FN A sum_over_lanes(const A* value, int lanes) {
-  static_assert(N == 4, "");
-  const auto exchange = [](A low, A high, int apart) {
+// Adds up each of the values over the lanes of a row. Each lane ends up with one of the sums: the
+// first lanes with that of value[0], and so on.
+SIMT_FN float sum_over_lanes(const float (&value)[kChipRows], int lanes) {
+  static_assert(kChipRows == 4, "");
+  const auto exchange = [](float low, float high, int apart) {
     const bool upper = simt::thread() & apart;
     return (upper ? high : low) + simt::shuffle_xor(upper ? low : high, apart);
   };
-  const A even = exchange(value[0], value[2], lanes / 2);
-  const A odd = exchange(value[1], value[3], lanes / 2);
-  A sum = exchange(even, odd, lanes / 4);
+  const float even = exchange(value[0], value[2], lanes / 2);
+  const float odd = exchange(value[1], value[3], lanes / 2);
+  float sum = exchange(even, odd, lanes / 4);
   SIMT_ROLLED
   for (int step = lanes / 8; step > 0; step /= 2) sum += simt::shuffle_xor(sum, step);
   return sum;
@@ -127,7 +126,7 @@ struct Tally {
         }
       }
       if (adds_rows) {
-        const float total = sum_over_lanes<kChipRows>(dot, min(chip.lanes, simt::kWarp));
+        const float total = sum_over_lanes(dot, min(chip.lanes, simt::kWarp));
         if (left > 0) *to = more ? *to + total : total;
         to += chip.round_rows() * chip.row_parts, left -= chip.round_rows();
       }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <iterator>
 
 #include "cuda/plan/cache.h"
 #include "cuda/plan/tile.h"
@@ -52,8 +51,8 @@ double instructions(const Problem& p, const OnChip& chip) {
   const double sums = chip.backward ? kProduct + (chip.steps - 1) * kSum : chip.steps * kSum;
   const auto masks = [&](int pixels) { return p.spatial() ? kOfMask * ceil_div(pixels, 32) : 0; };
   const int slab = chip.slab_rows;
-  const double made = masks(chip.channels_last ? slab : chip.slice);
-  const double recalled = chip.backward ? masks(chip.channels_last ? slab : chip.recalled) : 0;
+  const double made = masks(chip.by_pixel ? slab : chip.slice);
+  const double recalled = chip.backward ? masks(chip.by_pixel ? slab : chip.recalled) : 0;
   return vectors * (sums + kScale[chip.backward][chip.period > 1]) + made + recalled;
 }
 
@@ -105,7 +104,7 @@ double cost(const Problem& p, const Device& device, const Plan& plan, Way way) {
     if (bytes > 0)
       sum += bytes * parts(p, device, w) / (memory_rate(device.sm) * w.slots * w.efficiency);
     sum += double(step.making) / blocks / kIssued;
-    if (step.last_finishes || step.more > 0) sum += kLastPass;
+    if (step.last_finishes || step.extra > 0) sum += kLastPass;
   }
   return sum;
 }
@@ -118,7 +117,7 @@ bool parse(const std::string& all, Wish& wish) {
   if (comma + 1 == all.size()) return false;
   Limits& l = wish.limits;
   if (comma < all.size() && !da::parse(all.substr(comma + 1), {{"grid", &l.grid, 1},
-                                                               {"terms", &l.terms, 1},
+                                                               {"partials", &l.partials, 1},
                                                                {"launch", &l.launch, 0},
                                                                {"share", &l.share, 1},
                                                                {"lanes", &l.lanes, 2},
@@ -165,13 +164,13 @@ Residents typical_residents(const Device& device) {
 OnChip choose(const Problem& problem, Way way, const Device& device, bool aligned, const Wish& wish,
               const Residents& residents) {
   OnChip best{};
-  constexpr const char* kNone = "the device holds no such team of blocks";
-  best.refused = kNone;
+  constexpr const char* kNoTeam = "the device holds no such team of blocks";
+  best.refused = kNoTeam;
   if (wish.kind == Wish::Kind::portable)
     best.refused = "DA_OPS_PLAN=portable";
   else if (wish.kind == Wish::Kind::automatic && !proven(device.sm))
     best.refused = "no results show it faster on this architecture (DA_OPS_PLAN=onchip tries it)";
-  if (best.refused != kNone) return best;
+  if (best.refused != kNoTeam) return best;
   Limits limits = wish.limits;
   if (!loads_behind(device.sm)) limits.chunks = 1;
   double least = 0;
@@ -179,7 +178,7 @@ OnChip choose(const Problem& problem, Way way, const Device& device, bool aligne
     OnChip chip = on_chip(problem, way, aligned, barrier, blocks,
                           shared_limit(device.sm, blocks_per_sm), limits);
     if (chip.refused) {
-      if (best.refused == kNone) best.refused = chip.refused;
+      if (best.refused == kNoTeam) best.refused = chip.refused;
       return;
     }
     const int teams = residents(chip);
@@ -191,7 +190,7 @@ OnChip choose(const Problem& problem, Way way, const Device& device, bool aligne
   for (Barrier barrier : {Barrier::block, Barrier::cluster, Barrier::counter}) {
     if (wish.kind == Wish::Kind::exact && wish.barrier != barrier) continue;
     if (barrier == Barrier::cluster && !has_clusters(device.sm)) {
-      if (best.refused == kNone) best.refused = "clusters need compute capability 9.0";
+      if (best.refused == kNoTeam) best.refused = "clusters need compute capability 9.0";
       continue;
     }
     for (int per_sm = kChipBlocks; per_sm >= 1; per_sm--)

@@ -6,10 +6,10 @@
 
 namespace da::cuda {
 
-// Each is at most so many, but for min_reads and share.
+// Each is at most so many, but for min_reads, share and launch.
 struct Limits {
   int64_t grid = 1 << 20;  // blocks of a launch; further launches take the rest
-  int64_t terms = 32;      // sums that a block adds by itself; for more there is a launch
+  int64_t partials = 32;   // sums that a block adds by itself; for more there is a launch
   // Instructions of a multiprocessor in the time that a small launch between two passes takes,
   // where it begins early; else twice as many (see between()).
   int64_t launch = 3500;

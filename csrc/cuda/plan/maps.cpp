@@ -12,23 +12,24 @@ constexpr int64_t kMost = 64 * kThreads;  // bytes of a band's values
 // pixel of the window; to add a partial sum; of the stencil and the sigmoid at a pixel, or of the
 // stencil and the spatial sums; of a warp that hands its spatial sums on; of a channel, and of each
 // weight of an eca gate.
-constexpr int64_t kBlock = 60, kPlace = 24, kTerm = 3, kMask = 90, kTermOfDx = 140, kHandOn = 150,
-                  kChannel = 40, kWeight = 12;
+constexpr int64_t kBlock = 60, kPlace = 24, kPartial = 3, kMask = 90, kTermOfDx = 140,
+                  kHandOn = 150, kChannel = 40, kWeight = 12;
 
 int64_t warps(int64_t threads) { return ceil_div(threads, kWarp); }
 
-// Instructions of the warps of a block that makes a map for so many pixels, of so many terms each.
-int64_t of_pixels(const Problem& p, int64_t pixels, int64_t terms, bool of_dx, int64_t parts) {
+// Instructions of the warps of a block that makes a map for so many pixels, of so many partial sums
+// each.
+int64_t of_pixels(const Problem& p, int64_t pixels, int64_t sums, bool of_dx, int64_t parts) {
   const Halo window = halo(pixels, p.w);
   const int64_t mask = of_dx ? kTermOfDx : kMask;
-  return warps(window.pieces * window.length) * (kPlace + kTerm * terms) + warps(pixels) * mask +
+  return warps(window.pieces * window.length) * (kPlace + kPartial * sums) + warps(pixels) * mask +
          (of_dx ? ceil_div(kWarps, parts) * kHandOn : 0);
 }
 
-// The same by channel; `again`: an eca gate adds up its neighbours' terms as well.
-int64_t of_channels(const Problem& p, int64_t channels, int64_t terms, bool again) {
+// The same by channel; `again`: an eca gate adds up its neighbours' sums as well.
+int64_t of_channels(const Problem& p, int64_t channels, int64_t sums, bool again) {
   const int64_t weights = p.gate == Gate::eca ? p.kernel_size : 1;
-  return warps(channels) * (kChannel + weights * kWeight + (again ? weights : 1) * kTerm * terms);
+  return warps(channels) * (kChannel + weights * kWeight + (again ? weights : 1) * kPartial * sums);
 }
 
 }  // namespace
@@ -36,8 +37,9 @@ int64_t of_channels(const Problem& p, int64_t channels, int64_t terms, bool agai
 Bands bands(const Problem& p, const Tiling& t, int pixels) {
   constexpr int64_t kMany = 16;  // tiles, whose sums several threads add up
   Bands b{};
-  b.slices = t.pixel_tiles() >= kMany ? kWarps : 1;
-  b.channels = kThreads / b.slices;
+  b.channels = t.pixel_tiles() >= kMany ? kThreads / kWarps : kThreads;
+  const int64_t around = p.gate == Gate::eca ? p.kernel_size - 1 : 0;
+  b.channel_window = static_cast<int>(std::min(p.c, b.channels + around));
   b.pixels = pixels;
   if (p.spatial()) b.halo = halo(b.pixels, p.w);
   return b;
@@ -69,7 +71,7 @@ Between between(const Problem& p, const Device& device, const Plan& plan, Axes n
     if (!(needed.*axis)) return;
     const int64_t sums = made == Made::masks_again ? 1 : partial_sums;
     const int64_t values = sums * (more.*axis ? 2 : 1) + (terms ? 1 : 0);  // and the mask
-    const bool many = sums > limits.terms;
+    const bool many = sums > limits.partials;
     const int64_t jobs = p.n * once_jobs;
     const Count count{jobs * (kWarps * kBlock + once(values)), tiles * again(values)};
     all_again += count.again;
@@ -101,8 +103,8 @@ Between between(const Problem& p, const Device& device, const Plan& plan, Axes n
 }
 
 size_t maps_bytes(const Problem& p, const Bands& bands) {
-  return p.dtype == Dtype::float64 ? MapsMemory<double>(nullptr, bands, p.kernel_size).bytes
-                                   : MapsMemory<float>(nullptr, bands, p.kernel_size).bytes;
+  return p.dtype == Dtype::float64 ? MapsMemory<double>(nullptr, bands).bytes
+                                   : MapsMemory<float>(nullptr, bands).bytes;
 }
 
 }  // namespace da::cuda

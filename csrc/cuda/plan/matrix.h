@@ -21,7 +21,7 @@ inline int64_t round_up(int64_t count, int64_t size) { return ceil_div(count, si
 //
 // Tiling and OnChip each declare the following fields, because from a struct within a plan kernels
 // read them with up to an eighth more instructions.
-//   channels_last  the rows are pixels and the columns channels, or else the reverse
+//   by_pixel       the rows are pixels and the columns channels, or else the reverse
 //   rows, cols     of an image
 //   vector         elements that a thread reads at once: of 16 bytes, or one
 //   period         rows of a super-row
@@ -31,10 +31,10 @@ inline int64_t round_up(int64_t count, int64_t size) { return ceil_div(count, si
 //   super_rows     super-rows that a block reads at once
 //   by_lanes, by_period   divide by lanes and by period
 
-// Sets channels_last, rows and cols.
+// Sets by_pixel, rows and cols.
 template <class Plan>
 void set_matrix(Plan& m, const Problem& p) {
-  m.channels_last = p.by_pixel();
+  m.by_pixel = p.by_pixel();
   m.rows = p.rows();
   m.cols = p.cols();
 }

@@ -58,13 +58,13 @@ struct MapsMemory {
   StencilMemory<A> around;
   size_t bytes;  // in all
 
-  DA_HD MapsMemory(unsigned char* base, const Bands& bands, int64_t kernel_size)
-      : MapsMemory(simt::Carver(base), bands, kernel_size) {}
+  DA_HD MapsMemory(unsigned char* base, const Bands& bands)
+      : MapsMemory(simt::Carver(base), bands) {}
 
  private:
-  DA_HD MapsMemory(simt::Carver carve, const Bands& bands, int64_t kernel_size)
+  DA_HD MapsMemory(simt::Carver carve, const Bands& bands)
       : sums(carve.take<A>(bands.pixels < kThreads ? kThreads : bands.pixels)),
-        channels(carve.take<A>(bands.channels + kernel_size)),
+        channels(carve.take<A>(bands.channel_window)),
         around(carve, bands.halo),
         bytes(carve.bytes()) {}
 };

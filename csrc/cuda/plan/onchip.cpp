@@ -54,15 +54,15 @@ void set_steps(OnChip& chip, const Problem& p) {
   const Schedule& passes = schedule(p.order, chip.backward);
   chip.steps = sum_passes(passes);
   for (int step = 0; step < chip.steps; step++)
-    chip.complete[step] = lines(passes.passes[step].complete, chip.channels_last);
-  chip.masks = lines(da::masks(p.order), chip.channels_last);
+    chip.complete[step] = lines(passes.passes[step].complete, chip.by_pixel);
+  chip.masks = lines(da::masks(p.order), chip.by_pixel);
   const int sweeps = chip.backward ? chip.steps : chip.steps + 1;  // that x is for
   chip.visits = sweeps * chip.col_tiles;
   chip.visits_dy = chip.backward ? 2 * chip.col_tiles : 0;
-  chip.outer = outer(da::outer(p.order), chip.channels_last);
+  chip.outer = outer(da::outer(p.order), chip.by_pixel);
   chip.pixel_mask = p.spatial();
   const int of_cols = chip.backward ? std::max(chip.recalled, chip.slice) : chip.slice;
-  chip.halo = halo(chip.channels_last ? chip.slab_rows : of_cols, p.w);
+  chip.halo = halo(chip.by_pixel ? chip.slab_rows : of_cols, p.w);
   chip.gate_reach = p.gate == Gate::eca ? std::min(p.kernel_size / 2, p.c) : 0;
 }
 

@@ -50,16 +50,16 @@ constexpr int kStencil = 2 * kTaps + 2;  // the stencil's coefficients and bias,
 struct Lines {
   bool rows, cols;
 };
-DA_HD Lines lines(Axes axes, bool channels_last) {
-  return channels_last ? Lines{axes.pixels, axes.channels} : Lines{axes.channels, axes.pixels};
+DA_HD Lines lines(Axes axes, bool by_pixel) {
+  return by_pixel ? Lines{axes.pixels, axes.channels} : Lines{axes.channels, axes.pixels};
 }
 
 // The lines whose mask multiplies the other lines' term in dx, see scaling.cuh.
 enum class Outer { none, rows, cols };
 
-DA_HD Outer outer(Axes axis, bool channels_last) {
+DA_HD Outer outer(Axes axis, bool by_pixel) {
   if (!axis.any()) return Outer::none;
-  return axis.pixels == channels_last ? Outer::rows : Outer::cols;
+  return axis.pixels == by_pixel ? Outer::rows : Outer::cols;
 }
 
 // Where each array of a block lies in its shared memory: bytes from the beginning.
@@ -87,7 +87,7 @@ struct OnChip {
   int threads;         // of a block
 
   // The image's matrix, and how threads lie over it; see matrix.h.
-  bool channels_last;
+  bool by_pixel;
   int rows, cols;
   int vector, period;
   int width, col_tiles, lanes, super_rows;
@@ -145,11 +145,11 @@ DA_HD ChipMemory carve(const OnChip& chip, unsigned char* base) {
   int scratch = 0;
   if (chip.masks.rows) {
     if (chip.row_parts > 1) scratch = larger(scratch, chip.padded_rows() * chip.row_parts);
-    if (!chip.channels_last) scratch = larger(scratch, chip.slab_rows + 2 * chip.margin());
+    if (!chip.by_pixel) scratch = larger(scratch, chip.slab_rows + 2 * chip.margin());
   }
   if (chip.masks.cols) {
     if (chip.at_once > 1) scratch = larger(scratch, chip.at_once * chip.pitch());
-    if (chip.channels_last) scratch = larger(scratch, chip.slice + 2 * chip.margin());
+    if (chip.by_pixel) scratch = larger(scratch, chip.slice + 2 * chip.margin());
   }
   if (chip.pixel_mask)
     scratch =

@@ -7,7 +7,12 @@
 //   row 1    m m m m m m m m | 0 0 0
 #pragma once
 
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
 #include "cuda/plan/divisor.h"
+#include "problem.h"
 
 namespace da::cuda {
 
@@ -31,6 +36,16 @@ struct Halo {
     return pieces == 1 || row == -2 ? -kReach : row == 2 ? kReach : row;
   }
 };
+
+// Refuses images whose places have no room in 32 bits.
+inline void require_places(const Problem& p) {
+  constexpr int64_t most = INT32_MAX / (kReach + 1);  // rows or columns, for taps reach so far
+  if (p.spatial() && std::max(p.h, p.w) > most)
+    throw std::runtime_error("da_ops: expected an image of at most " + std::to_string(most) +
+                             " pixels a side, where the CUDA kernels make a spatial mask; got " +
+                             std::to_string(p.h) + " x " + std::to_string(p.w) +
+                             "; use backend=\"eager\"");
+}
 
 // A window on so many pixels of rows of this width, wherever they begin.
 inline Halo halo(int64_t pixels, int64_t width) {

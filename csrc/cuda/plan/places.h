@@ -1,5 +1,5 @@
-// Places in the workspace, and the jobs of backward's last launch: the same for the layer's passes
-// and for the residual tail's.
+// Places in the workspace, and the jobs of the launch that makes the parameters' gradients: the
+// same for the layer's passes and for the residual tail's.
 #pragma once
 
 #include <algorithm>
@@ -28,15 +28,15 @@ inline int shares(const Problem& p, const Limits& limits) {
 
 // Blocks that make the parameters' gradients of these axes.
 inline int64_t finish_jobs(const Problem& p, Axes axes, const Limits& limits) {
-  const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, kThreads / affine_slices(p.n))
+  const int64_t gate = p.gate == Gate::affine ? ceil_div(p.c, kThreads / affine_sharing(p.n))
                                               : gate_parts(p) * shares(p, limits);
   return (axes.pixels ? 1 : 0) + (axes.channels ? gate : 0);
 }
 
-// Places for what backward's last launch reads.
+// Places for what the parameters' gradients are made of.
 inline void place_parts(const Problem& p, const Limits& limits, Allocator& place, Workspace& w) {
   w.spatial_parts = place(w.spatial_blocks * kSpatialPitch);
-  w.shares = gate_parts(p) > 0 ? shares(p, limits) : 1;
+  w.shares = shares(p, limits);
   const int64_t parts = w.shares > 1 ? gate_parts(p) : 0;  // one share needs no place
   w.gate_parts = place(parts * w.shares);
   w.done_counters = static_cast<int>(1 + parts);

@@ -24,7 +24,7 @@ class Planner {
   void passes(const Device& device) {
     for (const Pass& pass : schedule_) {
       const int64_t making = make_maps(device);
-      const Kernel kernel = pass.sums.any() ? Kernel::sums : Kernel::scale;
+      const Kernel kernel = pass_kernel(pass);
       add(kernel, pass, tiles(), shared_bytes(p_, t_, plan_.halo, kernel), backwards(pass));
       steps_.back().making = making;
       if (pass.writes & kDx) finish(steps_.back());
@@ -61,7 +61,7 @@ class Planner {
     w.spatial_mask = place(by_pixel);
     w.channel_mask = place(by_channel);
     if (backward_) {
-      const Axes more = more_sums();
+      const Axes more = second_sums(p_.order);
       w.more_pixel_sums = place(more.pixels ? by_pixel * t_.channel_tiles() : 0);
       w.more_channel_sums = place(more.channels ? by_channel * t_.pixel_tiles() : 0);
       w.d_channel_mean = place(by_pixel);
@@ -79,8 +79,8 @@ class Planner {
   void finish(Step& last) {
     last.last_finishes = p_.spatial() && pending_.pixels && tiles() > 0;
     last.finishes = {p_.spatial() && !last.last_finishes, p_.channel()};
-    last.more = finish_jobs(p_, last.finishes, limits_);
-    last.grid = grid(last.jobs + last.more);
+    last.extra = finish_jobs(p_, last.finishes, limits_);
+    last.grid = grid(last.jobs + last.extra);
     last.shared_bytes = std::max(last.shared_bytes, small_bytes());
   }
   void add(Kernel kernel, const Pass& pass, int64_t jobs, size_t shared_bytes,
@@ -99,7 +99,7 @@ class Planner {
     const Made kind = !backward_ ? Made::masks_of_sums : first ? Made::masks_again : Made::terms;
     const bool more = !first && steps_.back().pass.weights == Maps::terms;
     const Between made =
-        between(p_, device, plan_, pending_, kind, more ? more_sums() : kNone, limits_);
+        between(p_, device, plan_, pending_, kind, more ? second_sums(p_.order) : kNone, limits_);
     if (!made.axes.any()) return made.left;
     const Axes rest{pending_.pixels && !made.axes.pixels, pending_.channels && !made.axes.channels};
     const Bands& b = plan_.bands;
@@ -128,12 +128,6 @@ class Planner {
   void small(const char* name, Kernel kernel, int64_t jobs, size_t shared_bytes) {
     add(kernel, {name, kNothing, kNothing, Maps::masks, kNone, kNone}, jobs, shared_bytes);
   }
-  // Backward's second sums, which come on top of its first.
-  Axes more_sums() const {
-    for (const Pass& pass : schedule_)
-      if (pass.weights == Maps::terms) return pass.sums;
-    return kNone;
-  }
   int64_t tiles() const { return p_.n * t_.tiles(); }
   unsigned grid(int64_t jobs) const { return std::clamp<int64_t>(jobs, 1, limits_.grid); }
   static size_t small_bytes() { return SmallMemory(nullptr).bytes; }
@@ -151,6 +145,7 @@ class Planner {
 }  // namespace
 
 Plan plan(const Problem& problem, const Device& device, bool aligned, const Limits& limits) {
+  require_places(problem);
   Plan plan{};
   plan.tiling = tile(problem, device, aligned, limits);
   plan.tiling.complete();
@@ -183,7 +178,7 @@ Direction on_chip_direction(const Problem& p, const OnChip& chip, const Limits& 
   w.col_masks = place(cols);
   if (chip.backward) {
     w.col_terms = place(cols);
-    w.row_gradients = place(chip.channels_last && p.spatial() ? rows : 0);
+    w.row_gradients = place(chip.by_pixel && p.spatial() ? rows : 0);
     w.d_logit = place(p.channel() ? p.n * p.c : 0);
     w.spatial_blocks = p.spatial() ? p.n * chip.blocks : 0;
     place_parts(p, limits, place, w);

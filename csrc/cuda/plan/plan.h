@@ -20,7 +20,7 @@ constexpr int kMapsPerSm = 2;  // blocks of the launch that makes maps
 
 // How the portable passes cut an image up: a block works on a tile of its matrix.
 struct Tiling {
-  bool channels_last;  // up to super_rows as in matrix.h
+  bool by_pixel;  // up to super_rows as in matrix.h
   int64_t rows, cols;
   int vector, period;
   int width, lanes, super_rows;
@@ -48,16 +48,16 @@ struct Tiling {
 
   DA_HD int at_once() const { return super_rows * period; }      // rows that a block reads at once
   DA_HD int64_t tiles() const { return row_tiles * col_tiles; }  // of an image
-  DA_HD int64_t channel_tiles() const { return channels_last ? col_tiles : row_tiles; }
-  DA_HD int64_t pixel_tiles() const { return channels_last ? row_tiles : col_tiles; }
-  DA_HD int tile_channels() const { return channels_last ? width : height; }
-  DA_HD int tile_pixels() const { return channels_last ? height : width; }
+  DA_HD int64_t channel_tiles() const { return by_pixel ? col_tiles : row_tiles; }
+  DA_HD int64_t pixel_tiles() const { return by_pixel ? row_tiles : col_tiles; }
+  DA_HD int tile_channels() const { return by_pixel ? width : height; }
+  DA_HD int tile_pixels() const { return by_pixel ? height : width; }
 };
 
 // How the launch that makes maps cuts an image's axes up.
 struct Bands {
   int pixels, channels;  // of a block
-  int slices;            // threads that add up a channel's sums
+  int channel_window;    // channels of a block and those around it that an eca gate needs
   Halo halo;             // of a band of pixels
 
   DA_HD int64_t of_pixels(int64_t all) const { return (all + pixels - 1) / pixels; }
@@ -65,6 +65,9 @@ struct Bands {
 };
 
 enum class Kernel { maps, sums, scale, finish, on_chip };
+inline Kernel pass_kernel(const Pass& pass) {
+  return pass.sums.any() ? Kernel::sums : Kernel::scale;
+}
 
 // What a launch between passes makes: masks of forward's sums, or once more of what forward kept;
 // or the terms of dx.
@@ -84,15 +87,15 @@ struct Step {
   Axes pending;    // the axes whose maps it makes: of sums, or backward the masks once more
   bool backwards;  // the blocks take the tiles from the last on
   int64_t jobs;    // one for each block
-  unsigned grid;   // blocks that are launched at a time, with those of `more`
+  unsigned grid;   // blocks that are launched at a time, with the extra ones
   size_t shared_bytes;
   Made made{};  // of Kernel::maps, with the count for it
   Count count{};
   int64_t making = 0;  // warps' instructions of a pass for the maps that it makes
-  // The parameters' gradients: the axes whose they are that further blocks make, so many; and
-  // whether those of the pixels are made by the last block to have made spatial sums.
+  // The axes whose parameters' gradients extra blocks make, and the number of these blocks; whether
+  // those of the pixels are made by the last block to have made spatial sums.
   Axes finishes{};
-  int64_t more = 0;
+  int64_t extra = 0;
   bool last_finishes = false;
 };
 
@@ -138,7 +141,7 @@ Direction on_chip_direction(const Problem& problem, const OnChip& chip, const Li
 // From one block's spatial sums to the next one's: whole vectors.
 constexpr int kSpatialPitch = (kSpatialSums + 3) / 4 * 4;
 // Threads that share the images of an affine gate's channel.
-DA_HD int affine_slices(int64_t images) {
+DA_HD int affine_sharing(int64_t images) {
   return images < 2 ? 1 : images < 4 ? 2 : images < 8 ? 4 : 8;
 }
 // Numbers in the gradients of a scalar or eca gate.

@@ -50,7 +50,7 @@ class TailPlanner {
     w.mask_sums = place(bands);
     if (backward_) {
       w.du_terms = place(2 * p_.c);
-      const bool more = masks_.pixels && through().pixels;
+      const bool more = masks_.pixels && second_sums(p_.order).pixels;
       w.more_pixel_sums = place(more ? by_pixel * t.channel_tiles() : 0);
       w.term_products = place(masks_.pixels ? channel_sums : 0);
       w.d_channel_mean = place(by_pixel);
@@ -105,7 +105,8 @@ class TailPlanner {
       if (pass.weights == Maps::terms) through_sums(pass.name, pass.sums);
       maps("terms of dx", Made::terms, pass.complete);
     }
-    if (masks_.pixels && !through().channels) through_sums("through the norm", kChannels);
+    if (masks_.pixels && !second_sums(p_.order).channels)
+      through_sums("through the norm", kChannels);
     small(TailKernel::gradients, "parameter gradients",
           ceil_div(p_.c, plan_.norm_channels) + finish_jobs(p_, masks_, limits_));
     if (kind_.shortcut)
@@ -124,13 +125,6 @@ class TailPlanner {
     scale("combine for the shortcut", TailScale::backward,
           kind_.shortcut_batch ? kD | kShortcut : kD, plan_.in_place() ? kD : kDShortcut);
     for (size_t i = before; i < steps_.size(); i++) steps_[i].of_shortcut = true;
-  }
-
-  // The axes by which sums are made of x again, backward, weighted by a term of dx.
-  Axes through() const {
-    for (const Pass& pass : schedule_)
-      if (pass.weights == Maps::terms) return pass.sums;
-    return kNone;
   }
 
   void sums(const char* name, TailSums sums, unsigned reads, Axes axes, unsigned writes = 0) {
@@ -197,6 +191,7 @@ class TailPlanner {
 
 TailPlan tail_plan(const Problem& problem, TailKind kind, const Device& device, bool aligned,
                    const Limits& limits) {
+  require_places(problem);
   // Blocks of a pass make no maps, and so the tiles that suit it are those of a pass without masks.
   Problem unmasked = problem;
   unmasked.order = Order::none;
@@ -219,10 +214,8 @@ Waves waves(const Problem& p, const Device& device, const TailPlan& plan, const 
         step.kernel == TailKernel::sums ? tail_per_sm(step.sums, p.element_size()) : kFewPerSm;
     return waves(plan.tiling, p.n, slots(p, device, step.shared_bytes, per_sm));
   }
-  const int64_t slots =
-      int64_t(device.multiprocessors) * (step.kernel == TailKernel::maps ? kMapsPerSm : 1);
-  const int64_t waves = ceil_div(step.jobs, slots);
-  return {step.jobs, slots, waves, step.jobs ? double(step.jobs) / (waves * slots) : 0};
+  const int per_sm = step.kernel == TailKernel::maps ? kMapsPerSm : 1;
+  return waves(step.jobs, int64_t(device.multiprocessors) * per_sm);
 }
 
 int64_t expected_in_l2(const Problem& p, const Device& device, const TailDirection& direction,

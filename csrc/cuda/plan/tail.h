@@ -44,9 +44,11 @@ constexpr bool is_backward(TailScale scale) {
 // Blocks of a pass that a multiprocessor's registers hold: fewer of those that keep more of each
 // channel, and read more tensors at once.
 constexpr int kFewPerSm = 2, kManyPerSm = 3;
+constexpr bool is_lean(TailSums sums) {
+  return sums == TailSums::moments || sums == TailSums::deviations;
+}
 constexpr int tail_per_sm(TailSums sums, int64_t element_size) {
-  const bool lean = sums == TailSums::moments || sums == TailSums::deviations;
-  return lean && element_size < 8 ? kManyPerSm : kFewPerSm;
+  return is_lean(sums) && element_size < 8 ? kManyPerSm : kFewPerSm;
 }
 
 // One launch.
@@ -57,13 +59,13 @@ struct TailStep {
   TailSums sums;           // of a pass that adds up
   TailScale scale;         // of a last pass
   Maps maps;               // whose weights its sums have: masks', or the terms'
-  Axes weights;            // the axes whose masks were there when it, or what it is made of, added
+  Axes weights;            // the axes whose masks weigh the sums that it makes, or makes maps of
   Axes axes;               // by which it adds up, or whose maps it makes
   Made made;               // of Kernel::maps
-  bool of_shortcut;        // it is the shortcut's norm's: of the shortcut instead of u, from d on
-  bool backwards;          // the blocks take the tiles from the last on
-  int64_t jobs;            // one for each block
-  unsigned grid;           // blocks that are launched at a time
+  bool of_shortcut;  // it serves the shortcut's norm: it reads the shortcut as u, and d as dout
+  bool backwards;    // the blocks take the tiles from the last on
+  int64_t jobs;      // one for each block
+  unsigned grid;     // blocks that are launched at a time
   size_t shared_bytes;
 };
 
@@ -114,9 +116,7 @@ Waves waves(const Problem& problem, const Device& device, const TailPlan& plan,
 int64_t expected_in_l2(const Problem& problem, const Device& device, const TailDirection& direction,
                        const TailStep& step);
 
-// Vectors of each tensor that a thread of a pass has in flight: fewer where it reads three.
-constexpr int tail_depth(TailSums sums) {
-  return sums == TailSums::moments || sums == TailSums::deviations ? 4 : 2;
-}
+// Vectors of each tensor that a thread of a pass has in flight: fewer where it reads two or three.
+constexpr int tail_depth(TailSums sums) { return is_lean(sums) ? 4 : 2; }
 
 }  // namespace da::cuda

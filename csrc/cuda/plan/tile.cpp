@@ -10,8 +10,6 @@
 namespace da::cuda {
 namespace {
 
-Kernel kernel_of(const Pass& pass) { return pass.sums.any() ? Kernel::sums : Kernel::scale; }
-
 // The measures by which one tiling is better than another.
 struct Quality {
   double efficiency;  // of the first kind's pass whose waves are the least full; or
@@ -41,7 +39,7 @@ Quality quality(const Problem& p, const Device& device, const Tiling& t,
   const double adding = values / kThreads / kSumsARead * kRead;
   Quality q{1, 0};
   const auto add = [&](const Pass& pass, int blocks) {
-    const int64_t n = slots(p, device, shared_bytes(p, t, around, kernel_of(pass)), blocks);
+    const int64_t n = slots(p, device, shared_bytes(p, t, around, pass_kernel(pass)), blocks);
     const Waves w = waves(t, p.n, n);
     const double shared = parts(p, device, w), most = double(n) / device.multiprocessors;
     const double bytes = double(t.height) * t.width * p.element_size() * shared;
@@ -73,6 +71,11 @@ double parts(const Problem& p, const Device& device, const Waves& w) {
   return std::min(std::max(blocks, kAlone), most);
 }
 
+Waves waves(int64_t jobs, int64_t slots) {
+  const int64_t waves = ceil_div(jobs, slots);
+  return {jobs, slots, waves, jobs ? double(jobs) / (waves * slots) : 0};
+}
+
 Waves waves(const Tiling& t, int64_t images, int64_t slots) {
   const int64_t blocks = images * t.tiles(), waves = ceil_div(blocks, slots);
   const double work = double(images) * t.rows * t.cols;
@@ -81,22 +84,18 @@ Waves waves(const Tiling& t, int64_t images, int64_t slots) {
 
 Waves waves(const Problem& p, const Device& device, const Plan& plan, const Direction& direction,
             const Step& step) {
-  const auto alike = [&](int64_t jobs, int64_t slots) {
-    const int64_t waves = ceil_div(jobs, slots);
-    return Waves{jobs, slots, waves, jobs ? double(jobs) / (waves * slots) : 0};
-  };
   switch (step.kernel) {
     case Kernel::sums:
     case Kernel::scale:
       return waves(plan.tiling, p.n, slots(p, device, step.shared_bytes));
     case Kernel::on_chip: {  // all its blocks run at once, and take image after image
-      const Waves images = alike(p.n, std::max(direction.chip.images_at_once, 1));
+      const Waves images = waves(p.n, std::max(direction.chip.images_at_once, 1));
       return {step.jobs, step.jobs, images.waves, images.efficiency};
     }
     case Kernel::maps:
-      return alike(step.jobs, int64_t(device.multiprocessors) * kMapsPerSm);
+      return waves(step.jobs, int64_t(device.multiprocessors) * kMapsPerSm);
     default:  // small launches, of which a multiprocessor holds one block at least
-      return alike(step.jobs, device.multiprocessors);
+      return waves(step.jobs, device.multiprocessors);
   }
 }
 
@@ -116,7 +115,7 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
   // are whole sectors wide, where rows are, and a line at least.
   constexpr int64_t kLine = 128, kSector = 32;
   const int64_t row = t.cols * p.element_size();
-  const int64_t most_tiles = std::min(row / kLine, limits.terms);
+  const int64_t most_tiles = std::min(row / kLine, limits.partials);
   const int64_t unit = row % kSector == 0 ? kSector / p.element_size() : 1;
   std::vector<std::pair<Tiling, Quality>> all;
   int width = 0;
@@ -128,7 +127,7 @@ Tiling tile(const Problem& p, const Device& device, bool aligned, const Limits& 
     width = t.width;
     const int64_t highest = std::max<int64_t>(max_height / t.period, 1) * t.period;
     const auto tiles_of = [&](int64_t reads) {
-      return std::min(ceil_div(t.rows, reads * t.at_once()), limits.terms);
+      return std::min(ceil_div(t.rows, reads * t.at_once()), limits.partials);
     };
     const int64_t fewest = std::max(ceil_div(t.rows, highest), tiles_of(limits.max_reads));
     const int64_t most = std::max(fewest, tiles_of(limits.min_reads));

@@ -16,9 +16,6 @@ struct Waves {
   int64_t slots;      // blocks that the GPU holds at once: at least, where registers are to spare
   int64_t waves;      // the last one may fill the slots in part, and so may the only one
   double efficiency;  // of what the slots could do in all waves, the share that is work
-
-  // Whether there is a whole wave at all; else the efficiency is the share of the GPU in use.
-  bool whole() const { return blocks >= slots; }
 };
 
 // Blocks of a pass that the device holds at once, where registers hold `per_sm` a multiprocessor;
@@ -28,6 +25,9 @@ int64_t slots(const Problem& problem, const Device& device, size_t shared_bytes,
 // Blocks that share a multiprocessor share what it moves in a wave: each gets one of so many parts.
 // A block that is alone does not get all, for it has too few warps.
 double parts(const Problem& problem, const Device& device, const Waves& waves);
+
+// The waves of a launch whose blocks have a job each, all alike.
+Waves waves(int64_t jobs, int64_t slots);
 
 // The waves of a pass over images that are cut like this.
 Waves waves(const Tiling& tiling, int64_t images, int64_t slots);

@@ -6,14 +6,6 @@
 
 namespace da::cuda {
 
-// Values of an image's channels that are at hand from channel `first` on.
-template <class A>
-struct FromChannel {
-  const A* values;
-  int64_t first;
-  SIMT_FN A operator[](int64_t c) const { return values[c - first]; }
-};
-
 // An image's sums of one channel, its tiles from `first` on, every `step`-th.
 template <class A>
 SIMT_FN A some_tiles(const Partial<A>& sums, int64_t image, int64_t channel, int first, int step) {
@@ -26,8 +18,8 @@ SIMT_FN A some_tiles(const Partial<A>& sums, int64_t image, int64_t channel, int
 template <class A, class Some, class Value>
 SIMT_FN FromChannel<A> channel_window(const Args<A>& args, const Span& span,
                                       const MapsMemory<A>& memory, Some some, Value value) {
-  const int slices = args.bands.slices, at_once = kThreads / slices;
-  const int slice = simt::thread() / at_once, place = simt::thread() % at_once;
+  const int at_once = args.bands.channels, sharing = kThreads / at_once;
+  const int share = simt::thread() / at_once, place = simt::thread() % at_once;
   const int64_t reach = args.gate == Gate::eca ? args.kernel_size / 2 : 0;
   const int64_t begin = max<int64_t>(0, span.first - reach);
   const int64_t end = min(args.channels, span.first + span.count + reach);
@@ -35,11 +27,11 @@ SIMT_FN FromChannel<A> channel_window(const Args<A>& args, const Span& span,
   for (int64_t c0 = begin; c0 < end; c0 += at_once) {
     const int64_t c = c0 + place;
     A sum = 0;
-    if (c < end) sum = some(c, slice, slices);
+    if (c < end) sum = some(c, share, sharing);
     memory.sums[simt::thread()] = sum;
     simt::sync();
-    if (slice == 0 && c < end) {
-      for (int s = 1; s < slices; s++) sum += memory.sums[s * at_once + place];
+    if (share == 0 && c < end) {
+      for (int s = 1; s < sharing; s++) sum += memory.sums[s * at_once + place];
       memory.channels[c - begin] = value(c, sum);
     }
     simt::sync();
@@ -57,7 +49,7 @@ maps(SIMT_PARAM Args<accumulate_t<T>> args) {
   simt::wait_for_launch_before();
   const Bands& bands = args.bands;
   A* const nowhere = nullptr;  // but in global memory
-  const MapsMemory<A> memory(simt::shared(), bands, args.kernel_size);
+  const MapsMemory<A> memory(simt::shared(), bands);
   const int64_t pixel_bands = args.pending.pixels ? bands.of_pixels(args.pixels) : 0;
   const int64_t channel_bands = args.pending.channels ? bands.of_channels(args.channels) : 0;
   const int64_t job = args.first_job + simt::block(), others = job - args.images * pixel_bands;
@@ -80,9 +72,9 @@ maps(SIMT_PARAM Args<accumulate_t<T>> args) {
     const int64_t image = others / channel_bands, first = others % channel_bands * bands.channels;
     const Span span{image, first,
                     static_cast<int>(min<int64_t>(bands.channels, args.channels - first)), 0, 1};
-    const auto some = [&](int64_t c, int first, int step) {
-      return some_tiles(args.channel_sums, image, c, first, step) +
-             some_tiles(args.more_channel_sums, image, c, first, step);
+    const auto some = [&](int64_t c, int tile, int step) {
+      return some_tiles(args.channel_sums, image, c, tile, step) +
+             some_tiles(args.more_channel_sums, image, c, tile, step);
     };
     if constexpr (What == Made::masks_of_sums) {
       const A scale = A(1) / args.pixels;

@@ -24,8 +24,8 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
 
   const Tile tile(t, args.first_tile + args.tile_step * simt::block());
   simt::let_next_launch_begin();
-  A* const new_row_sums = t.channels_last ? args.new_pixel_sums : args.new_channel_sums;
-  A* const new_col_sums = t.channels_last ? args.new_channel_sums : args.new_pixel_sums;
+  A* const new_row_sums = t.by_pixel ? args.new_pixel_sums : args.new_channel_sums;
+  A* const new_col_sums = t.by_pixel ? args.new_channel_sums : args.new_pixel_sums;
   const bool adds_rows = What == Adds::rows || (What == Adds::any && new_row_sums);
   const bool adds_cols = What == Adds::cols || (What == Adds::any && new_col_sums);
   Lane lane = Lane::of_row<E, How>(t, tile.col(), tile.cols);
@@ -34,7 +34,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   lane.segment = kept(lane.segment);
   lane.index = kept(lane.index);
 
-  // As arguments they take no registers; where these suffice, at_once and the product are nearer.
+  // Arguments take no registers. Where these suffice, at_once and the stride are kept in them.
   constexpr bool few = !whole && Kind != Sums::through;
   const int at_once = few ? t.at_once() : simt::opaque(t.at_once());
   const int64_t stride = few || product ? t.stride : at_once * t.cols;
@@ -80,9 +80,9 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   const A* const pixels = weighted ? pixel_weights<T, Kind>(args, tile, memory, ask) : nullptr;
   const A* const channels = weighted ? channel_weights<T, Kind>(args, tile, memory, ask) : nullptr;
   ask();
-  const A* const row_map = t.channels_last ? pixels : channels;
-  const A* const col_map = t.channels_last ? channels : pixels;
-  A* const row_weights = t.channels_last ? memory.pixel_factor : memory.channel_factor;
+  const A* const row_map = t.by_pixel ? pixels : channels;
+  const A* const col_map = t.by_pixel ? channels : pixels;
+  A* const row_weights = t.by_pixel ? memory.pixel_factor : memory.channel_factor;
   if (adds_cols) {
     if (!row_map)
       fill(row_weights, tile.rows, A(1));
@@ -190,7 +190,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
 // Blocks of a multiprocessor: one less where a GPU has no bfloat16, and registers round instead.
 template <class T, bool Backward, Fit How>
 constexpr int scale_blocks() {
-  const bool rounds = std::is_same_v<T, simt::bfloat16> && simt::kArch == 75;
+  const bool rounds = std::is_same_v<T, simt::bfloat16> && !simt::kRoundsBfloat16;
   return blocks_per_sm(sizeof(T)) - (rounds && Backward && How == Fit::split);
 }
 
@@ -249,8 +249,8 @@ SIMT_FN bool scale_tile(const Args<accumulate_t<T>>& args) {
   const bool counts = Backward && args.last_finishes;
   A& last = *memory.last;
   if (counts && simt::thread() == 0)
-    last = simt::fetch_add(args.counters, 1u) + 1 == simt::blocks() - args.more;
-  const bool rows_are_pixels = t.channels_last;
+    last = simt::fetch_add(args.counters, 1u) + 1 == simt::blocks() - args.extra;
+  const bool rows_are_pixels = t.by_pixel;
   // Found anew where registers do not suffice to keep its addresses while the factors are made.
   const Memory<A> made(simt::shared() + (Backward ? simt::opaque(0) : 0), t, args.halo,
                        Kernel::scale);

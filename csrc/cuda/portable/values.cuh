@@ -11,32 +11,32 @@ template <class A>
 struct Folded {
   const A* data;
   int64_t entries;
-  int terms;
+  int tiles;
   A scale;
 
   SIMT_FN Folded(const Partial<A>& sums, int64_t image, A scale)
       : data(sums.data + image * sums.tiles * sums.entries),
         entries(sums.entries),
-        terms(sums.data ? static_cast<int>(sums.tiles) : 0),
+        tiles(sums.data ? static_cast<int>(sums.tiles) : 0),
         scale(scale) {}
 
   SIMT_FN A operator[](int64_t entry) const { return part(entry, 0, 1); }
 
-  // The part of an entry's value that every step-th term from `first` on makes up. Four are on
+  // The part of an entry's value that every step-th tile from `first` on makes up. Four sums are on
   // their way at once; a loop that nvcc unrolls comes with another, which waits for each of its
-  // terms.
+  // sums.
   SIMT_FN A part(int64_t entry, int first, int step) const {
-    constexpr int kTerms = 4;
+    constexpr int kInFlight = 4;
     A sum = 0;
     const A* from = data + first * entries + entry;
     SIMT_ROLLED
-    for (int t = first; t < terms; t += kTerms * step) {
-      A term[kTerms];
+    for (int t = first; t < tiles; t += kInFlight * step) {
+      A some[kInFlight];
       SIMT_UNROLL
-      for (int u = 0; u < kTerms; u++, from += step * entries)
-        term[u] = t + u * step < terms ? *from : A(0);
+      for (int u = 0; u < kInFlight; u++, from += step * entries)
+        some[u] = t + u * step < tiles ? *from : A(0);
       SIMT_UNROLL
-      for (int u = 0; u < kTerms; u++) sum += term[u];
+      for (int u = 0; u < kInFlight; u++) sum += some[u];
     }
     return sum * scale;
   }
@@ -44,31 +44,31 @@ struct Folded {
   // The same in nvcc's loop, which takes fewer registers.
   SIMT_FN A lean_part(int64_t entry, int first, int step) const {
     A sum = 0;
-    const A* term = data + first * entries + entry;
-    for (int t = first; t < terms; t += step, term += step * entries) sum += *term;
+    const A* from = data + first * entries + entry;
+    for (int t = first; t < tiles; t += step, from += step * entries) sum += *from;
     return sum * scale;
   }
 
-  // Values of N entries, the i-th from `base` on, of which so many terms are on their way at once.
-  template <int kAtOnce, int N>
+  // Values of N entries, the i-th from `base` on, of which so many sums are on their way at once.
+  template <int kInFlight, int N>
   SIMT_FN void some(int64_t base, const int (&i)[N], A (&values)[N]) const {
-    constexpr int kTerms = kAtOnce / N;
+    constexpr int kTiles = kInFlight / N;
     const A* from = data + base;
     SIMT_UNROLL
     for (A& value : values) value = 0;
     SIMT_ROLLED
-    for (int t = 0; t < terms; t += kTerms) {
-      A term[kTerms][N];
+    for (int t = 0; t < tiles; t += kTiles) {
+      A sum[kTiles][N];
       SIMT_UNROLL
-      for (int u = 0; u < kTerms; u++, from += entries) {
-        const bool there = t + u < terms;
+      for (int u = 0; u < kTiles; u++, from += entries) {
+        const bool there = t + u < tiles;
         SIMT_UNROLL
-        for (int n = 0; n < N; n++) term[u][n] = there ? from[i[n]] : A(0);
+        for (int n = 0; n < N; n++) sum[u][n] = there ? from[i[n]] : A(0);
       }
       SIMT_UNROLL
-      for (int u = 0; u < kTerms; u++) {
+      for (int u = 0; u < kTiles; u++) {
         SIMT_UNROLL
-        for (int n = 0; n < N; n++) values[n] += term[u][n];
+        for (int n = 0; n < N; n++) values[n] += sum[u][n];
       }
     }
     SIMT_UNROLL
@@ -94,14 +94,14 @@ struct LogitGradient {
     if (More) sum += more.lean_part(i, first, step);
     return sum * sigmoid_slope(own);
   }
-  template <int kAtOnce, int N>
+  template <int kInFlight, int N>
   SIMT_FN void some(int64_t base, const int (&i)[N], A (&values)[N]) const {
-    constexpr int kTerms = kAtOnce / 2;  // registers are few where these are read
+    constexpr int kOfEach = kInFlight / 2;  // registers are few where these are read
     A masks[N], others[N];
     SIMT_UNROLL
     for (int n = 0; n < N; n++) masks[n] = mask[base + i[n]];
-    sums.template some<kTerms>(base, i, values);
-    if (More) more.template some<kTerms>(base, i, others);
+    sums.template some<kOfEach>(base, i, values);
+    if (More) more.template some<kOfEach>(base, i, others);
     SIMT_UNROLL
     for (int n = 0; n < N; n++)
       values[n] = (More ? values[n] + others[n] : values[n]) * sigmoid_slope(masks[n]);

@@ -31,8 +31,13 @@ constexpr int kArch = __CUDA_ARCH__ / 10;
 #else
 constexpr int kArch = 0;
 #endif
-// Whether a launch may begin before the one before it has ended: only there is there time before.
+// Whether a launch may begin before the one before it has ended. Where none may, a kernel has
+// nothing to do in that time.
 constexpr bool kEarlyLaunches = kArch >= 90;
+// Thread block clusters; for what is older, nothing of them is compiled.
+constexpr bool kClusters = kArch == 0 || kArch >= 90;
+// Instructions that round to bfloat16; to do without takes registers.
+constexpr bool kRoundsBfloat16 = kArch == 0 || kArch >= 80;
 
 // A launch is one-dimensional. `team` consecutive blocks, of which the grid is a multiple, may wait
 // for each other: as a thread block cluster, or else all blocks of a cooperative launch at once.
@@ -45,9 +50,9 @@ struct Launch {
   // It may begin before the kernel before it in the stream has ended, and calls
   // wait_for_launch_before(). Only where early_launches() says so, and for blocks on their own.
   bool early = false;
-  // The host reads these: the first block works on the last image, and the last `more` on none.
+  // The host reads these: the first block works on the last image, and the last `extra` on none.
   bool backwards = false;
-  unsigned more = 0;
+  unsigned extra = 0;
 };
 
 // The bytes that one 16-byte access moves.
@@ -69,7 +74,6 @@ struct alignas(16) Vector {
 #define SIMT_FN __device__ __forceinline__
 #define SIMT_UNROLL _Pragma("unroll")
 #define SIMT_ROLLED _Pragma("unroll 1")
-#define SIMT_ASSERT(condition) static_cast<void>(0)
 
 namespace simt {
 

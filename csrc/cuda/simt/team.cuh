@@ -4,24 +4,6 @@
 
 #include "cuda/simt/simt.cuh"
 
-namespace simt {
-
-// Clusters exist from sm_90 on; for what is older, nothing of them is compiled.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kClusters = true;
-#else
-constexpr bool kClusters = false;
-#endif
-
-// Instructions that round to bfloat16 exist from sm_80 on; to do without takes registers.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-constexpr bool kRoundsBfloat16 = true;
-#else
-constexpr bool kRoundsBfloat16 = false;
-#endif
-
-}  // namespace simt
-
 #ifdef __CUDACC__
 
 namespace simt {

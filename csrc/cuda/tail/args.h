@@ -36,7 +36,7 @@ struct TailArgs {
   void* d;            // the gradient at the ReLU's argument; null without a shortcut
   void* result;       // out, or du
   int norm_channels;  // of a block that works on the norm's
-  bool batch;         // the norm's statistics are the batch's
+  bool batch;         // backward: the norm's statistics are the batch's
   Maps maps;          // whose weights a launch's sums have
 
   NormArgs norm;                         // see Norm

@@ -16,42 +16,16 @@ namespace detail {
 template <class T, class A = accumulate_t<T>>
 TailArgs<A> tail_arguments(const Problem& p, const TailPlan& plan, Way way,
                            const TailPointers& at) {
-  const Tiling& t = plan.tiling;
   const TailWorkspace& w = plan[way].workspace;
   A* const work = static_cast<A*>(at.workspace);
   TailArgs<A> args{};
   Args<A>& call = args.call;
-  call.images = p.n, call.channels = p.c, call.pixels = p.pixels();
-  call.height = p.h, call.width = p.w;
-  call.masks = masks(p.order), call.outer = outer(p.order);
-  call.gate = p.gate, call.kernel_size = p.kernel_size;
-  call.tiling = t, call.halo = plan.bands.halo, call.bands = plan.bands;
-  call.padded = Padded(p.w);
-  call.x = at.u;
-  call.parameters = at.parameters, call.wide = at.wide, call.gradients = at.gradients;
-  call.pixel_sums = {work + w.pixel_sums, t.channel_tiles(), call.pixels};
-  call.channel_sums = {work + w.channel_sums, t.pixel_tiles(), call.channels};
+  call = common_arguments<A>(p, plan.tiling, plan.bands, w, way, at);
+  call.halo = plan.bands.halo, call.x = at.u, call.finishes = call.masks;
   args.products = args.term_products = call.channel_sums;
   args.products.data = work + w.products;
   args.term_products.data = work + w.term_products;
-  for (const Pass& pass : schedule(p.order, way == Way::backward)) {
-    if (pass.weights != Maps::terms) continue;
-    if (pass.sums.pixels) {
-      call.more_pixel_sums = call.pixel_sums;
-      call.more_pixel_sums.data = work + w.more_pixel_sums;
-    }
-    if (pass.sums.channels) call.more_channel_sums = args.term_products;
-  }
-  call.channel_mean = static_cast<A*>(at.channel_mean);
-  call.pooled = static_cast<A*>(at.pooled);
-  call.spatial_mask = work + w.spatial_mask, call.channel_mask = work + w.channel_mask;
-  call.d_channel_mean = work + w.d_channel_mean;
-  call.d_logit = work + w.d_logit, call.d_pooled = work + w.d_pooled;
-  call.spatial_parts = work + w.spatial_parts, call.spatial_blocks = w.spatial_blocks;
-  call.gate_parts = work + w.gate_parts, call.shares = w.shares;
-  call.counters = reinterpret_cast<unsigned*>(work + w.done);
-  call.counter_count = w.done_counters;
-  call.finishes = call.masks;
+  if (call.more_channel_sums.data) call.more_channel_sums = args.term_products;
 
   args.shortcut = at.shortcut, args.out = at.out, args.dout = at.dout;
   args.d = at.d, args.result = at.result;
@@ -100,8 +74,8 @@ auto tail_pass(const TailStep& step) {
 
 template <class T, int E>
 auto tail_pass(const TailStep& step, const Tiling& t) {
-  return t.channels_last ? tail_pass<T, E, ChannelsAre::cols>(step)
-                         : tail_pass<T, E, ChannelsAre::rows>(step);
+  return t.by_pixel ? tail_pass<T, E, ChannelsAre::cols>(step)
+                    : tail_pass<T, E, ChannelsAre::rows>(step);
 }
 
 template <class T>

@@ -21,7 +21,7 @@ struct TailPointers {
   KeptOfNorm running_mean, running_var;  // of forward that does; null where not kept
   double momentum;                       // the batch's share in them
   int64_t* batches;                      // counts those that had one; null where not kept
-  bool batch;                            // the statistics are the batch's
+  bool batch;                            // of backward: the statistics are the batch's
   void *d_weight, *d_bias;  // of backward, in the type of the norm's; null where not wanted
   NormArgs shortcut_norm;   // of a shortcut that goes through one, which is given backward, too
   bool shortcut_batch;

@@ -8,46 +8,34 @@
 
 namespace da::cuda {
 
-// The sum over the block, in every thread. The caller syncs before it uses `warps` again.
-template <class A>
-SIMT_FN A sum_of_block(A value, A* warps) {
-  value = warp_sum(value);
-  if (simt::thread() % simt::kWarp == 0) warps[simt::thread() / simt::kWarp] = value;
-  simt::sync();
-  A sum = 0;
-  for (int w = 0; w < kWarps; w++) sum += warps[w];
-  return sum;
-}
-
 // A thread of a block that works on the norm's channels: it has one of them, and takes a share of
 // what that channel's sums are made of.
 struct NormLane {
-  int channels, slices, slice;
+  int channels, sharing, share;
   int64_t c;
 
   template <class A>
   SIMT_FN NormLane(const TailArgs<A>& args, int64_t job)
       : channels(args.norm_channels),
-        slices(kThreads / channels),
-        slice(simt::thread() / channels),
+        sharing(kThreads / channels),
+        share(simt::thread() / channels),
         c(job * channels + simt::thread() % channels) {}
 
-  // The sums over all slices, in slice 0.
-  SIMT_FN void add(double* shares, double& one, double& other) const {
+  // The sums over all shares, in the threads of share 0.
+  SIMT_FN void add(double* sums, double& one, double& other) const {
     SIMT_ROLLED
     for (int step = simt::kWarp / 2; step >= channels; step /= 2) {
       one += simt::shuffle_xor(one, step);
       other += simt::shuffle_xor(other, step);
     }
     const int warp = simt::thread() / simt::kWarp, lane = simt::thread() % simt::kWarp;
-    double* const others = shares + kWarps * channels;
-    if (lane < channels)
-      shares[warp * channels + lane] = one, others[warp * channels + lane] = other;
+    double* const others = sums + kWarps * channels;
+    if (lane < channels) sums[warp * channels + lane] = one, others[warp * channels + lane] = other;
     simt::sync();
-    if (slice != 0) return;
+    if (share != 0) return;
     one = other = 0;
     for (int w = 0; w < kWarps; w++)
-      one += shares[w * channels + lane], other += others[w * channels + lane];
+      one += sums[w * channels + lane], other += others[w * channels + lane];
   }
 };
 
@@ -66,7 +54,7 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   using A = accumulate_t<T>;
   simt::let_next_launch_begin();
   simt::wait_for_launch_before();
-  double* shares = SmallMemory(simt::shared()).sums;
+  double* sums = SmallMemory(simt::shared()).sums;
   const Args<A>& call = args.call;
   const NormLane lane(args, call.first_job + simt::block());
   const int64_t c = lane.c;
@@ -79,13 +67,13 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const A near = any ? call.channel_sums.data[c] : A(0);
   double sum = 0, squares = 0;
   constexpr int kBlock = 8;
-  int64_t left = tiles - 1 - lane.slice % tiles;  // tiles of the image after this one
-  const int64_t on = lane.slices % tiles;
-  for (int64_t block = lane.slice; there && block < all; block += kBlock * lane.slices) {
+  int64_t left = tiles - 1 - lane.share % tiles;  // tiles of the image after this one
+  const int64_t on = lane.sharing % tiles;
+  for (int64_t block = lane.share; there && block < all; block += kBlock * lane.sharing) {
     A off[kBlock], of_tile[kBlock], some = 0, some_squares = 0;
     SIMT_UNROLL
     for (int i = 0; i < kBlock; i++) {
-      const int64_t t = block + i * lane.slices, at = t * call.channels + c;
+      const int64_t t = block + i * lane.sharing, at = t * call.channels + c;
       off[i] = t < all ? call.channel_sums.data[at] : near;
       of_tile[i] = t < all ? args.products.data[at] : A(0);
     }
@@ -98,8 +86,8 @@ tail_norm(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     }
     sum += some, squares += some_squares;
   }
-  lane.add(shares, sum, squares);
-  if (lane.slice != 0 || !there) return;
+  lane.add(sums, sum, squares);
+  if (lane.share != 0 || !there) return;
   const double count = double(call.images) * call.pixels;
   const double mean = (any ? double(datum<T>(call, c)) : 0) + near + sum / count;
   double variance = (squares - sum * (sum / count)) / count;
@@ -141,7 +129,7 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const Norm<T> norm{args.norm};
   const Bands& bands = call.bands;
   A* const nowhere = nullptr;  // but in global memory
-  const MapsMemory<A> memory(simt::shared(), bands, call.kernel_size);
+  const MapsMemory<A> memory(simt::shared(), bands);
   const int64_t all_pixel_bands = bands.of_pixels(call.pixels);
   const int64_t pixel_bands = call.pending.pixels ? all_pixel_bands : 0;
   const int64_t channel_bands = call.pending.channels ? bands.of_channels(call.channels) : 0;
@@ -157,7 +145,7 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       A sum = 0;
       for (int64_t c = simt::thread(); c < call.channels; c += kThreads)
         sum += norm.shift(c) * (weighted ? weights[image * call.channels + c] : A(1));
-      return sum_of_block(sum, memory.sums);
+      return block_sum(sum, memory.sums);
     };
     if constexpr (What == Made::masks_of_sums) {
       const A shift = constant(call.weights.channels, call.channel_mask);
@@ -170,15 +158,15 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
     } else {
       const bool more = call.more_pixel_sums.data;
       const A shift = more ? constant(true, call.d_pooled) : A(0);
-      const Folded<A> sums(call.pixel_sums, image, 1), others(call.more_pixel_sums, image, 1);
+      const Folded<A> sums(call.pixel_sums, image, 1), second(call.more_pixel_sums, image, 1);
       const A* const mask = call.spatial_mask + image * call.pixels;
       const auto dz = made_of<A>(
-          [&](int64_t i) { return (sums[i] + (others[i] + shift)) * sigmoid_slope(mask[i]); });
+          [&](int64_t i) { return (sums[i] + (second[i] + shift)) * sigmoid_slope(mask[i]); });
       through_stencil<T>(call, span, memory.around, dz, Keep::yes, made);
     }
     A mine = 0;
     for (int i = simt::thread(); i < span.count; i += kThreads) mine += made[i];
-    const A sum = sum_of_block(mine, memory.channels);
+    const A sum = block_sum(mine, memory.channels);
     A* const sums = What == Made::terms ? args.term_sums : args.mask_sums;
     if (simt::thread() == 0) sums[image * pixel_bands + band] = sum;
   } else {
@@ -192,10 +180,10 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       const A* const mask = call.channel_mask + kept;
       const auto dt = channel_window(
           call, span, memory,
-          [&](int64_t c, int first, int step) {
-            return norm.scale(c) * (some_tiles(args.products, image, c, first, step) +
-                                    some_tiles(call.more_channel_sums, image, c, first, step)) +
-                   norm.shift(c) * some_tiles(call.channel_sums, image, c, first, step);
+          [&](int64_t c, int tile, int step) {
+            return norm.scale(c) * (some_tiles(args.products, image, c, tile, step) +
+                                    some_tiles(call.more_channel_sums, image, c, tile, step)) +
+                   norm.shift(c) * some_tiles(call.channel_sums, image, c, tile, step);
           },
           [&](int64_t c, A sum) { return (sum + norm.shift(c) * dm) * sigmoid_slope(mask[c]); });
       through_gate<T>(call, span, dt, Keep::yes, nowhere);
@@ -210,8 +198,8 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
       if constexpr (What == Made::masks_of_sums) {
         const auto pooled = channel_window(
             call, span, memory,
-            [&](int64_t c, int first, int step) {
-              return some_tiles(call.channel_sums, image, c, first, step);
+            [&](int64_t c, int tile, int step) {
+              return some_tiles(call.channel_sums, image, c, tile, step);
             },
             [&](int64_t c, A sum) {
               const A raw = sum / call.pixels;
@@ -233,26 +221,26 @@ tail_maps(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
 // the batch's. Of each image, with dx = d k s + o_p dg + o_c dm, o the outer mask or one: the sums
 // of dx and of dx (u - centre).
 template <class T>
-SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, double* shares) {
+SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, double* sums) {
   using A = accumulate_t<T>;
   const Args<A>& call = args.call;
   const NormLane lane(args, job);
   const int64_t c = lane.c;
   const int64_t bands = call.bands.of_pixels(call.pixels);
   // The partial sums of an image, as many of each on their way at once.
-  constexpr int kTerms = 4;
+  constexpr int kInFlight = 4;
   const int64_t tiles = call.channel_sums.tiles;
   double sum = 0, product = 0;
-  for (int64_t n = lane.slice; c < call.channels && n < call.images; n += lane.slices) {
+  for (int64_t n = lane.share; c < call.channels && n < call.images; n += lane.sharing) {
     const int64_t at = n * call.channels + c;
     const A k = call.masks.channels ? call.channel_mask[at] : A(1);
     const A o = call.outer.channels ? k : A(1);
     A d = 0, d_u = 0, dm_u = 0;
     SIMT_ROLLED
-    for (int64_t t = 0; t < tiles; t += kTerms) {
-      A some[3][kTerms];
+    for (int64_t t = 0; t < tiles; t += kInFlight) {
+      A some[3][kInFlight];
       SIMT_UNROLL
-      for (int i = 0; i < kTerms; i++) {
+      for (int i = 0; i < kInFlight; i++) {
         const bool there = t + i < tiles;
         const int64_t of_tile = (n * tiles + t + i) * call.channels + c;
         some[0][i] = there ? call.channel_sums.data[of_tile] : A(0);
@@ -260,7 +248,7 @@ SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, 
         some[2][i] = there && call.masks.pixels ? args.term_products.data[of_tile] : A(0);
       }
       SIMT_UNROLL
-      for (int i = 0; i < kTerms; i++) d += some[0][i], d_u += some[1][i], dm_u += some[2][i];
+      for (int i = 0; i < kInFlight; i++) d += some[0][i], d_u += some[1][i], dm_u += some[2][i];
     }
     sum += double(k) * d, product += double(k) * d_u;
     if (call.masks.pixels) {
@@ -273,8 +261,8 @@ SIMT_FN void norm_gradients(const TailArgs<accumulate_t<T>>& args, int64_t job, 
       product += dg * args.pooled_u[at] * call.pixels;
     }
   }
-  lane.add(shares, sum, product);
-  if (lane.slice != 0 || c >= call.channels) return;
+  lane.add(sums, sum, product);
+  if (lane.share != 0 || c >= call.channels) return;
   const Norm<T> norm{args.norm};
   const double inverse = norm.inverse(c), weight = product * inverse;
   put<T>(args.d_weight, c, weight, args.norm.weight.wide);

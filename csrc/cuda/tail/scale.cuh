@@ -15,7 +15,7 @@
 
 namespace da::cuda {
 
-// The maps over the tile, in shared memory: of channels in the order of the formulas' struct below.
+// The maps over the tile, in shared memory, in the order in which tail_scale() takes them.
 template <class T, TailScale Kind, class A>
 SIMT_FN void load_factors(const TailArgs<A>& args, const Tile& tile, const TailMemory<A>& memory) {
   constexpr bool backward = is_backward(Kind);

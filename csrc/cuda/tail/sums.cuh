@@ -30,8 +30,7 @@ SIMT_FN accumulate_t<T> local_centre(const T* first, int64_t stride, int pixels)
 // differences would be lost to rounding.
 template <class T, class A>
 SIMT_FN A datum(const Args<A>& call, int64_t c) {
-  return simt::to<A>(
-      static_cast<const T*>(call.x)[call.tiling.channels_last ? c : c * call.pixels]);
+  return simt::to<A>(static_cast<const T*>(call.x)[call.tiling.by_pixel ? c : c * call.pixels]);
 }
 
 // Mean and sum of squared deviations of so many numbers, from the sums of their deviations from
@@ -54,9 +53,8 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
                            tile.row() * tile.tiling.cols + tile.col();
     const int64_t along = tile.tiling.cols;
     for (int i = simt::thread(); i < tile.channels(); i += kThreads) {
-      const A centre = tile.tiling.channels_last
-                           ? local_centre(first + i, along, tile.pixels())
-                           : local_centre(first + i * along, 1, tile.pixels());
+      const A centre = tile.tiling.by_pixel ? local_centre(first + i, along, tile.pixels())
+                                            : local_centre(first + i * along, 1, tile.pixels());
       memory.channel[0][i] = centre;
       memory.channel[1][i] = centre - datum<T>(call, tile.channel() + i);
     }
@@ -84,7 +82,7 @@ SIMT_FN void load_maps(const TailArgs<A>& args, const Tile& tile, const TailMemo
 // Blocks of a multiprocessor: one less where a GPU has no bfloat16, and registers round d instead.
 template <class T, TailSums Kind>
 constexpr int tail_sums_blocks() {
-  const bool rounds = std::is_same_v<T, simt::bfloat16> && simt::kArch == 75;
+  const bool rounds = std::is_same_v<T, simt::bfloat16> && !simt::kRoundsBfloat16;
   return tail_per_sm(Kind, sizeof(T)) - (rounds && Kind == TailSums::gradients);
 }
 
@@ -179,6 +177,7 @@ tail_sums(SIMT_PARAM TailArgs<accumulate_t<T>> args) {
   const int pitch = t.lanes | 1;
   // The first of the rows that this thread helps to add up, and where a later one lies.
   const int part = simt::thread() % 4, helped = simt::thread() / 4;
+  // To divide anew takes fewer instructions than to read the quotients from the plan.
   const int first_turn = helped / at_once, first_segment = helped % at_once;
   const int turns = kThreads / 4 / at_once, segments = kThreads / 4 % at_once;
   const int64_t of_rows = (tile.image * t.col_tiles + tile.col_tile) * t.rows + tile.row();
