@@ -4,9 +4,6 @@ They run on what the checkout has, where nothing is built: on a GPU the Triton k
 plain PyTorch. For all kernels install da-ops, and take the same networks from ``da_ops.models``.
 """
 
-from da_ops.models import da_resnet18, da_resnet34, da_resnet50, da_resnet101
+from da_ops.models import da_resnet18, da_resnet34, da_resnet50, da_resnet101  # noqa: F401
 
 dependencies = ["torch", "torchvision", "numpy"]
-
-for _network in (da_resnet18, da_resnet34, da_resnet50, da_resnet101):
-    _network.__doc__ = _network.func.__doc__  # for torch.hub.help

@@ -11,8 +11,8 @@ from torch import Tensor
 from .parameters import Unnamed
 from .reference import GATES, ORDERS
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
 _CONV, _MERGE, _ONE = (1, 1, 3, 3), (1, 2, 1, 1), (1,)
 
 
@@ -48,7 +48,8 @@ def odd_int(name: str, value: Any) -> int:
 def check_arguments(x: Tensor, parameters: Unnamed, order: str, gate: str) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the operator can take the call.
 
-    Every call comes here, and so a message is made only when it is needed.
+    The calls of backends that do not check come here before they run, others once a kernel has
+    refused them; and so a message is made only when it is needed.
     """
     conv_weight, dilated_weight, merge_weight, spatial_bias, gate_weight, gate_bias = parameters
     channels = check_x(x)
@@ -83,8 +84,8 @@ def check_arguments(x: Tensor, parameters: Unnamed, order: str, gate: str) -> No
         own = p.dtype
         if own is shared:
             continue
-        if own is not dtype and not (dtype in _HALF and own is torch.float32):
-            or_float32 = " or float32" if dtype in _HALF else ""
+        if own is not dtype and not (dtype in HALF and own is torch.float32):
+            or_float32 = " or float32" if dtype in HALF else ""
             raise TypeError(
                 f"da_attention: {name} must be {_name(dtype)} like x{or_float32}, got {_name(own)}"
             )
@@ -100,7 +101,7 @@ def check_x(x: Tensor) -> int:
     """C of ``x``; TypeError or ValueError unless it is a feature map."""
     if not isinstance(x, Tensor):
         raise TypeError(f"da_attention: x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(
             "da_attention: x must be float16, bfloat16, float32 or float64, got "
             f"{_name(x.dtype)}; convert it with x.float()"
@@ -122,6 +123,31 @@ def check_x(x: Tensor) -> int:
     if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
         raise ValueError(f"da_attention: C, H and W of x must be at least 1, got {list(shape)}")
     return shape[1]
+
+
+def check_tail(u: object, shortcut: object, norm: Any) -> None:
+    """Raise TypeError or ValueError, naming the argument, where a tail's modules would say less."""
+    for name, given in (("u", u), ("shortcut", shortcut)):
+        if not isinstance(given, Tensor | torch.fx.Proxy) and (given is not None or name == "u"):
+            raise TypeError(
+                f"residual_attention: {name} must be a torch.Tensor, got {type(given).__name__}"
+            )
+    if not isinstance(u, Tensor) or u.dim() != 4:  # which the norm refuses
+        return
+    if isinstance(shortcut, Tensor):
+        try:  # the modules take one that is broadcast
+            torch.broadcast_shapes(u.shape, shortcut.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"residual_attention: shortcut must have the shape of u, {list(u.shape)}, got "
+                f"{list(shortcut.shape)}"
+            ) from None
+    channels = getattr(norm, "num_features", u.shape[1])
+    if channels != u.shape[1]:
+        raise ValueError(
+            f"residual_attention: norm must be over the {u.shape[1]} channels of u, got one over "
+            f"{channels}"
+        )
 
 
 def _refuse_unused(name: str, order: str, gate: str) -> NoReturn:

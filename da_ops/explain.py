@@ -66,6 +66,9 @@ def explain(
     GPU's L2 seven tenths; nothing for the first of a direction, for what was there before is not
     known.
 
+    Returns:
+        an ``Explanation``: ``str()`` is for people, ``to_dict()`` and ``to_json()`` for programs.
+
     Raises:
         TypeError: ``x``, ``layer`` or a norm is of another type, or ``x`` of another dtype.
         ValueError: ``x`` is no such tensor, ``layer`` is for other channels, an argument has none

@@ -40,7 +40,7 @@ class Explanation:
         """Plain data, sizes in bytes."""
         return {
             "shape": list(self.call.shape),
-            "dtype": str(self.call.dtype).removeprefix("torch."),
+            "dtype": self.call.dtype_name,
             "layout": "channels_last" if self.call.channels_last else "contiguous",
             "order": self.call.order,
             "gate": None if self.call.order == "none" else self.call.gate,

@@ -11,6 +11,7 @@ from torch import Tensor
 # passes, since making a named tuple takes a percent of a small call.
 _P = Tensor | None
 Unnamed = tuple[_P, _P, _P, _P, _P, _P]
+Gradients = tuple[Tensor | None, ...]
 
 
 class Parameters(NamedTuple):

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .parameters import Parameters
+from .parameters import Gradients, Parameters
 
 ORDERS = ("spatial_channel", "channel_spatial", "parallel", "spatial", "channel")
 GATES = ("affine", "scalar", "eca", "sigmoid")
 
-Gradients = tuple[Tensor | None, ...]
 Weight = Any  # a Tensor, or None where the order or the gate has no such parameter
 
 

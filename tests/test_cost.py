@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from da_ops import DAModule, cost, models
+from da_ops import DAModule, DAResidual, cost, models
 from da_ops.cli import main
 from da_ops.cost import paper, tables
 from da_ops.cost.paper import PRINTED
@@ -114,6 +114,25 @@ def test_a_fused_network_costs_what_it_did_before(fused_cpu, attention, caplog):
     with pytest.raises(RuntimeError):
         cost.count(network, torch.randn(1, 2, 32, 32))
     assert not models.unfused_blocks(network)
+
+
+def test_a_tail_is_counted_by_its_modules(fused_cpu, caplog):
+    """And is fused again after; nothing is said of hooks that are not the user's."""
+
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tail = DAResidual(8)
+
+        def forward(self, x):
+            return self.tail(x, x)
+
+    functional._told.clear()
+    network = Adding().eval()
+    got = counted(network, 1, 8, 5, 7)
+    apart = counted(nn.Sequential(network.tail.norm, network.tail.attention), 1, 8, 5, 7)
+    assert got == apart and network.tail.fused
+    assert not caplog.records and not functional._told
 
 
 def test_rivals():

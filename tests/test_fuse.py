@@ -308,6 +308,15 @@ def test_blocks_that_drop_paths_stay_as_they_are(caplog):
     assert "there is a DropPath before the addition" in caplog.text
 
 
+@pytest.mark.parametrize("modules", [(), (nn.Identity(),)])
+def test_a_shortcut_through_a_sequential_that_does_little(modules):
+    plain = tv.BasicBlock(8, 8, downsample=nn.Sequential(*modules)).double()
+    fused = fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    assert fused.fused
+    assert_same(step(fused, x), step(plain, x))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"aa_layer": timm.layers.BlurPool2d}, {"drop_block_rate": 0.1}],

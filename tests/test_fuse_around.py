@@ -127,14 +127,18 @@ def test_hooks_on_the_stem_see_what_they_would(name, which):
     assert_same(found[1], found[0])
 
 
-@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "own forward"])
 def test_hooks_on_a_module_that_does_nothing_are_called(kind):
     calls = []
     for network in pair("timm basic"):
         seen = []
         module = network.layer2[0].drop_block
-        getattr(module, f"register_{kind}_hook")(lambda *_, seen=seen: seen.append(1))
-        network(images())
+        network.layer2[0].act1.inplace = False  # which a hook of backward forbids
+        if kind == "own forward":
+            module.forward = lambda x, seen=seen: seen.append(1) or x
+        else:
+            getattr(module, f"register_{kind}_hook")(lambda *_, seen=seen: seen.append(1))
+        network(images()).sum().backward()
         calls.append(len(seen))
     assert calls == [1, 1]
 

@@ -61,6 +61,15 @@ def test_hub_builds_the_networks():
         assert network.state_dict().keys() == ours.state_dict().keys()
 
 
+@pytest.mark.parametrize("attention", ["da", "se", "sge", "eca", "fca"])
+def test_constructors_say_what_they_make(attention):
+    for name in BLOCKS:
+        constructor = getattr(models, f"{attention}_{name}")
+        assert constructor.__name__ == f"{attention}_{name}"
+        assert constructor.__doc__.startswith(f":func:`{name}` with attention={attention!r}: ")
+        assert "num_classes: outputs" in constructor.__doc__
+
+
 def test_options_of_the_da_layer():
     network = models.resnet18("da", order="parallel", gate="scalar", backend="eager", num_classes=7)
     layers = [module for module in network.modules() if isinstance(module, DAModule)]

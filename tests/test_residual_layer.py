@@ -209,6 +209,31 @@ def test_autocast():
     assert tail.norm.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"u": "u"}, TypeError, "u must be a torch.Tensor, got str"),
+        ({"shortcut": 1.0}, TypeError, "shortcut must be a torch.Tensor, got float"),
+        (
+            {"shortcut": torch.zeros(3, 6, 7, 9)},
+            ValueError,
+            r"shortcut must have the shape of u, \[3, 6, 7, 8\], got \[3, 6, 7, 9\]",
+        ),
+        (
+            {"norm": nn.BatchNorm2d(5).double()},
+            ValueError,
+            "norm must be over the 6 channels of u, got one over 5",
+        ),
+    ],
+    ids=["u", "shortcut", "shape", "norm"],
+)
+def test_refusals(change, error, message):
+    u, shortcut, _ = tensors()
+    given = {"u": u, "shortcut": shortcut, "norm": norm_of(), "attention": None, **change}
+    with pytest.raises(error, match=message):
+        residual_attention(**given)
+
+
 @pytest.mark.parametrize("attention", [True, False])
 def test_one_value_a_channel_in_evaluation(attention):
     u, shortcut, dout = tensors((1, 6, 1, 1))

@@ -5,6 +5,7 @@ No test here depends on how long anything takes.
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -40,8 +41,7 @@ def test_candidates_are_all_different(order, layout, threads):
         assert texts[0] == candidates.DEFAULT
         names = ("slab_rows", "stream", "sum_together") + ("scale_together",) * backward
         planned = [
-            plan(of.shape, of.channels_last, "float32", order, threads, text, 2 + backward)
-            for text in texts
+            plan(of.shape, of.channels_last, "float32", order, threads, text) for text in texts
         ]
         effects = [tuple(p[name] for name in names) for p in planned]
         assert len(set(effects)) == len(effects)
@@ -205,6 +205,30 @@ def test_a_network_is_tuned_at_its_own_calls(planted):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_a_fused_tail_is_tuned_as_the_layer_that_it_runs_like(planted, fused_cpu):
+    tail, norm = da_ops.DAResidual(8), torch.nn.BatchNorm2d(8)
+
+    class Tails(torch.nn.Module):
+        def forward(self, x):
+            return da_ops.residual_attention(tail(x, x), None, norm, None)
+
+    x = torch.randn(2, 8, 6, 6)
+    tuning.tune(Tails(), x, backward=False)
+    assert [(job.shape, job.order) for job in planted] == [((2, 8, 6, 6), "spatial_channel")]
+    put(shape=(2, 8, 6, 6))
+    assert "tuned forward" in str(da_ops.explain(x, layer=tail))
+
+
+def test_tensors_of_any_size_are_tried_with_streaming_stores():
+    """Both directions are planned by forward's count of tensors, as the operator does."""
+    plan = pytest.importorskip("da_ops._plan").cpu
+    for images, backward in itertools.product(range(4, 128, 4), (False, True)):  # up to 100 MB
+        of = call((images, 64, 56, 56))
+        texts = candidates.possible_plans("cpu", of, backward)
+        plans = [plan(of.shape, False, "float32", of.order, 1, text) for text in texts]
+        assert {p["stream"] for p in plans} == {False, True}
+
+
 def test_command_line(capsys, store, planted):
     torch.set_num_threads(1)
     shape = "x".join(map(str, SHAPE))
@@ -270,7 +294,7 @@ def test_tune_refuses_what_it_cannot_run(planted, monkeypatch):
         ("4x8x5x5", "expected a module"),
         (torch.ones(1, 2, 3, 4), r"; got a tensor of \[1, 2, 3, 4\]$"),
         (torch.nn.Identity(), "a module needs its inputs"),
-        ((torch.nn.Identity(), torch.ones(1, 2, 3, 4)), "made no call of the compiled kernels"),
+        ((torch.nn.Identity(), torch.ones(1, 2, 3, 4)), "made no call that is tuned"),
     ],
 )
 def test_tune_refuses(planted, what, message):

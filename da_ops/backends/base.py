@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Gradients = tuple[Tensor | None, ...]
+from ..parameters import Gradients
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Call:
     def bytes(self) -> int:
         """The size of x."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        """Such as "float32"."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 # Whose statistics a tail's norm takes: the batch's; its own, with gradients; its own, without.
@@ -74,7 +79,7 @@ class Pass:
     reads: int
     writes: int
     launch: Launch | None = None
-    why: str | None = None  # it is made, where it reads and writes nothing of full size
+    why: str | None = None  # the pass is there, if it touches no tensor of full size
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Backend, Call, Gradients
+from ..parameters import Gradients
+from .base import Backend, Call
 from .tuned import ENVIRONMENT, OTHERS, PLANS
 
 logger = logging.getLogger("da_ops")

@@ -45,7 +45,7 @@ def _plan_of(call: Call, walks: Walks, *, tail: bool = False) -> Plan:
 
 def _planned(call: Call, limits: str, tensors: int) -> dict[str, Any]:
     """The plan of a call whose forward reads and writes so many tensors of the size of x."""
-    dtype = str(call.dtype).removeprefix("torch.")
+    dtype = call.dtype_name
     kind = call.shape, call.channels_last, dtype, call.order
     return dict(native.planner().cpu(*kind, torch.get_num_threads(), limits, tensors))
 

@@ -27,7 +27,7 @@ def _gpu(call: Call) -> Any:
 def _planned(planner: Callable[..., dict[str, Any]], call: Call, wish: str, **more: bool) -> Any:
     """What `planner` says of the call on that GPU; more: what it asks for besides."""
     gpu = _gpu(call)
-    dtype = str(call.dtype).removeprefix("torch.")
+    dtype = call.dtype_name
     sm = call.sm or (10 * gpu.major + gpu.minor if gpu else 90)
     cores, l2 = (gpu.multi_processor_count, gpu.L2_cache_size) if gpu else (0, 0)
     kind = call.shape, call.channels_last, dtype, call.order, call.gate

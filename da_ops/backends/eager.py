@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
 from ..layout import empty_gradient
-from ..parameters import Parameters, Unnamed
-from .base import Backend, Call, Direction, Gradients, Pass, Plan
+from ..parameters import Gradients, Parameters, Unnamed
+from .base import Backend, Call, Direction, Pass, Plan
 
 
 def _forward(

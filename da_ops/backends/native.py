@@ -8,6 +8,7 @@ all, and are registered here.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_arguments, name_want_of_memory
 from ..layout import empty_gradient
-from ..parameters import Unnamed
-from .base import Gradients
+from ..parameters import Gradients, Unnamed
 from .tuned import PLANS
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ def planner() -> Any:
     except ImportError as error:
         reason = build_record().get("plan", {}).get("reason") or error
         raise RuntimeError(
-            f"explain needs the compiled planner da_ops._plan, which does not load: {reason}; "
+            f"da_ops: expected the compiled planner da_ops._plan, which does not load: {reason}; "
             "reinstall da-ops with a C++ compiler and Python's headers"
         ) from None
     return _plan
@@ -229,57 +229,17 @@ def _flops(
     return spatial + channel
 
 
-def flops_forward(
-    x: torch.Size,
-    conv_weight: torch.Size | None,
-    dilated_weight: Any,
-    merge_weight: Any,
-    spatial_bias: Any,
-    gate_weight: torch.Size | None,
-    gate_bias: Any,
-    order: str,
-    gate: str,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return _flops(x, conv_weight, gate_weight, gate)
+def _flops_at(times: int, *, x: int, conv: int, gate_weight: int, gate: int) -> Callable[..., int]:
+    """The formula of an operator that takes ``x`` and the others at these places."""
+    return lambda *args, **_: times * _flops(args[x], args[conv], args[gate_weight], args[gate])
 
 
-def flops_backward(
-    dy: torch.Size,
-    x: torch.Size,
-    conv_weight: torch.Size | None,
-    dilated_weight: Any,
-    merge_weight: Any,
-    spatial_bias: Any,
-    gate_weight: torch.Size | None,
-    gate_bias: Any,
-    channel_mean: Any,
-    pooled: Any,
-    order: str,
-    gate: str,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return 2 * _flops(x, conv_weight, gate_weight, gate)  # to the input and to the weight
-
-
-def flops_residual_forward(u: torch.Size, *args: Any, **kwargs: Any) -> int:
-    conv_weight, gate_weight, gate = args[6], args[10], args[13]
-    return _flops(u, conv_weight, gate_weight, gate)
-
-
-def flops_residual_training(u: torch.Size, *args: Any, **kwargs: Any) -> int:
-    conv_weight, gate_weight, gate = args[8], args[12], args[15]
-    return _flops(u, conv_weight, gate_weight, gate)
-
-
-def flops_residual_backward(
-    dout: torch.Size, out: torch.Size | None, u: torch.Size, *args: Any, **kwargs: Any
-) -> int:
-    conv_weight, gate_weight, gate = args[6], args[10], args[15]
-    return 2 * _flops(u, conv_weight, gate_weight, gate)
-
+flops_forward = _flops_at(1, x=0, conv=1, gate_weight=5, gate=8)
+flops_residual_forward = _flops_at(1, x=0, conv=7, gate_weight=11, gate=14)
+flops_residual_training = _flops_at(1, x=0, conv=9, gate_weight=13, gate=16)
+# Backward's go to the input and to the weight.
+flops_backward = _flops_at(2, x=1, conv=2, gate_weight=6, gate=11)
+flops_residual_backward = _flops_at(2, x=2, conv=9, gate_weight=13, gate=18)
 
 _described = False
 

@@ -1,4 +1,5 @@
-"""What the operator does, in which order: csrc/schedule.h for Python, which explains it.
+"""What the operator does, in which order: csrc/schedule.h for Python. explain tells it,
+and the Triton backend runs by it.
 
 A backend walks the passes of an order in place of knowing the orders.
 """

@@ -116,7 +116,7 @@ def key(backend: str, call: Call, backward: bool, device: torch.device | None = 
         torch.get_num_threads() if backend == "cpu" else 0,
         _digest(backend),
         call.shape,
-        str(call.dtype).removeprefix("torch."),
+        call.dtype_name,
         call.channels_last,
         call.order,
         call.gate,
@@ -217,8 +217,8 @@ class Plans:
         return self._plans.get(key(backend, call, backward, device))
 
     def words(self, backend: str, call: Call, *, by_others: bool = False) -> dict[str, str]:
-        """Of a call's directions, those that were tuned, and by which plan they run: for people.
-        Those that another backend was found to be faster at, or those that none was."""
+        """How each tuned direction of a call runs, in words; with ``by_others`` those directions
+        that another backend was found faster at, without it the others."""
         tuned = (self.of(backend, call, backward) for backward in (False, True))
         return {
             name: str(plan)

@@ -18,8 +18,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "train",
         help="train a detector on a VOC tree",
-        description="Train SSD on the trainval parts of a VOC tree. Defaults are the paper's. Start"
-        " it with torchrun to share each step's images among several processes.",
+        description="Train SSD on the trainval parts of a VOC tree. Defaults are SSD300's, as "
+        "published. Start it with torchrun to share each step's images among several processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument("data", type=Path, help="folder with VOC2007 (and VOC2012) in it")

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..models import ECAModule, SEModule, SGEModule
 from ..models.blocks import fused_modules
 from ..module import DAModule
+from ..residual.module import DAResidual
 
 _POOLING = (nn.AdaptiveAvgPool2d, SEModule, SGEModule, ECAModule)
 _ELEMENTWISE = (nn.MaxPool2d, nn.AvgPool2d, nn.ReLU)
@@ -71,7 +72,7 @@ def count(model: nn.Module, x: Tensor) -> Cost:
         every.append(last[module] + _pooled(module, inputs[0]))
 
     # Counted by their modules, which they would call if these had hooks, and say so.
-    owners = fused_modules(model)
+    owners = [*fused_modules(model), *(m for m in model.modules() if isinstance(m, DAResidual))]
     fused = [m for m in model.modules() if isinstance(m, DAModule) and m.unfused() is None]
     # Counted with their layer, which would call them if they had hooks.
     replaced = {convolution for layer in fused for convolution in layer.children()}

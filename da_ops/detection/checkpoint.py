@@ -176,6 +176,10 @@ def build_model(settings: Settings, classes: Sequence[str], *, pretrained: bool 
 
 def load_detector(path: Path) -> Detector:
     """The detector of a checkpoint or of a run folder's newest one, in inference mode."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: expected the folder of a run, or a checkpoint; there is neither"
+        )
     if path.is_dir():
         path = path / LAST
         if not path.exists():

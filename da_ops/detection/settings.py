@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..backends import NAMES
@@ -95,9 +95,10 @@ class Settings:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Settings:
         """The settings that ``to_dict`` gave; ValueError for names that are none of them."""
-        if unknown := set(stored) - set(_defaults()):
+        names = [field.name for field in fields(cls)]
+        if unknown := set(stored) - set(names):
             raise ValueError(
-                f"settings: expected {', '.join(_defaults())}, got also {', '.join(unknown)};"
+                f"settings: expected {', '.join(names)}, got also {', '.join(unknown)};"
                 " another version of da_ops wrote them"
             )
         values = dict(stored)
@@ -109,7 +110,3 @@ class Settings:
         """``"lr 0.001, not 0.01"`` for each setting in which ``other`` differs from this one."""
         mine, theirs = self.to_dict(), other.to_dict()
         return [f"{k} {v!r}, not {theirs[k]!r}" for k, v in mine.items() if v != theirs[k]]
-
-
-def _defaults() -> dict[str, Field[Any]]:
-    return {f.name: f for f in fields(Settings)}

@@ -39,6 +39,10 @@ class SEModule(nn.Module):
 
     Parameters: ``fc1.weight [C // reduction, C, 1, 1]``, ``fc2.weight [C, C // reduction, 1, 1]``.
 
+    Raises:
+        ValueError: ``channels`` below ``reduction``, or a number that is not positive; by
+            ``forward``, maps of another number of channels.
+
     Source: Hu et al., Squeeze-and-Excitation Networks, CVPR 2018. Without biases as its follow-ups
     have it, whose parameter count is the one that the DA paper prints.
     """
@@ -103,6 +107,10 @@ class FCAModule(SEModule):
     7 x 7 is the least with ``"top16"``.
 
     Parameters: those of :class:`SEModule`. The basis is computed, and in no state dict.
+
+    Raises:
+        ValueError: as :class:`SEModule`; unknown frequencies, or channels that are no multiple of
+            their number.
 
     Source: Qin et al., FcaNet, ICCV 2021; the sets are those of its published code.
     """
@@ -169,6 +177,10 @@ class SGEModule(nn.Module):
         device, dtype: of the parameters.
 
     Parameters: ``weight [groups]``, which starts at 0, and ``bias [groups]``, which starts at 1.
+
+    Raises:
+        ValueError: ``channels`` that are no multiple of ``groups``, or a number that is not
+            positive; by ``forward``, maps of another number of channels.
 
     Source: Li et al., Spatial Group-wise Enhance, 2019 (arXiv 1905.09646).
     """

@@ -94,7 +94,7 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
 _NETWORKS: dict[type[nn.Module], type[nn.Module]] = {tv.ResNet: ResNet}
 
 
-class Tail(NamedTuple):
+class Ending(NamedTuple):
     """What a block does after its last convolution, or a network after its first; ``drop_path`` is
     timm's."""
 
@@ -105,17 +105,17 @@ class Tail(NamedTuple):
     activation: Any
 
 
-def tail_of(block: Any) -> Tail:
+def tail_of(block: Any) -> Ending:
     last = 3 if hasattr(block, "conv3") else 2
     conv, norm = getattr(block, f"conv{last}"), getattr(block, f"bn{last}")
     if _torchvisions(block):
-        return Tail(conv, norm, getattr(block, "attention", None), None, block.relu)
-    return Tail(conv, norm, block.se, block.drop_path, getattr(block, f"act{last}"))
+        return Ending(conv, norm, getattr(block, "attention", None), None, block.relu)
+    return Ending(conv, norm, block.se, block.drop_path, getattr(block, f"act{last}"))
 
 
-def stem_of(network: Any) -> Tail:
+def stem_of(network: Any) -> Ending:
     activation = network.act1 if hasattr(network, "act1") else network.relu
-    return Tail(network.conv1, network.bn1, None, None, activation)
+    return Ending(network.conv1, network.bn1, None, None, activation)
 
 
 def residual_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -142,7 +142,8 @@ def no_blocks(caller: str, model: nn.Module) -> ValueError:
 
 
 def residual_networks(model: nn.Module) -> Iterator[Any]:
-    """The same of whole networks, of which ``model`` may be one."""
+    """torchvision's and timm's residual networks, and this package's, in ``model``, which may be
+    one."""
     ours = _networks()
     known = {*ours, *ours.values()}
     return (module for module in model.modules() if type(module) in known)
@@ -164,7 +165,7 @@ def own(module: Any) -> None:
 
 
 def set_attention(block: Any, layer: nn.Module) -> None:
-    """At the end of the residual branch."""
+    """Put ``layer`` at the end of the block's residual branch."""
     if _torchvisions(block):
         own(block)
         block.attention = layer
@@ -177,7 +178,7 @@ def _torchvisions(block: Any) -> bool:
 
 
 def _blocks() -> dict[type[nn.Module], type[nn.Module]]:
-    """By the class that this package's is made of."""
+    """This package's block classes, by the class that each extends."""
     timms = _timms()
     return _BLOCKS if timms is None else _BLOCKS | timms.BLOCKS
 

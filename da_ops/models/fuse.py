@@ -9,7 +9,7 @@ from torch import nn
 
 from ..residual import fusible
 from .blocks import (
-    Tail,
+    Ending,
     fused_modules,
     no_blocks,
     own,
@@ -30,8 +30,8 @@ def fuse(model: nn.Module) -> nn.Module:
     The last norm of a block, DA if it is there, the addition and the ReLU become a call of
     :func:`da_ops.residual_attention`, with the norm that ends a plain ``nn.Sequential`` in the
     shortcut, and so do the norms and ReLUs before, and the stem's of a whole ResNet: the same
-    result to rounding, with fewer passes over memory. On a CPU, without gradients, it takes the
-    place of what the convolution made, if that has no hooks and no ``TorchFunctionMode`` or
+    result to rounding, with fewer passes over memory. On a CPU, without gradients, it is written
+    over what the convolution made, if that has no hooks and no ``TorchFunctionMode`` or
     ``TorchDispatchMode`` looks on. Modules, parameters, state-dict keys, hooks and references stay
     as they are. While one of these modules has hooks, and under FX, TorchScript, tracing and
     export, a block calls them one by one.
@@ -88,7 +88,7 @@ def unfused_blocks(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def _unfit(tail: Tail) -> str | None:
+def _unfit(tail: Ending) -> str | None:
     if tail.drop_path is not None:
         return f"there is a {type(tail.drop_path).__name__} before the addition"
     return fusible.unfit(tail.norm, tail.attention, tail.activation)

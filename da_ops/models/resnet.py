@@ -84,6 +84,15 @@ def _constructor(name: str) -> Callable[..., ResNet]:
     return resnet
 
 
+def _with(resnet: Callable[..., ResNet], attention: str) -> Callable[..., ResNet]:
+    constructor = partial(resnet, attention)
+    constructor.__name__ = f"{attention}_{resnet.__name__}"  # type: ignore[attr-defined]
+    constructor.__doc__ = (
+        f":func:`{resnet.__name__}` with attention={attention!r}: {resnet.__doc__}"
+    )
+    return constructor
+
+
 def _check_unused(options: dict[str, str], attention: str | None, name: str) -> None:
     for option, value in options.items():
         if value != _DEFAULTS[option]:
@@ -98,27 +107,27 @@ resnet34 = _constructor("resnet34")
 resnet50 = _constructor("resnet50")
 resnet101 = _constructor("resnet101")
 
-da_resnet18 = partial(resnet18, "da")
-da_resnet34 = partial(resnet34, "da")
-da_resnet50 = partial(resnet50, "da")
-da_resnet101 = partial(resnet101, "da")
+da_resnet18 = _with(resnet18, "da")
+da_resnet34 = _with(resnet34, "da")
+da_resnet50 = _with(resnet50, "da")
+da_resnet101 = _with(resnet101, "da")
 
-se_resnet18 = partial(resnet18, "se")
-se_resnet34 = partial(resnet34, "se")
-se_resnet50 = partial(resnet50, "se")
-se_resnet101 = partial(resnet101, "se")
+se_resnet18 = _with(resnet18, "se")
+se_resnet34 = _with(resnet34, "se")
+se_resnet50 = _with(resnet50, "se")
+se_resnet101 = _with(resnet101, "se")
 
-sge_resnet18 = partial(resnet18, "sge")
-sge_resnet34 = partial(resnet34, "sge")
-sge_resnet50 = partial(resnet50, "sge")
-sge_resnet101 = partial(resnet101, "sge")
+sge_resnet18 = _with(resnet18, "sge")
+sge_resnet34 = _with(resnet34, "sge")
+sge_resnet50 = _with(resnet50, "sge")
+sge_resnet101 = _with(resnet101, "sge")
 
-eca_resnet18 = partial(resnet18, "eca")
-eca_resnet34 = partial(resnet34, "eca")
-eca_resnet50 = partial(resnet50, "eca")
-eca_resnet101 = partial(resnet101, "eca")
+eca_resnet18 = _with(resnet18, "eca")
+eca_resnet34 = _with(resnet34, "eca")
+eca_resnet50 = _with(resnet50, "eca")
+eca_resnet101 = _with(resnet101, "eca")
 
-fca_resnet18 = partial(resnet18, "fca")
-fca_resnet34 = partial(resnet34, "fca")
-fca_resnet50 = partial(resnet50, "fca")
-fca_resnet101 = partial(resnet101, "fca")
+fca_resnet18 = _with(resnet18, "fca")
+fca_resnet34 = _with(resnet34, "fca")
+fca_resnet50 = _with(resnet50, "fca")
+fca_resnet101 = _with(resnet101, "fca")

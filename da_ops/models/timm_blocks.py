@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..residual.functional import rectified, shortcut_of, tail
+from ..residual.fusible import own_ways
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether hooks ask for a call of the module, though it does nothing."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or _has_any_global_hook()
+    """Whether hooks, or a forward of its own, ask for a call of the module."""
+    return own_ways(module) is not None or _has_any_global_hook()
 
 
 class _Block:

@@ -44,8 +44,8 @@ def kernels_keep(running: Running) -> bool:
 
 
 def update(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
-    """Let a batch's mean and biased variance, of so many elements a channel, have their share in
-    running ones, as ``nn.BatchNorm2d`` does; they require no gradients."""
+    """Update running statistics with a batch's mean and biased variance over ``count`` elements a
+    channel, as ``nn.BatchNorm2d`` does; they require no gradients."""
     running_mean, running_var, batches, share = running
     momentum: Tensor | float = 0.0 if share is None else share
     if batches is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.choice import CHOICE
-from ..checks import check_arguments, name_want_of_memory
+from ..checks import check_arguments, check_tail, name_want_of_memory
 from ..function import name_what_is_wrong
 from ..layout import dense, device_type
 from ..module import DAModule
@@ -53,7 +53,8 @@ def residual_attention(
     helped, a warning of the logger ``da_ops`` says so once, with the reason.
 
     Args:
-        u: ``[N, C, H, W]``, what the branch's last convolution gives.
+        u: ``[N, C, H, W]``, what the branch's last convolution gives, in float16, bfloat16,
+            float32 or float64.
         shortcut: as ``u``, or None where nothing is added.
         norm: an ``nn.BatchNorm2d`` or torchvision's ``FrozenBatchNorm2d`` over C channels, in
             training or in evaluation. Its running statistics are updated as it would do itself.
@@ -68,7 +69,9 @@ def residual_attention(
         ``[N, C, H, W]`` in the dtype and memory layout of ``u``.
 
     Raises:
-        ValueError: a ``shortcut_norm`` without a shortcut.
+        TypeError: ``u`` or the shortcut is no tensor.
+        ValueError: a ``shortcut_norm`` without a shortcut, a shortcut that cannot be added to
+            ``u``, a norm of another number of channels.
         what the modules raise, such as ValueError for one value a channel in training.
     """
     if shortcut is None and shortcut_norm is not None:
@@ -106,6 +109,8 @@ def tail(
         out = _fused(u, shortcut, norm, attention, activation, made_by, shortcut_norm)
     if out is not None:
         return out
+    if activation is None:  # a block does with its tensors what its library does
+        check_tail(u, shortcut, norm)
     x = norm(u)
     x = x if attention is None else attention(x)
     if shortcut is not None:
@@ -225,10 +230,11 @@ def shortcut_of(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.Mod
         and own.get("_compiled_call_impl") is None
         and not _has_any_global_hook()
     )
-    *before, last = downsample._modules.values() if plain else (None,)
-    if last is None or not before or unfit(last, None, None) is not None:
+    modules = list(downsample._modules.values()) if plain else []
+    last = modules[-1] if len(modules) > 1 else None
+    if last is None or unfit(last, None, None) is not None:
         return downsample(x), None
-    for module in before:
+    for module in modules[:-1]:
         x = module(x)  # type: ignore[misc]
     return x, last
 

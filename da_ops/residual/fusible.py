@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.choice import CHOICE
+from ..checks import DTYPES, HALF
 from ..function import transformed
 from ..layout import device_type
 from ..module import DAModule
@@ -57,7 +58,7 @@ def learns(statistics: Tensor | None) -> bool:
 
 
 def statistics_of(norm: Any, mean: Tensor | None, var: Tensor | None) -> Statistics:
-    """The norm's, which has these running ones."""
+    """The statistics that the norm uses; ``mean`` and ``var`` are its running ones."""
     if not _normalises_by_batch(norm, mean):
         return norm.eps, mean, var, None
     if not norm.track_running_stats or mean is None or var is None:
@@ -70,7 +71,7 @@ def statistics_of(norm: Any, mean: Tensor | None, var: Tensor | None) -> Statist
 
 
 def affine_and_statistics(norm: Any) -> tuple[tuple[Tensor | None, ...], Statistics]:
-    """Weight and bias, and what goes with them."""
+    """The norm's weight and bias, and its statistics."""
     weight, bias, mean, var = norm_tensors(norm)
     return (weight, bias), statistics_of(norm, mean, var)
 
@@ -224,10 +225,10 @@ def fits(u: Tensor, shortcut: Tensor | None, norm: Any, own: tuple[Tensor | None
     # A batch of nothing, and one value a channel, are the norm's to refuse or to take.
     dtype, device, channels = u.dtype, u.device, u.shape[1]
     few = channels if norm is None or _normalises_by_batch(norm, own[2]) else 0
-    if u.numel() <= few or dtype not in _DTYPES:
+    if u.numel() <= few or dtype not in DTYPES:
         return False
     # A frozen norm of float32 makes half precision float32.
-    also = torch.float32 if dtype in _HALF and not is_frozen(norm) else dtype
+    also = torch.float32 if dtype in HALF and not is_frozen(norm) else dtype
     return all(
         t is None
         or ((t.dtype is dtype or t.dtype is also) and t.numel() == channels and t.device == device)
@@ -242,7 +243,3 @@ def _alike(u: Tensor, shortcut: Tensor | None) -> bool:
         and u.device == shortcut.device
         and u.layout is shortcut.layout
     )
-
-
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (*_HALF, torch.float32, torch.float64)

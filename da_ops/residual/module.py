@@ -30,6 +30,8 @@ class DAResidual(nn.Module):
         what :func:`da_ops.residual_attention` raises, by ``forward``.
     """
 
+    fused = True
+
     def __init__(
         self,
         channels: int,
@@ -61,7 +63,12 @@ class DAResidual(nn.Module):
 
     def forward(self, u: Tensor, shortcut: Tensor | None) -> Tensor:
         if torch.jit.is_scripting():
-            x = self.attention(self.norm(u))
-            return torch.relu(x if shortcut is None else x + shortcut)
-        else:  # TorchScript compiles code after a return, but not this branch
+            return self._one_by_one(u, shortcut)
+        elif self.fused:  # TorchScript compiles code after a return, but not this branch
             return residual_attention(u, shortcut, self.norm, self.attention)
+        else:
+            return self._one_by_one(u, shortcut)
+
+    def _one_by_one(self, u: Tensor, shortcut: Tensor | None) -> Tensor:
+        x = self.attention(self.norm(u))
+        return torch.relu(x if shortcut is None else x + shortcut)

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..parameters import Parameters
-
-Gradients = tuple[Tensor | None, ...]
+from ..parameters import Gradients, Parameters
 
 
 class Norm(NamedTuple):
@@ -143,7 +141,7 @@ class _ThroughNorm:
         self.scale = inverse if weight is None else inverse * weight
 
     def gradients(self, dx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of ``u``, the weight and the bias."""
+        """The gradients of ``u``, the weight and the bias."""
         over = (0, 2, 3)
         d_weight, d_bias = (dx * self.normalised).sum(over), dx.sum(over)
         if self.batch:

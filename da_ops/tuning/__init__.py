@@ -46,7 +46,7 @@ class Tuning:
 
 def kept(saved: str | None) -> str:
     """What becomes of the plans, in words."""
-    return f"kept in {saved}" if saved else "kept in no file, and used by this process alone"
+    return f"kept in {saved}" if saved else "kept in no file: they serve this process alone"
 
 
 def tune(
@@ -67,7 +67,8 @@ def tune(
 
     Args:
         what: a network or layer, which is run once on ``inputs``, in evaluation mode and without
-            gradients, for the calls in it; or the shape ``[N, C, H, W]`` of one call.
+            gradients, for the calls in it, on a CPU those of fused tails, too, which run by the
+            plans of their layer's call; or the shape ``[N, C, H, W]`` of one call.
         inputs: what the network takes.
         dtype, memory_format, device, order, gate: of the one call, as for
             :func:`da_ops.da_attention`; a network has its own.
@@ -94,6 +95,10 @@ def tune(
 
     ``torch.backends.cudnn.benchmark`` has a GPU's calls tuned when they are first made, by a few
     plans, for this process alone: see :mod:`.first_call`.
+
+    Returns:
+        a ``Tuning``: ``directions`` has what was found, ``saved`` the file that keeps it; ``str()``
+        is for people, ``to_dict()`` for programs.
 
     Raises:
         ValueError: ``what`` is neither, options are unknown, or the network makes no call of the
@@ -183,6 +188,9 @@ def _described(x: Tensor, order: str, gate: str) -> Call:
     return Call(tuple(x.shape), x.dtype, not x.is_contiguous(), order, gate)
 
 
+_TAILS = ("residual_forward", "residual_forward_", "residual_training")
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down the calls of the compiled kernels, each kind once; also those that an earlier
     tuning left to Triton."""
@@ -194,14 +202,21 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        compiled, triton = (
-            getattr(torch.ops.da_ops, name).default for name in ("forward", "triton_forward")
-        )
-        if function in (compiled, triton):
-            x, *_, order, gate = args[:9]
-            if x.numel() and (function is compiled or select("auto", x.device.type) != "triton"):
-                self.calls[_described(x, order, gate), x.device] = None
+        library, _, name = function.name().partition("::")
+        if library == "da_ops":
+            names = (argument.name for argument in function._schema.arguments)
+            self._note(name, args[0], dict(zip(names, args, strict=False)))
         return function(*args, **(kwargs or {}))
+
+    def _note(self, operator: str, x: Tensor, given: dict[str, Any]) -> None:
+        device = x.device
+        tuned = operator == "forward"
+        if operator == "triton_forward":
+            tuned = select("auto", device.type) != "triton"
+        elif operator in _TAILS:  # which run by the layer's plans, but on a GPU by their own
+            tuned = device.type == "cpu" and given["order"] != "none"
+        if tuned and x.numel():
+            self.calls[_described(x, given["order"], given["gate"]), device] = None
 
 
 def _calls(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Call, torch.device]]:
@@ -223,7 +238,8 @@ def _calls(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Call, torc
             module.training = training
     if not recorder.calls:
         raise ValueError(
-            "da_ops.tune: the module made no call of the compiled kernels; "
+            "da_ops.tune: the module made no call that is tuned: of the layer's compiled kernels, "
+            "or on a CPU of a fused tail's with attention; "
             "da_ops.explain(x, layer=...) says which backend serves a layer, and why"
         )
     return list(recorder.calls)

@@ -50,7 +50,7 @@ def _different(texts: Iterable[str], effect: Callable[[str], dict[str, Any] | No
 def _of_cpu(call: Call, backward: bool) -> list[str]:
     """Slabs, streaming stores, and whether rows are taken together."""
     decided = ["slab_rows", "stream", "sum_together"] + ["scale_together"] * backward
-    dtype = str(call.dtype).removeprefix("torch.")
+    dtype = call.dtype_name
 
     def effect(text: str) -> dict[str, Any]:
         plan = native.planner().cpu(
@@ -60,7 +60,6 @@ def _of_cpu(call: Call, backward: bool) -> list[str]:
             call.order,
             torch.get_num_threads(),
             text,
-            tensors=3 if backward else 2,
         )
         return {name: plan[name] for name in decided}
 
@@ -75,7 +74,7 @@ def _of_cpu(call: Call, backward: bool) -> list[str]:
 
 def on_gpu(call: Call, way: str, sm: int, multiprocessors: int) -> list[str]:
     """The portable passes, and one launch by its barrier and blocks an image."""
-    dtype = str(call.dtype).removeprefix("torch.")
+    dtype = call.dtype_name
 
     def effect(text: str) -> dict[str, Any] | None:
         plan = native.planner().cuda(

@@ -44,8 +44,8 @@ class Direction:
         lines = [
             f"{k.direction} of {shape} {k.dtype} {layout}, {k.order}, {k.gate}; {k.backend}"
             f"{threads}",
-            f"  1.00  the default, {1e3 * self.seconds:.3g} ms; below, times over its in the same "
-            "round: median, 10th to 90th percentile",
+            f"  1.00  the default, {1e3 * self.seconds:.3g} ms; below, each plan's time divided "
+            "by the default's of the same round: median, 10th to 90th percentile",
         ]
         for t in self.tried:
             note = ", by the first rounds" if not t.final else ""

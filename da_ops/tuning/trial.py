@@ -65,7 +65,7 @@ class Job:
         return cls(
             backend=device.type,
             shape=call.shape,  # type: ignore[arg-type]
-            dtype=str(call.dtype).removeprefix("torch."),
+            dtype=call.dtype_name,
             channels_last=call.channels_last,
             order=call.order,
             gate=call.gate,

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...layout import empty_gradient, like
-from ...parameters import SCHEMA, Parameters, Unnamed
+from ...parameters import SCHEMA, Gradients, Parameters, Unnamed
 from ...residual import reference as residual
 from .. import eager, native, schedule
-from ..base import Backend, Call, Direction, Gradients, Pass, Plan
+from ..base import Backend, Call, Direction, Pass, Plan
 from ..choice import CHOICE
 from ..tuned import find_triton
 from . import tiles

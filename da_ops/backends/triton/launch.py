@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import empty_gradient
-from ...parameters import Parameters
-from ..base import Gradients
+from ...parameters import Gradients, Parameters
 from ..schedule import NONE, SCHEDULES, Axes
 from . import interpreter, maps, passes, tune
 from .maps import AxisMaps, Blocks, Normed, Shares, Size

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ...layout import empty_gradient
-from ...parameters import Parameters
+from ...parameters import Gradients, Parameters
 from ...residual.reference import Norm
-from ..base import Gradients
 from ..schedule import BOTH, CHANNELS, NONE, PIXELS, SCHEDULES, Axes, Pass
 from . import launch, maps, norms
 from .launch import NO_NORM, NO_SHARES, NOTHING, Batch, ByAxis
