@@ -31,7 +31,12 @@ GPU_PARTS = (  # of `make gpu`
 )  # fmt: skip
 # Sources that decide the speed on one kind of device only, and so are in no digest of the other.
 FOREIGN = {
-    "cpu": ("csrc/cuda/", "da_ops/backends/cuda.py", "da_ops/backends/triton/"),
+    "cpu": (
+        "csrc/cuda/",
+        "csrc/plan_module.cpp",
+        "da_ops/backends/cuda.py",
+        "da_ops/backends/triton/",
+    ),
     "cuda": ("csrc/cpu/", "da_ops/backends/cpu.py"),
 }
 GIB = 2**30

@@ -6,6 +6,7 @@ python -m docs --check    exit 1 if they are not what it would write
 
 from __future__ import annotations
 
+import argparse
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -40,9 +41,16 @@ def written() -> Iterator[tuple[Path, str]]:
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m docs", description="Write the pictures, and the plan in how-it-works.md."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, fail where anything would be written"
+    )
+    check = parser.parse_args(arguments).check
     status = 0
     for path, new in written():
-        if arguments != ["--check"]:
+        if not check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(new, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != new:
