@@ -88,8 +88,10 @@ def speedup_panel(
                     linewidth=3,
                     solid_capstyle="butt",
                 )
-            label = f"{tables.times(value)} "
-            axes.text(value, y, label, ha="right", va="center", fontsize=9, color="white")
+            # At the right edge, where a figure is no mark's.
+            place = axes.get_yaxis_transform()
+            label = tables.times(value)
+            axes.text(1, y, label, transform=place, ha="right", va="center", fontsize=9, color=INK)
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xlim(0, longest * 1.14)
     axes.set_ylim(len(records) - 0.5, -0.5)
@@ -97,8 +99,8 @@ def speedup_panel(
     axes.tick_params(length=0)
     axes.grid(axis="x", color=GRID)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    both = "times as fast as eager PyTorch; marks: torch.compile"
-    axes.set_xlabel(f"{both}; both without attention" if prefix else both)
+    without = ",\nwhich are both without attention" if prefix else ""
+    axes.set_xlabel(f"times as fast as eager PyTorch; marks: torch.compile{without}")
 
 
 def bar_label(result: Results, part: Results) -> str:
