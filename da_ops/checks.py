@@ -132,7 +132,8 @@ def check_tail(u: object, shortcut: object, norm: Any) -> None:
             raise TypeError(
                 f"residual_attention: {name} must be a torch.Tensor, got {type(given).__name__}"
             )
-    if not isinstance(u, Tensor) or u.dim() != 4:  # which the norm refuses
+    # Sizes are no numbers while a call is traced. The norm refuses other dimensions.
+    if not isinstance(u, Tensor) or torch.jit.is_tracing() or u.dim() != 4:
         return
     if isinstance(shortcut, Tensor):
         try:  # the modules take one that is broadcast
