@@ -45,7 +45,7 @@ void set_geometry(OnChip& chip, const Problem& p, bool aligned, const Limits& li
 
   chip.slab_rows = round_up(ceil_div(chip.rows, chip.blocks), chip.period);
   chip.slice = ceil_div(chip.cols, chip.blocks);
-  // What is a thread's work in any case needs no exchange.
+  // To make an entry a thread takes no longer than to make a slice, and needs no exchange.
   chip.recalled = chip.cols <= chip.threads ? chip.cols : chip.slice;
 }
 

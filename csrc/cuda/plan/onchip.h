@@ -106,7 +106,7 @@ struct OnChip {
   int visits, visits_dy;   // times that an image's x, and dy, are gone through
   bool aligned;            // x, dy, y and dx are read and written by vectors, or else by elements
   int slice;               // columns whose mask a block makes
-  int recalled;            // and those whose spatial mask backward's makes anew: its slice, or all
+  int recalled;            // backward: those whose spatial mask it makes anew, its slice or all
 
   bool mail;        // a cluster's blocks send each other the masks, or terms, by column
   Lines masks;      // those that the order has

@@ -34,7 +34,7 @@ sums(SIMT_PARAM Args<accumulate_t<T>> args) {
   lane.segment = kept(lane.segment);
   lane.index = kept(lane.index);
 
-  // Arguments take no registers. Where these suffice, at_once and the stride are kept in them.
+  // Arguments take no registers. Where registers suffice, at_once and the stride are there.
   constexpr bool few = !whole && Kind != Sums::through;
   const int at_once = few ? t.at_once() : simt::opaque(t.at_once());
   const int64_t stride = few || product ? t.stride : at_once * t.cols;

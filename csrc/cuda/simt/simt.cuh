@@ -34,9 +34,9 @@ constexpr int kArch = 0;
 // Whether a launch may begin before the one before it has ended. Where none may, a kernel has
 // nothing to do in that time.
 constexpr bool kEarlyLaunches = kArch >= 90;
-// Thread block clusters; for what is older, nothing of them is compiled.
+// Thread block clusters exist from sm_90 on; for what is older, nothing of them is compiled.
 constexpr bool kClusters = kArch == 0 || kArch >= 90;
-// Instructions that round to bfloat16; to do without takes registers.
+// Instructions that round to bfloat16 exist from sm_80 on; to do without takes registers.
 constexpr bool kRoundsBfloat16 = kArch == 0 || kArch >= 80;
 
 // A launch is one-dimensional. `team` consecutive blocks, of which the grid is a multiple, may wait
