@@ -220,12 +220,17 @@ def test_autocast():
             r"shortcut must have the shape of u, \[3, 6, 7, 8\], got \[3, 6, 7, 9\]",
         ),
         (
+            {"shortcut": torch.zeros(4, 6, 7, 6, dtype=torch.float64)},  # as many elements
+            ValueError,
+            r"shortcut must have the shape of u, \[3, 6, 7, 8\], got \[4, 6, 7, 6\]",
+        ),
+        (
             {"norm": nn.BatchNorm2d(5).double()},
             ValueError,
             "norm must be over the 6 channels of u, got one over 5",
         ),
     ],
-    ids=["u", "shortcut", "shape", "norm"],
+    ids=["u", "shortcut", "shape", "elements", "norm"],
 )
 def test_refusals(change, error, message):
     u, shortcut, _ = tensors()

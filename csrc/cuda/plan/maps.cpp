@@ -39,7 +39,8 @@ Bands bands(const Problem& p, const Tiling& t, int pixels) {
   Bands b{};
   b.channels = t.pixel_tiles() >= kMany ? kThreads / kWarps : kThreads;
   const int64_t around = p.gate == Gate::eca ? p.kernel_size - 1 : 0;
-  b.channel_window = static_cast<int>(std::min(p.c, b.channels + around));
+  b.channel_window =
+      static_cast<int>(std::max<int64_t>(std::min(p.c, b.channels + around), kWarps));
   b.pixels = pixels;
   if (p.spatial()) b.halo = halo(b.pixels, p.w);
   return b;

@@ -54,7 +54,7 @@ struct Memory {
 template <class A>
 struct MapsMemory {
   A* sums;      // a thread's share of a sum, or a band's values
-  A* channels;  // values of a band of channels and those around it
+  A* channels;  // values of a band of channels and those around it, or a number of each warp
   StencilMemory<A> around;
   size_t bytes;  // in all
 

@@ -57,7 +57,8 @@ struct Tiling {
 // How the launch that makes maps cuts an image's axes up.
 struct Bands {
   int pixels, channels;  // of a block
-  int channel_window;    // channels of a block and those around it that an eca gate needs
+  int channel_window;    // channels of a block and those around it that an eca gate needs; at
+                         // least as many entries as a block has warps, each of which may use one
   Halo halo;             // of a band of pixels
 
   DA_HD int64_t of_pixels(int64_t all) const { return (all + pixels - 1) / pixels; }
